@@ -1,0 +1,100 @@
+"""Types of the native module. Lengths are in the unit that the name ends with; keys are 32-byte chain hashes."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+__version__: str
+
+class KvlaneError(Exception):
+    """Base of kvlane's exceptions."""
+
+class ConfigError(KvlaneError, ValueError):
+    """The call was refused: an argument or option cannot work. Nothing was changed."""
+
+class StoreError(KvlaneError, OSError):
+    """The shared folder cannot be used; carries errno where there is one."""
+
+@final
+class Chain:
+    """Chain hashes of one request's blocks. Feed tokens in order; only full blocks get a key."""
+
+    def __init__(self, block_tokens: int, *, cache_salt: str | None = None, lora: bytes | None = None) -> None: ...
+    def extend(self, token_ids: Sequence[int], start: int = 0) -> int:
+        """Appends ``token_ids[start:]`` and returns the number of full blocks so far. GIL-bound, no copy of the list."""
+    def add_image(self, start_token: int, length_tokens: int, identifier: str) -> None:
+        """Declares a multimodal item; must precede the ``extend`` that covers its first token."""
+    @property
+    def block_count(self) -> int: ...
+    @property
+    def token_count(self) -> int: ...
+    def keys(self, first_block: int, block_count: int) -> bytes:
+        """The keys of a span of blocks, 32 bytes each, concatenated."""
+
+@final
+class Layout:
+    """Block map of one worker's KV tensors, from strides alone."""
+
+    def __init__(
+        self,
+        tensors: Sequence[tuple[str, int, str, int, Sequence[int], Sequence[int]]],
+        block_count: int,
+        block_dim: int | None = None,
+    ) -> None:
+        """``tensors``: (layer name, data_ptr, device such as "cpu" or "cuda:0", element bytes, shape, strides in
+        elements), in any order; repeats of one tensor (KV sharing) are merged. ``block_dim`` settles the ambiguous case
+        of two or fewer blocks."""
+    @property
+    def layer_names(self) -> list[str]: ...
+    def layer_index(self, name: str) -> int | None: ...
+    @property
+    def layer_count(self) -> int: ...
+    @property
+    def block_bytes(self) -> int:
+        """Payload bytes of one block over all layers."""
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that are equal exactly when two caches order a block's bytes in the same way."""
+
+def namespace_id(parts: Sequence[tuple[str, str]]) -> bytes:
+    """32-byte id of a namespace from named facts; the order of the facts does not matter, a repeated name is refused."""
+
+@final
+class FsReader:
+    """The scheduler's view of a shared folder: which blocks are there. Never writes payload."""
+
+    def __init__(self, path: str, namespaces: Sequence[bytes], options: dict[str, Any]) -> None:
+        """``namespaces``: one per TP x PP rank; a block counts only if every one of them has it."""
+    def lookup(self, chain: Chain, limit_blocks: int) -> tuple[int, int]:
+        """(ready, pending) leading blocks, each at most ``limit_blocks`` together."""
+    def reset(self) -> bool: ...
+    def stats(self) -> dict[str, int]:
+        """Gauges: used_bytes, limit_bytes, segments, and counters since the last call."""
+    def close(self) -> None: ...
+
+@final
+class FsWorker:
+    """One worker's access to a shared folder: stores from and loads into its KV tensors."""
+
+    def __init__(
+        self, path: str, namespace: bytes, layout: Layout, owner: object, options: dict[str, Any], can_store: bool = True
+    ) -> None:
+        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves)."""
+    def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
+    def withdraw(self, keys: bytes) -> None: ...
+    def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
+    def layer_ready(self, job: int, layer: int) -> None: ...
+    def finish_store(self, job: int) -> None: ...
+    def load(self, keys: bytes, block_ids: Sequence[int], timeout_ms: int, layer_major: bool = False) -> int: ...
+    def wait_layer(self, job: int, layer: int, timeout_ms: int) -> bool: ...
+    def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None:
+        """None: still running. ([], "done"), or the bad positions and the reason of the first."""
+    def poll(self) -> list[tuple[int, list[int], str]] | None:
+        """Completions not delivered yet: (job, bad positions, reason). None, in well under a microsecond, if none."""
+    def cancel(self, job: int) -> None: ...
+    def reset(self) -> bool: ...
+    def stats(self) -> dict[str, float] | None:
+        """Counters since the last call; None when nothing happened."""
+    def close(self) -> None: ...
+
+def run_cli(arguments: Sequence[str], facts: str) -> int:
+    """Runs the ``kvlane`` command and returns its exit status. ``facts``: JSON that only Python knows (for doctor)."""
