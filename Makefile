@@ -1,0 +1,147 @@
+# Two commands for a newcomer: `make demo`, then `make test`. `make help` lists the rest.
+#
+# Everything lands below this folder: .venv* (Python environments), .tools (cargo tools, download cache), target, dist.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+# Suites time out when they compete for cores; parallel work happens inside cargo and pytest.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+ROOT := $(CURDIR)
+OLD_VLLM := 0.15.0
+VENV := .venv
+VENV_OLD := .venv-vllm-$(OLD_VLLM)
+VENV_PEERS := .venv-peers-fs
+MACHINE := $(shell uname -m)
+
+CARGO_DENY_VERSION := 0.20.2
+CARGO_FUZZ_VERSION := 0.13.2
+FUZZ_SECONDS ?= 10
+SOAK_FUZZ_SECONDS := 60
+
+# Caches that would otherwise land in the home folder.
+export UV_CACHE_DIR := $(ROOT)/.tools/uv-cache
+export ZIG_GLOBAL_CACHE_DIR := $(ROOT)/target/zig
+export ZIG_LOCAL_CACHE_DIR := $(ROOT)/target/zig
+export CARGO_ZIGBUILD_CACHE_DIR := $(ROOT)/target/zigbuild
+# An activated foreign environment must not leak into builds.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+
+# Files whose change makes a new wheel. Folders count too: they change when a file goes away.
+WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) pyproject.toml README.md LICENSE \
+  $(shell find crates python -not -path '*/__pycache__*' -not -name '*.so' -not -name '.*')
+ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
+SUITE := tests/env/suite.sh
+
+.PHONY: help demo test lint bench bench-fs wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
+  $(addprefix preflight-,demo test lint wheel bench)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+$(addprefix preflight-,demo test lint wheel bench):
+	@tests/env/preflight.sh $(@:preflight-%=%)
+
+# ---- environments and the wheel ------------------------------------------------------------------------------------
+
+$(VENV)/.kvlane-ready: $(ENV_SOURCES)
+	tests/env/build.sh main
+	@touch $@
+
+$(VENV_OLD)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
+	tests/env/build.sh vllm-$(OLD_VLLM)
+	@touch $@
+
+$(VENV_PEERS)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
+	tests/env/build.sh peers-fs
+	@touch $@
+
+# The one wheel of this project: what the demo and the tests install is what gets published.
+target/make/wheel: $(WHEEL_SOURCES) | $(VENV)/.kvlane-ready
+	@mkdir -p $(@D) dist
+	@rm -f dist/kvlane-*.whl
+	$(VENV)/bin/python python/third_party_licenses.py --output THIRD_PARTY_LICENSES
+	PATH="$(ROOT)/$(VENV)/bin:$$PATH" $(VENV)/bin/maturin build --release --locked --zig \
+	  --compatibility manylinux_2_28 --target $(MACHINE)-unknown-linux-gnu --out dist
+	@touch $@
+
+$(VENV)/.kvlane-wheel: target/make/wheel $(VENV)/.kvlane-ready
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --reinstall dist/kvlane-*.whl
+	@touch $@
+
+$(VENV_OLD)/.kvlane-wheel: target/make/wheel $(VENV_OLD)/.kvlane-ready
+	$(VENV)/bin/uv pip install --quiet --python $(VENV_OLD)/bin/python --no-deps --reinstall dist/kvlane-*.whl
+	@touch $@
+
+wheel: preflight-wheel target/make/wheel ## build dist/kvlane-*.whl (abi3, manylinux_2_28)
+	@ls -l dist/kvlane-*.whl
+
+# ---- what people run -----------------------------------------------------------------------------------------------
+
+demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV over through a folder
+	$(VENV)/bin/python examples/demo.py
+
+test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
+	@rm -rf target/test
+	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-vllm test-wheel test-fuzz || status=$$?; \
+	  $(SUITE) --summary; exit $$status
+
+test-rust:
+	@$(SUITE) rust cargo test --workspace --locked --no-fail-fast -- --show-output
+
+# Everything that starts no engine, in both environments: the package must import and behave under either vLLM.
+PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel
+test-python: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
+	@$(SUITE) python-main $(VENV)/bin/python -m pytest $(PYTHON_UNIT)
+	@$(SUITE) python-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest $(PYTHON_UNIT)
+
+test-vllm: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
+	@$(SUITE) scheduler-main $(VENV)/bin/python -m pytest tests/python/scheduler
+	@$(SUITE) scheduler-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest tests/python/scheduler
+	@$(SUITE) e2e-main $(VENV)/bin/python -m pytest tests/python/e2e
+	@$(SUITE) e2e-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest tests/python/e2e
+
+test-wheel: $(VENV)/.kvlane-wheel
+	@$(SUITE) wheel $(VENV)/bin/python -m pytest tests/python/wheel
+
+# ---- lint ----------------------------------------------------------------------------------------------------------
+
+lint: preflight-lint $(VENV)/.kvlane-wheel .tools/bin/cargo-deny ## formats, clippy, docs, ruff, stubs, licences
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m mypy.stubtest kvlane._native
+	.tools/bin/cargo-deny --locked check --hide-inclusion-graph licenses bans sources
+	@echo "kvlane: lint passed. Advisories were NOT checked here: .github/workflows/ci.yml asks the newest database."
+
+.tools/bin/cargo-deny:
+	CARGO_TARGET_DIR=.tools/build cargo install --quiet --locked --root .tools --version $(CARGO_DENY_VERSION) cargo-deny
+
+# ---- fuzzing -------------------------------------------------------------------------------------------------------
+
+.tools/bin/cargo-fuzz:
+	CARGO_TARGET_DIR=.tools/build cargo install --quiet --locked --root .tools --version $(CARGO_FUZZ_VERSION) cargo-fuzz
+
+test-fuzz:
+	@$(SUITE) fuzz tests/fuzz/run.sh $(FUZZ_SECONDS)
+
+# ---- benches, soak, release ----------------------------------------------------------------------------------------
+
+bench: preflight-bench bench-fs ## micro-benchmarks and the side-by-side comparisons
+	cargo bench --workspace --locked
+
+bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS)/.kvlane-ready ## the folder backend beside its peers
+	$(VENV)/bin/python benches/fs/run.py
+
+soak: preflight-test $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel ## full counts of the long campaigns (hours)
+	@rm -rf target/test
+	@status=0; KVLANE_SOAK=1 $(MAKE) --no-print-directory --keep-going test-rust test-vllm test-fuzz \
+	  FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS) || status=$$?; $(SUITE) --summary; exit $$status
+
+clean: ## remove builds; environments stay (rm -rf .venv* .tools removes those)
+	rm -rf target dist THIRD_PARTY_LICENSES .pytest_cache .ruff_cache .mypy_cache
