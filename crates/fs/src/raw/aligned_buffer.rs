@@ -25,10 +25,18 @@ impl AlignedBuffer {
     /// A zeroed buffer of at least `len` bytes, rounded up to whole pages and never empty.
     pub fn new(len: usize) -> Self {
         let bytes = len.max(1).next_multiple_of(PAGE_BYTES);
-        let layout = Layout::from_size_align(bytes, PAGE_BYTES).expect("a buffer is smaller than the address space");
+        let layout =
+            Layout::from_size_align(bytes, PAGE_BYTES).expect("a buffer is smaller than the address space");
         // SAFETY: the layout is not empty.
-        let Some(pointer) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        let Some(pointer) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
+            handle_alloc_error(layout)
+        };
         Self { pointer, layout }
+    }
+
+    /// Where the buffer lies, for a [`BlockMap`](kvlane_core::BlockMap).
+    pub(super) fn address(&self) -> u64 {
+        self.pointer.as_ptr().expose_provenance() as u64
     }
 
     /// Reads `len` bytes at `offset` of `file` into the start of the buffer. For a file opened with `O_DIRECT`, both

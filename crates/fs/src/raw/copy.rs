@@ -1,16 +1,23 @@
 //! The copy engine: one pass that copies and checksums, over raw addresses.
 //!
-//! Per 4 KiB: copy the source into a buffer on the stack (it stays in the L1 cache), checksum that buffer, then write it
-//! to the target with non-temporal stores. The bytes that are checked are thus exactly the bytes that are delivered,
-//! whatever another process does to the shared mapping meanwhile. Non-temporal stores save the target's read for
-//! ownership, which is a third of the memory traffic of a copy.
+//! ```text
+//! for each 4 KiB:
+//!     source -> chunk            a buffer on the stack that stays in the L1 cache
+//!     crc of the chunk
+//!     chunk -> target            non-temporal stores, while the next 4 KiB of the source are prefetched
+//! ```
+//!
+//! The bytes that are checked are thus exactly the bytes that are delivered, whatever another process does to the shared
+//! mapping meanwhile. Non-temporal stores save the target's read for ownership, a third of the memory traffic of a copy.
+//! The hardware prefetchers stop at each page and know nothing of the next run, so prefetching by hand hides the latency
+//! that the checksum would add.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{Ordering, fence};
 
-use crc_fast::{CrcAlgorithm, Digest};
+use crc32fast::Hasher;
 
 /// Bytes that are copied, checksummed and written while they are in the L1 cache.
 const CHUNK_BYTES: usize = 4096;
@@ -21,7 +28,7 @@ const LINE_BYTES: usize = 64;
 ///
 /// The seed makes a payload that lies in the wrong slot, or in the wrong layer of the right slot, fail its check.
 #[derive(Clone, Debug)]
-pub struct LayerCrc(Digest);
+pub struct LayerCrc(Hasher);
 
 impl LayerCrc {
     /// Starts the checksum of layer `layer` of the block named `key`.
@@ -29,9 +36,9 @@ impl LayerCrc {
         let mut seed = [0_u8; 36];
         seed[..32].copy_from_slice(key);
         seed[32..].copy_from_slice(&layer.to_le_bytes());
-        let mut digest = Digest::new(CrcAlgorithm::Crc32IsoHdlc);
-        digest.update(&seed);
-        Self(digest)
+        let mut hasher = Hasher::new();
+        hasher.update(&seed);
+        Self(hasher)
     }
 
     /// Appends bytes that nobody else writes.
@@ -40,9 +47,8 @@ impl LayerCrc {
     }
 
     /// The checksum of everything so far.
-    pub fn value(&self) -> u32 {
-        // The digest is 64 bits wide for its longer algorithms; a CRC-32 fills the low half.
-        self.0.finalize() as u32
+    pub fn value(self) -> u32 {
+        self.0.finalize()
     }
 }
 
@@ -58,7 +64,11 @@ impl<'a> ByteSource<'a> {
     /// # Safety
     /// `len` bytes at `pointer` stay readable for `'a`. Others may write them.
     pub(super) unsafe fn from_raw(pointer: *const u8, len: usize) -> Self {
-        Self { pointer, len, owner: PhantomData }
+        Self {
+            pointer,
+            len,
+            owner: PhantomData,
+        }
     }
 
     /// Bytes of the range.
@@ -78,7 +88,11 @@ impl<'a> ByteSource<'a> {
 
 impl<'a> From<&'a [u8]> for ByteSource<'a> {
     fn from(bytes: &'a [u8]) -> Self {
-        Self { pointer: bytes.as_ptr(), len: bytes.len(), owner: PhantomData }
+        Self {
+            pointer: bytes.as_ptr(),
+            len: bytes.len(),
+            owner: PhantomData,
+        }
     }
 }
 
@@ -94,7 +108,11 @@ impl<'a> ByteTarget<'a> {
     /// # Safety
     /// `len` bytes at `pointer` stay writable for `'a`, and no reference to them is used meanwhile.
     pub(super) unsafe fn from_raw(pointer: *mut u8, len: usize) -> Self {
-        Self { pointer, len, owner: PhantomData }
+        Self {
+            pointer,
+            len,
+            owner: PhantomData,
+        }
     }
 
     /// Bytes of the range.
@@ -114,7 +132,11 @@ impl<'a> ByteTarget<'a> {
 
 impl<'a> From<&'a mut [u8]> for ByteTarget<'a> {
     fn from(bytes: &'a mut [u8]) -> Self {
-        Self { pointer: bytes.as_mut_ptr(), len: bytes.len(), owner: PhantomData }
+        Self {
+            pointer: bytes.as_mut_ptr(),
+            len: bytes.len(),
+            owner: PhantomData,
+        }
     }
 }
 
@@ -186,43 +208,52 @@ pub(super) unsafe fn copy_run(
     // Bytes up to the target's first whole cache line: a line that is written in part must go through the cache.
     let head = target.align_offset(LINE_BYTES).min(len);
     let tail = (len - head) % LINE_BYTES;
-    let body = len - head - tail;
-    // SAFETY: head + body + tail is `len`, so the three ranges lie inside those of the caller; the target of the body is
-    // line-aligned and its length a multiple of a line.
+    let body_end = len - tail;
+    // SAFETY: head, body and tail are the caller's ranges cut into three; the body's target is aligned to a line, and its
+    // length a multiple of one. `fill` gives as many bytes as it is asked for, in memory that overlaps nothing.
     unsafe {
         match crc {
             None => {
                 source.copy_to_nonoverlapping(target, head);
-                stream(kernel, source.add(head), target.add(head), body);
-                source.add(head + body).copy_to_nonoverlapping(target.add(head + body), tail);
+                stream(kernel, source.add(head), target.add(head), body_end - head, None);
+                source
+                    .add(body_end)
+                    .copy_to_nonoverlapping(target.add(body_end), tail);
             }
             Some(crc) => {
                 let mut chunk = Chunk::new();
-                chunk.fill(source, head, crc).copy_to_nonoverlapping(target, head);
+                chunk
+                    .fill(kernel, source, head, crc)
+                    .copy_to_nonoverlapping(target, head);
                 let mut done = head;
-                while done < head + body {
-                    let step = CHUNK_BYTES.min(head + body - done);
-                    let bytes = chunk.fill(source.add(done), step, crc);
-                    stream(kernel, bytes, target.add(done), step);
+                while done < body_end {
+                    let step = CHUNK_BYTES.min(body_end - done);
+                    let bytes = chunk.fill(kernel, source.add(done), step, crc);
+                    let is_next_whole = body_end - done >= 2 * CHUNK_BYTES;
+                    let ahead = is_next_whole.then(|| source.add(done + CHUNK_BYTES));
+                    stream(kernel, bytes, target.add(done), step, ahead);
                     done += step;
                 }
-                chunk.fill(source.add(done), tail, crc).copy_to_nonoverlapping(target.add(done), tail);
+                chunk
+                    .fill(kernel, source.add(done), tail, crc)
+                    .copy_to_nonoverlapping(target.add(done), tail);
             }
         }
     }
 }
 
-/// Appends `len` bytes to `crc` without copying them.
+/// Appends `len` bytes to `crc` without copying them anywhere.
 ///
 /// # Safety
-/// `len` bytes are readable at `source`. Others may write them meanwhile.
-pub(super) unsafe fn checksum_run(source: *const u8, len: usize, crc: &mut LayerCrc) {
+/// `len` bytes are readable at `source`, and this machine has the instructions of `kernel`. Others may write the source
+/// meanwhile.
+pub(super) unsafe fn checksum_run(kernel: Kernel, source: *const u8, len: usize, crc: &mut LayerCrc) {
     let mut chunk = Chunk::new();
     let mut done = 0;
     while done < len {
         let step = CHUNK_BYTES.min(len - done);
         // SAFETY: done + step is at most `len`.
-        unsafe { chunk.fill(source.add(done), step, crc) };
+        unsafe { chunk.fill(kernel, source.add(done), step, crc) };
         done += step;
     }
 }
@@ -239,35 +270,69 @@ impl Chunk {
     /// Takes `len` bytes of `source`, appends them to `crc` and returns where they lie.
     ///
     /// # Safety
-    /// `len` bytes are readable at `source`, and `len` is at most [`CHUNK_BYTES`].
-    unsafe fn fill(&mut self, source: *const u8, len: usize, crc: &mut LayerCrc) -> *const u8 {
+    /// `len` bytes are readable at `source`, `len` is at most [`CHUNK_BYTES`], and this machine has the instructions of
+    /// `kernel`.
+    #[inline]
+    unsafe fn fill(
+        &mut self,
+        kernel: Kernel,
+        source: *const u8,
+        len: usize,
+        crc: &mut LayerCrc,
+    ) -> *const u8 {
         debug_assert!(len <= CHUNK_BYTES);
         let bytes = self.0.as_mut_ptr().cast::<u8>();
-        // SAFETY: the caller vouches for the source; the buffer is our own and long enough.
-        unsafe { source.copy_to_nonoverlapping(bytes, len) };
+        let tail = len % LINE_BYTES;
+        let body = len - tail;
+        // SAFETY: the caller vouches for the source; the buffer is our own, long enough and aligned to a line.
+        unsafe {
+            gather(kernel, source, bytes, body);
+            source.add(body).copy_to_nonoverlapping(bytes.add(body), tail);
+        }
         // SAFETY: no instruction at all. To the compiler it may read and change the buffer, so that it cannot replace
         // the buffer by a second look at the source, which may be different by then.
         unsafe { std::arch::asm!("/* {0} */", in(reg) bytes, options(nostack, preserves_flags)) };
-        // SAFETY: the copy above initialised `len` bytes, and nobody else has the buffer.
+        // SAFETY: the copies above initialised `len` bytes, and nobody else has the buffer.
         crc.update(unsafe { std::slice::from_raw_parts(bytes, len) });
         bytes
     }
 }
 
-/// Copies whole cache lines.
+/// Copies whole cache lines into the cache. The library's copy takes a slower way at this size (`rep movsb`).
 ///
 /// # Safety
 /// As [`copy_run`]; in addition `target` is aligned to a line and `len` is a multiple of one.
-unsafe fn stream(kernel: Kernel, source: *const u8, target: *mut u8, len: usize) {
+#[inline]
+unsafe fn gather(kernel: Kernel, source: *const u8, target: *mut u8, len: usize) {
     // SAFETY: the caller's contract is that of each kernel, and it vouches for the instructions.
     unsafe {
         match kernel {
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512 => x86::stream_avx512(source, target, len),
+            Kernel::Avx512 => x86::avx512::gather(source, target, len),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => x86::stream_avx2(source, target, len),
+            Kernel::Avx2 => x86::avx2::gather(source, target, len),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Sse2 => x86::stream_sse2(source, target, len),
+            Kernel::Sse2 => x86::sse2::gather(source, target, len),
+            _ => source.copy_to_nonoverlapping(target, len),
+        }
+    }
+}
+
+/// Copies whole cache lines past the cache, and prefetches `len` bytes from `ahead` on.
+///
+/// # Safety
+/// As [`copy_run`]; in addition `target` is aligned to a line and `len` is a multiple of one. `ahead` may be any address.
+#[inline]
+unsafe fn stream(kernel: Kernel, source: *const u8, target: *mut u8, len: usize, ahead: Option<*const u8>) {
+    // SAFETY: the caller's contract is that of each kernel, and it vouches for the instructions.
+    unsafe {
+        match (kernel, ahead) {
+            #[cfg(target_arch = "x86_64")]
+            (Kernel::Avx512, ahead) => x86::avx512::stream(source, target, len, ahead),
+            #[cfg(target_arch = "x86_64")]
+            (Kernel::Avx2, ahead) => x86::avx2::stream(source, target, len, ahead),
+            #[cfg(target_arch = "x86_64")]
+            (Kernel::Sse2, ahead) => x86::sse2::stream(source, target, len, ahead),
             _ => source.copy_to_nonoverlapping(target, len),
         }
     }
@@ -275,42 +340,104 @@ unsafe fn stream(kernel: Kernel, source: *const u8, target: *mut u8, len: usize)
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::{
-        __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_stream_si128, _mm256_loadu_si256, _mm256_stream_si256,
-        _mm512_loadu_si512, _mm512_stream_si512,
-    };
+    macro_rules! kernel {
+        ($name:ident, $feature:literal, $vector:ty, $zero:ident, $load:ident, $store:ident, $store_past:ident) => {
+            pub(super) mod $name {
+                use std::arch::x86_64::{
+                    _MM_HINT_T0, _mm_prefetch, $load, $store, $store_past, $vector, $zero,
+                };
 
-    use super::LINE_BYTES;
+                use crate::raw::copy::LINE_BYTES;
 
-    macro_rules! stream {
-        ($name:ident, $feature:literal, $vector:ty, $load:ident, $store:ident) => {
-            /// # Safety
-            /// As `super::stream`, on a machine with the instructions of the name.
-            #[target_feature(enable = $feature)]
-            pub(super) unsafe fn $name(source: *const u8, target: *mut u8, len: usize) {
                 const WIDTH: usize = size_of::<$vector>();
-                const VECTORS: usize = LINE_BYTES / WIDTH;
-                debug_assert!(target.addr().is_multiple_of(LINE_BYTES) && len.is_multiple_of(LINE_BYTES));
-                let mut done = 0;
-                while done < len {
-                    // SAFETY: a line at `done` lies inside both ranges, because `len` is a multiple of a line; the
-                    // target is aligned, as the stores ask.
-                    unsafe {
-                        let mut line = [const { std::mem::zeroed::<$vector>() }; VECTORS];
-                        for (index, vector) in line.iter_mut().enumerate() {
-                            *vector = $load(source.add(done + index * WIDTH).cast());
-                        }
-                        for (index, vector) in line.into_iter().enumerate() {
-                            $store(target.add(done + index * WIDTH).cast(), vector);
-                        }
+
+                /// # Safety
+                /// As `super::super::gather`, on a machine with the instructions of the module's name.
+                #[target_feature(enable = $feature)]
+                pub(in crate::raw::copy) unsafe fn gather(source: *const u8, target: *mut u8, len: usize) {
+                    for place in (0..len).step_by(WIDTH) {
+                        // SAFETY: a vector at `place` lies inside both ranges, since `len` is a multiple of a line and
+                        // so of a vector; the target is aligned, as the store asks.
+                        unsafe { $store(target.add(place).cast(), $load(source.add(place).cast())) };
                     }
-                    done += LINE_BYTES;
+                }
+
+                /// # Safety
+                /// As `super::super::stream`, on a machine with the instructions of the module's name.
+                #[target_feature(enable = $feature)]
+                pub(in crate::raw::copy) unsafe fn stream(
+                    source: *const u8,
+                    target: *mut u8,
+                    len: usize,
+                    ahead: Option<*const u8>,
+                ) {
+                    // Four lines at once: memory takes writes better in longer pieces.
+                    const STEP: usize = 4 * LINE_BYTES;
+                    let mut done = 0;
+                    while done + STEP <= len {
+                        if let Some(ahead) = ahead {
+                            for line in 0..STEP / LINE_BYTES {
+                                // Prefetching cannot fault, so any address will do.
+                                let line = ahead.wrapping_add(done + line * LINE_BYTES);
+                                _mm_prefetch::<_MM_HINT_T0>(line.cast());
+                            }
+                        }
+                        // SAFETY: done + STEP is at most `len`.
+                        unsafe { stream_step::<{ STEP / WIDTH }>(source.add(done), target.add(done)) };
+                        done += STEP;
+                    }
+                    while done < len {
+                        // SAFETY: a line at `done` lies inside, since `len` and STEP are multiples of a line.
+                        unsafe { stream_step::<{ LINE_BYTES / WIDTH }>(source.add(done), target.add(done)) };
+                        done += LINE_BYTES;
+                    }
+                }
+
+                /// # Safety
+                /// N vectors are readable at `source` and writable at `target`, which is aligned to a line.
+                #[inline]
+                #[target_feature(enable = $feature)]
+                unsafe fn stream_step<const N: usize>(source: *const u8, target: *mut u8) {
+                    // All loads before the first store; the array stays in registers.
+                    let mut vectors = [$zero(); N];
+                    for (index, vector) in vectors.iter_mut().enumerate() {
+                        // SAFETY: the caller's contract; the load takes any alignment.
+                        *vector = unsafe { $load(source.add(index * WIDTH).cast()) };
+                    }
+                    for (index, vector) in vectors.into_iter().enumerate() {
+                        // SAFETY: the caller's contract.
+                        unsafe { $store_past(target.add(index * WIDTH).cast(), vector) };
+                    }
                 }
             }
         };
     }
 
-    stream!(stream_avx512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_stream_si512);
-    stream!(stream_avx2, "avx2", __m256i, _mm256_loadu_si256, _mm256_stream_si256);
-    stream!(stream_sse2, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128);
+    kernel!(
+        avx512,
+        "avx512f",
+        __m512i,
+        _mm512_setzero_si512,
+        _mm512_loadu_si512,
+        _mm512_store_si512,
+        _mm512_stream_si512
+    );
+    kernel!(
+        avx2,
+        "avx2",
+        __m256i,
+        _mm256_setzero_si256,
+        _mm256_loadu_si256,
+        _mm256_store_si256,
+        _mm256_stream_si256
+    );
+    kernel!(
+        sse2,
+        "sse2",
+        __m128i,
+        _mm_setzero_si128,
+        _mm_loadu_si128,
+        _mm_store_si128,
+        _mm_stream_si128
+    );
 }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
 
-use kvlane_core::{BlockMap, Device, PagedMemory};
+use kvlane_core::{BlockMap, Device, PagedMemory, Region};
 
 use super::copy::{checksum_run, copy_run};
 use super::{AlignedBuffer, ByteSource, ByteTarget, Kernel, LayerCrc};
@@ -16,18 +16,15 @@ use super::{AlignedBuffer, ByteSource, ByteTarget, Kernel, LayerCrc};
 /// another length than [`layer_bytes`](Self::layer_bytes).
 pub struct HostCache {
     map: BlockMap,
-    regions: Vec<HostRegion>,
+    /// Of each region of the map.
+    regions: Vec<Place>,
     kernel: Kernel,
     /// Keeps the memory valid.
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
-/// A region in the form that copying needs: native pointer sizes, adjacent runs joined.
-struct HostRegion {
+struct Place {
     base: *mut u8,
-    block_stride_bytes: usize,
-    runs: Vec<(usize, usize)>,
-    block_count: u32,
     layer_bytes: usize,
 }
 
@@ -49,28 +46,51 @@ impl HostCache {
     /// write a block before its store has completed.
     ///
     /// # Panics
-    /// If a region is not host memory or reaches beyond the address space.
+    /// If a region is not host memory.
     pub unsafe fn from_map(map: BlockMap, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        let regions = map.regions().iter().map(HostRegion::new).collect();
-        Self { map, regions, kernel: Kernel::best(), _owner: owner }
+        let place = |region: &Region| {
+            assert!(
+                region.device == Device::Host,
+                "a region on {:?} is not host memory",
+                region.device
+            );
+            let address = usize::try_from(region.address).expect("a host address fits the address space");
+            Place {
+                base: ptr::with_exposed_provenance_mut(address),
+                layer_bytes: region.layer_bytes(),
+            }
+        };
+        let regions = map.regions().iter().map(place).collect();
+        Self {
+            map,
+            regions,
+            kernel: Kernel::best(),
+            _owner: owner,
+        }
     }
 
-    /// A cache with memory of its own, zeroed: one buffer for each of `buffer_bytes`. `build` gets their addresses and
-    /// returns the map.
+    /// A cache with memory of its own, zeroed: one page-aligned buffer for each of `buffer_bytes`. `build` gets their
+    /// addresses and returns the map.
     ///
     /// # Panics
     /// If the map has bytes outside of the buffers.
     pub fn allocate(buffer_bytes: &[usize], build: impl FnOnce(&[u64]) -> BlockMap) -> Self {
-        let buffers: Vec<AlignedBuffer> = buffer_bytes.iter().map(|&bytes| AlignedBuffer::new(bytes)).collect();
-        let addresses: Vec<u64> =
-            buffers.iter().map(|buffer| buffer.as_ptr().expose_provenance() as u64).collect();
+        let buffers: Vec<AlignedBuffer> = buffer_bytes
+            .iter()
+            .map(|&bytes| AlignedBuffer::new(bytes))
+            .collect();
+        let addresses: Vec<u64> = buffers.iter().map(AlignedBuffer::address).collect();
         let map = build(&addresses);
-        for region in map.regions().iter().map(HostRegion::new) {
-            let inside = buffers.iter().any(|buffer| {
-                let start = buffer.as_ptr().addr();
-                region.base.addr() >= start && region.end() <= start + buffer.len()
+        for region in map.regions() {
+            let is_inside = buffers.iter().any(|buffer| {
+                let start = region.address.checked_sub(buffer.address());
+                start.is_some_and(|start| start + region.extent_bytes as u64 <= buffer.len() as u64)
             });
-            assert!(inside, "a region lies outside of the buffers");
+            assert!(
+                is_inside,
+                "the region of {:?} lies outside of the buffers",
+                region.names
+            );
         }
         // SAFETY: every block lies inside a buffer, as just checked; the owner keeps the buffers and nobody borrows them.
         unsafe { Self::from_map(map, Arc::new(buffers)) }
@@ -81,7 +101,10 @@ impl HostCache {
     /// # Panics
     /// If this machine cannot run it.
     pub fn with_kernel(mut self, kernel: Kernel) -> Self {
-        assert!(Kernel::available().contains(&kernel), "this machine cannot run the copy kernel {kernel:?}");
+        assert!(
+            Kernel::available().contains(&kernel),
+            "this machine cannot run the copy kernel {kernel:?}"
+        );
         self.kernel = kernel;
         self
     }
@@ -95,7 +118,13 @@ impl HostCache {
     /// before the target is published.
     ///
     /// [`store_fence`]: super::store_fence
-    pub fn copy_layer_out(&self, region: usize, block: u32, target: ByteTarget<'_>, crc: Option<&mut LayerCrc>) {
+    pub fn copy_layer_out(
+        &self,
+        region: usize,
+        block: u32,
+        target: ByteTarget<'_>,
+        crc: Option<&mut LayerCrc>,
+    ) {
         self.check_length(region, target.len());
         let mut crc = crc;
         let mut place = target.pointer();
@@ -109,7 +138,13 @@ impl HostCache {
 
     /// Copies `source` into one block of one region and appends the bytes to `crc`, if one is given. The bytes are in
     /// the cache whatever the checksum turns out to be: who finds it wrong reports the block.
-    pub fn copy_layer_in(&self, region: usize, block: u32, source: ByteSource<'_>, crc: Option<&mut LayerCrc>) {
+    pub fn copy_layer_in(
+        &self,
+        region: usize,
+        block: u32,
+        source: ByteSource<'_>,
+        crc: Option<&mut LayerCrc>,
+    ) {
         self.check_length(region, source.len());
         let mut crc = crc;
         let mut place = source.pointer();
@@ -123,23 +158,30 @@ impl HostCache {
     /// Appends one block of one region to `crc`.
     pub fn checksum_layer(&self, region: usize, block: u32, crc: &mut LayerCrc) {
         for (run, len) in self.layer_runs(region, block) {
-            // SAFETY: valid by the contract of `from_map`.
-            unsafe { checksum_run(run, len, crc) };
+            // SAFETY: valid by the contract of `from_map`; the kernel is one of this machine's.
+            unsafe { checksum_run(self.kernel, run, len, crc) };
         }
     }
 
     /// Start and length of each run of one block in one region, in order.
     fn layer_runs(&self, region: usize, block: u32) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
-        let region = &self.regions[region];
-        assert!(block < region.block_count, "block {block} of a cache of {} blocks", region.block_count);
-        // No overflow: `HostRegion::new` checked the end of the last block.
-        let start = region.base.wrapping_add(block as usize * region.block_stride_bytes);
-        region.runs.iter().map(move |&(offset, len)| (start.wrapping_add(offset), len))
+        let place = &self.map.regions()[region];
+        // The map vouches for all runs of all its blocks lying inside the region; it panics on other blocks.
+        let start = self.regions[region]
+            .base
+            .wrapping_add(place.block_offset_bytes(block));
+        place
+            .runs
+            .iter()
+            .map(move |run| (start.wrapping_add(run.offset_bytes), run.len_bytes))
     }
 
     fn check_length(&self, region: usize, len: usize) {
         let expected = self.layer_bytes(region);
-        assert!(len == expected, "{len} bytes for a layer of {expected} bytes in region {region}");
+        assert!(
+            len == expected,
+            "{len} bytes for a layer of {expected} bytes in region {region}"
+        );
     }
 }
 
@@ -161,42 +203,10 @@ impl PagedMemory for HostCache {
 
 impl std::fmt::Debug for HostCache {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("HostCache").field("regions", &self.regions.len()).finish_non_exhaustive()
-    }
-}
-
-impl HostRegion {
-    fn new(region: &kvlane_core::Region) -> Self {
-        assert!(region.device == Device::Host, "a region on {:?} is not host memory", region.device);
-        let native = |bytes: u64| usize::try_from(bytes).expect("a region lies in the address space");
-        let mut runs: Vec<(usize, usize)> = Vec::new();
-        for run in &region.runs {
-            let (offset, len) = (native(run.offset_bytes), native(run.len_bytes));
-            match runs.last_mut() {
-                Some((last_offset, last_len)) if *last_offset + *last_len == offset => *last_len += len,
-                _ => runs.push((offset, len)),
-            }
-        }
-        let region = Self {
-            base: ptr::with_exposed_provenance_mut(native(region.address)),
-            block_stride_bytes: native(region.block_stride_bytes),
-            layer_bytes: runs.iter().map(|&(_, len)| len).sum(),
-            runs,
-            block_count: region.block_count,
-        };
-        region.end();
-        region
-    }
-
-    /// First address behind the last block; panics if it is none.
-    fn end(&self) -> usize {
-        let reach = self.runs.iter().map(|&(offset, len)| offset.checked_add(len)).max().unwrap_or(Some(0));
-        reach
-            .and_then(|reach| {
-                let last = (self.block_count.saturating_sub(1) as usize).checked_mul(self.block_stride_bytes)?;
-                self.base.addr().checked_add(last)?.checked_add(reach)
-            })
-            .expect("a region ends inside the address space")
+        formatter
+            .debug_struct("HostCache")
+            .field("regions", &self.regions.len())
+            .finish_non_exhaustive()
     }
 }
 

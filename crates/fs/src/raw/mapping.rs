@@ -26,7 +26,9 @@ impl ReadMapping {
     /// Maps the first `len` bytes of `file`, which must be open for reading. The length is checked against the file's.
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
         check_file_length(file, len)?;
-        Ok(Self { raw: MmapOptions::new().len(len).map_raw_read_only(file)? })
+        Ok(Self {
+            raw: MmapOptions::new().len(len).map_raw_read_only(file)?,
+        })
     }
 
     /// Bytes of the mapping.
@@ -38,7 +40,10 @@ impl ReadMapping {
     /// Reads the 64-bit word at `offset` with acquire order: what was written before the word was stored with release
     /// order is seen from here on.
     pub fn load_u64(&self, offset: usize) -> u64 {
-        let word = self.at(offset, align_of::<AtomicU64>(), size_of::<AtomicU64>()).cast_mut().cast::<u64>();
+        let word = self
+            .at(offset, align_of::<AtomicU64>(), size_of::<AtomicU64>())
+            .cast_mut()
+            .cast::<u64>();
         // SAFETY: inside the mapping and aligned, as `at` checked; mapped until `self` is dropped. In read-only memory
         // only relaxed loads are promised to work, hence the fence for acquire.
         let value = unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Relaxed);
@@ -48,7 +53,10 @@ impl ReadMapping {
 
     /// Reads the 32-bit word at `offset` with acquire order.
     pub fn load_u32(&self, offset: usize) -> u32 {
-        let word = self.at(offset, align_of::<AtomicU32>(), size_of::<AtomicU32>()).cast_mut().cast::<u32>();
+        let word = self
+            .at(offset, align_of::<AtomicU32>(), size_of::<AtomicU32>())
+            .cast_mut()
+            .cast::<u32>();
         // SAFETY: as in `load_u64`.
         let value = unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
@@ -93,14 +101,20 @@ impl ReadMapping {
             self.raw.len()
         );
         // The mapping itself starts at a page, so the offset decides the alignment.
-        assert!(offset.is_multiple_of(alignment), "offset {offset} is not a multiple of {alignment}");
+        assert!(
+            offset.is_multiple_of(alignment),
+            "offset {offset} is not a multiple of {alignment}"
+        );
         // SAFETY: offset is at most the mapping's length.
         unsafe { self.raw.as_ptr().add(offset) }
     }
 
     /// The whole pages that `range` touches.
     fn pages(&self, range: &Range<usize>) -> Range<usize> {
-        assert!(range.start <= range.end && range.end <= self.raw.len(), "{range:?} is outside of the mapping");
+        assert!(
+            range.start <= range.end && range.end <= self.raw.len(),
+            "{range:?} is outside of the mapping"
+        );
         range.start - range.start % PAGE_BYTES..range.end
     }
 
@@ -130,19 +144,25 @@ impl WriteMapping {
     /// Allocate them first: on a full file system, writing a hole through a mapping is a SIGBUS.
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
         check_file_length(file, len)?;
-        Ok(Self(ReadMapping { raw: MmapOptions::new().len(len).map_raw(file)? }))
+        Ok(Self(ReadMapping {
+            raw: MmapOptions::new().len(len).map_raw(file)?,
+        }))
     }
 
     /// The 64-bit word at `offset`.
     pub fn u64_at(&self, offset: usize) -> &AtomicU64 {
-        let word = self.at_mut(offset, align_of::<AtomicU64>(), size_of::<AtomicU64>()).cast::<u64>();
+        let word = self
+            .at_mut(offset, align_of::<AtomicU64>(), size_of::<AtomicU64>())
+            .cast::<u64>();
         // SAFETY: inside the mapping and aligned, as `at_mut` checked; writable, and mapped until `self` is dropped.
         unsafe { AtomicU64::from_ptr(word) }
     }
 
     /// The 32-bit word at `offset`.
     pub fn u32_at(&self, offset: usize) -> &AtomicU32 {
-        let word = self.at_mut(offset, align_of::<AtomicU32>(), size_of::<AtomicU32>()).cast::<u32>();
+        let word = self
+            .at_mut(offset, align_of::<AtomicU32>(), size_of::<AtomicU32>())
+            .cast::<u32>();
         // SAFETY: as in `u64_at`.
         unsafe { AtomicU32::from_ptr(word) }
     }

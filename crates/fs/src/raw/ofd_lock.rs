@@ -20,7 +20,10 @@ impl OfdLock {
 
     /// The byte at `offset`.
     pub const fn byte(offset: u32) -> Self {
-        Self { start: offset as i64, len: 1 }
+        Self {
+            start: offset as i64,
+            len: 1,
+        }
     }
 
     /// Takes the lock for writing, if nobody else has it: `Ok(false)` if somebody has. `file` must be open for writing.

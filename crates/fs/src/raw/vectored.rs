@@ -17,14 +17,22 @@ static ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 ///
 /// May block: give it only runs that no deadline guards.
 pub fn pwritev_all(file: &File, offset: u64, runs: &Runs<'_>, padding_bytes: usize) -> io::Result<()> {
-    assert!(padding_bytes <= PAGE_BYTES, "padding of {padding_bytes} bytes is more than a page");
+    assert!(
+        padding_bytes <= PAGE_BYTES,
+        "padding of {padding_bytes} bytes is more than a page"
+    );
     let padding = (ZEROES.as_ptr().cast_mut(), padding_bytes);
     let mut ranges = Cursor::new(runs.iter().chain(std::iter::once(padding)));
     let mut offset = offset;
     while ranges.refill() {
         // SAFETY: `runs` keeps its ranges valid while it is borrowed, the padding is static; the kernel only reads them.
         let written = unsafe {
-            libc::pwritev(file.as_raw_fd(), ranges.window.as_ptr(), ranges.window.len() as i32, file_offset(offset)?)
+            libc::pwritev(
+                file.as_raw_fd(),
+                ranges.window.as_ptr(),
+                ranges.window.len() as i32,
+                file_offset(offset)?,
+            )
         };
         match check(written)? {
             None => {}
@@ -93,14 +101,24 @@ struct Cursor<I> {
 
 impl<I: Iterator<Item = (*mut u8, usize)>> Cursor<I> {
     fn new(rest: I) -> Self {
-        Self { rest, window: Vec::new() }
+        Self {
+            rest,
+            window: Vec::new(),
+        }
     }
 
     /// Fills an empty window; `false` when nothing is left to do.
     fn refill(&mut self) -> bool {
         if self.window.is_empty() {
-            let ranges = self.rest.by_ref().filter(|&(_, len)| len > 0).take(RANGES_PER_CALL);
-            self.window.extend(ranges.map(|(start, len)| libc::iovec { iov_base: start.cast(), iov_len: len }));
+            let ranges = self
+                .rest
+                .by_ref()
+                .filter(|&(_, len)| len > 0)
+                .take(RANGES_PER_CALL);
+            self.window.extend(ranges.map(|(start, len)| libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            }));
         }
         !self.window.is_empty()
     }
