@@ -18,7 +18,7 @@ pub enum Error {
         /// Logical shape, in elements.
         shape: Vec<u64>,
         /// Strides, in elements.
-        strides: Vec<u64>,
+        strides: Vec<i64>,
         /// What is wrong, as the end of a sentence.
         reason: String,
     },

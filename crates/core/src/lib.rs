@@ -20,14 +20,16 @@ pub mod chain;
 pub mod error;
 pub mod memory;
 pub mod namespace;
+pub mod owned_cache;
 pub mod reference;
 pub mod transfer;
 
 pub use block_map::{BlockMap, Region, Run, TensorView};
-pub use chain::{BlockKey, Chain, ChainRoot};
+pub use chain::{BlockKey, Chain, ChainRoot, ChainRootId};
 pub use error::{Error, Result};
 pub use memory::{Device, PagedMemory};
 pub use namespace::{NamespaceId, NamespaceParts};
+pub use owned_cache::OwnedCache;
 pub use transfer::{
     Availability, Completion, JobId, KvTransfer, LoadOrder, LoadRequest, MissReason, Outcome, StoreRequest,
 };

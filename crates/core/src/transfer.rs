@@ -1,9 +1,11 @@
 //! The one trait that a connector needs, whatever is behind it.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
+use crate::block_map::BlockMap;
 use crate::chain::BlockKey;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Names one store or load until its [`Completion`] has been taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -14,7 +16,8 @@ pub struct JobId(pub u64);
 pub struct Availability {
     /// Leading blocks that are committed now.
     pub ready_blocks: usize,
-    /// Blocks right behind those that a live producer has promised ("not yet").
+    /// Blocks right behind those that can be had once live producers keep their promises ("not yet"): each is promised,
+    /// or committed behind one that is.
     pub pending_blocks: usize,
 }
 
@@ -75,6 +78,23 @@ pub struct StoreRequest {
     pub deadline: Instant,
 }
 
+impl StoreRequest {
+    /// Checks the request against the cache it will read: one block per key, no repeats, every block in the cache.
+    /// A backend calls this before it does anything else.
+    pub fn check(&self, map: &BlockMap) -> Result<()> {
+        check_blocks(&self.keys, &self.blocks, map)?;
+        let depths = u32::MAX as usize - self.first_depth as usize;
+        if self.keys.len() > depths {
+            return Err(refused(
+                "keys",
+                self.keys.len(),
+                format!("at most {depths} from that depth on"),
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// In which order a load fills the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoadOrder {
@@ -97,6 +117,14 @@ pub struct LoadRequest {
     pub deadline: Instant,
     /// Order of copying.
     pub order: LoadOrder,
+}
+
+impl LoadRequest {
+    /// Checks the request against the cache it will write: one block per key, no repeats, every block in the cache.
+    /// A backend calls this before it does anything else.
+    pub fn check(&self, map: &BlockMap) -> Result<()> {
+        check_blocks(&self.keys, &self.blocks, map)
+    }
 }
 
 /// Moves KV blocks between one paged cache and a place that other processes can reach.
@@ -154,4 +182,47 @@ pub trait KvTransfer: Send + Sync {
 
     /// Starts a new epoch: nothing stored before is found any more, by anyone who shares the place.
     fn reset(&self) -> Result<()>;
+}
+
+fn check_blocks(keys: &[BlockKey], blocks: &[u32], map: &BlockMap) -> Result<()> {
+    if keys.len() != blocks.len() {
+        return Err(refused(
+            "blocks",
+            format!("{} blocks", blocks.len()),
+            format!("{}, one per key", keys.len()),
+        ));
+    }
+    let count = map.block_count();
+    if let Some(block) = blocks.iter().find(|&&block| block >= count) {
+        return Err(refused(
+            "blocks",
+            format!("block {block}"),
+            format!("below {count}"),
+        ));
+    }
+    let mut seen = vec![0u64; (count as usize).div_ceil(64)];
+    for &block in blocks {
+        let (word, bit) = (block as usize / 64, 1 << (block % 64));
+        if seen[word] & bit != 0 {
+            return Err(refused(
+                "blocks",
+                format!("block {block} twice"),
+                "every block once",
+            ));
+        }
+        seen[word] |= bit;
+    }
+    let mut known = HashSet::with_capacity(keys.len());
+    match keys.iter().find(|key| !known.insert(**key)) {
+        Some(key) => Err(refused("keys", format!("{key:?} twice"), "every key once")),
+        None => Ok(()),
+    }
+}
+
+fn refused(argument: &'static str, found: impl ToString, allowed: impl Into<String>) -> Error {
+    Error::InvalidArgument {
+        argument,
+        found: found.to_string(),
+        allowed: allowed.into(),
+    }
 }

@@ -1,0 +1,1 @@
+//! The benchmarks lie beside this file; each is a target of its own.

@@ -1,0 +1,1 @@
+//! The examples lie beside this file: `cargo run -p kvlane-examples --example roundtrip`.
