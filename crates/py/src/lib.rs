@@ -1,0 +1,27 @@
+//! `kvlane._native`: conversion between Python and kvlane's crates. No logic lives here.
+//!
+//! Three rules hold for every function: arguments are checked while the interpreter lock is held; whatever copies,
+//! waits or touches a file runs without it; and a panic becomes an exception that names itself an internal error.
+
+mod chain;
+mod error;
+mod ints;
+mod layout;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::chain::Chain;
+    #[pymodule_export]
+    use crate::layout::{Layout, namespace_id};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        crate::error::init(module)
+    }
+}

@@ -1,0 +1,257 @@
+"""What must agree before KV may be shared: the facts of a namespace, and the identity of adapters and requests.
+
+All of it is read from vLLM's configuration objects by name, so nothing of vLLM is imported here.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from kvlane._native import Chain, namespace_id
+
+#: A fact is a name and a value; equal facts mean equal KV bytes.
+Facts = list[tuple[str, str]]
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Parts of a model's configuration that say where it came from or how it is run, not what it computes.
+_VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "_attn_implementation", "_commit_hash"}
+# A name in a hub cache's blob folder is a hash of the content.
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# With these the angle of a rotation depends on the longest sequence that the server allows.
+_LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
+
+
+def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
+    """Facts that all ranks of an engine share. `model_identity` stands for the weights where it is given."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    config = model.hf_config
+    facts = [
+        ("model config", canonical_json(config_dict(config))),
+        ("model dtype", str(model.dtype)),
+        ("kv dtype", kv_dtype(cache.cache_dtype, model.dtype)),
+        ("kv skipped layers", canonical_json(getattr(cache, "kv_cache_dtype_skip_layers", None) or [])),
+        ("quantization", str(getattr(model, "quantization", None))),
+        ("hf overrides", canonical_json(getattr(model, "hf_overrides", None))),
+        ("runner", str(getattr(model, "runner_type", None))),
+        ("block tokens", str(cache.block_size)),
+    ]
+    if _rope_types(config) & _LENGTH_DEPENDENT_ROPE:
+        facts.append(("max model length", str(model.max_model_len)))
+    multimodal = getattr(model, "multimodal_config", None)
+    if multimodal is not None:
+        facts.append(("image processing", canonical_json(getattr(multimodal, "mm_processor_kwargs", None))))
+    facts += _prefixed("weights", weight_facts(model, vllm_config.load_config, model_identity))
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is not None and getattr(speculative, "method", None) not in ("ngram", "suffix"):
+        # The draft model has KV layers of its own in the same blocks.
+        facts += [("draft method", str(speculative.method)), ("draft config", canonical_json(config_dict(draft.hf_config)))]
+        facts += _prefixed("draft weights", weight_facts(draft, vllm_config.load_config, None))
+    return facts
+
+
+def rank_facts(layer_names: Iterable[str], fingerprint: bytes, pp: tuple[int, int], tp: tuple[int, int]) -> Facts:
+    """Facts of one worker: its (rank, size) in the pipeline and tensor groups, its layers, the order of its bytes."""
+    return [
+        ("pipeline rank", f"{pp[0]} of {pp[1]}"),
+        ("tensor rank", f"{tp[0]} of {tp[1]}"),
+        ("layers", canonical_json(list(layer_names))),
+        ("layout", fingerprint.hex()),
+    ]
+
+
+def namespace_of(facts: Facts) -> bytes:
+    """The id of a namespace."""
+    return namespace_id(facts)
+
+
+def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Facts:
+    """The identity of a model's weights.
+
+    In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
+    hash of a hub cache or else the modification time); the name and revision that the model was asked for.
+    """
+    if model_identity is not None:
+        return [("identity", model_identity)]
+    load_format = str(getattr(load_config, "load_format", "auto"))
+    facts = [("format", load_format)]
+    if load_format.endswith("dummy"):
+        return [*facts, ("random seed", str(getattr(model, "seed", None)))]
+    path = model_path(model, load_config)
+    files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
+    if files:
+        return [*facts, *files]
+    return [*facts, ("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+
+
+def model_path(model: Any, load_config: Any) -> str | None:
+    """The local file or folder that a model is loaded from, None if there is none."""
+    name = str(getattr(model, "model_weights", None) or model.model)
+    if os.path.exists(name):
+        return name
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(
+            name,
+            "config.json",
+            cache_dir=getattr(load_config, "download_dir", None),
+            revision=getattr(model, "revision", None),
+        )
+    except (ImportError, ValueError, OSError):  # not a hub name, or no hub client
+        return None
+    return os.path.dirname(cached) if isinstance(cached, str) else None
+
+
+def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
+    """Name, size and content hash or modification time of a file, or of the files directly in a folder."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if suffixes is None or name.endswith(suffixes))
+        paths = [(name, os.path.join(path, name)) for name in names]
+    else:
+        paths = [(os.path.basename(path), path)]
+    facts = []
+    for name, file in paths:
+        target = os.path.realpath(file)
+        if not os.path.isfile(target):
+            continue
+        status = os.stat(target)
+        folder, blob = os.path.split(target)
+        if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob):
+            version = f"hash {blob}"
+        else:
+            version = f"time {status.st_mtime_ns}"
+        facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
+    return facts
+
+
+class AdapterIdentities:
+    """Identities of LoRA adapters, by name, path and the state of their files.
+
+    The engine holds an adapter's weights from when it first loaded them, not as they are on disk now. An adapter whose
+    files change while this process runs has no identity from then on: nobody can say which weights made its KV.
+    """
+
+    def __init__(self) -> None:
+        self._first_seen: dict[tuple[str, str], bytes] = {}
+
+    def identity(self, lora_request: Any) -> bytes | None:
+        """The adapter's identity, or None if its KV must be neither stored nor loaded."""
+        name, path = str(lora_request.lora_name), str(lora_request.lora_path)
+        if getattr(lora_request, "load_inplace", False):
+            return None
+        try:
+            files = file_facts(os.path.expanduser(path))
+        except OSError:
+            files = []
+        if not files:
+            return None  # not local files, so a change could not be noticed
+        now = canonical_json({"name": name, "path": path, "files": files}).encode()
+        return now if self._first_seen.setdefault((name, path), now) == now else None
+
+
+def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool) -> Chain | None:
+    """The chain of a request's prompt, or None if its KV cannot be named by its content.
+
+    That is so for prompts given as embeddings, for pooling requests (their attention may look ahead), and for images
+    whose identifier is the request's and not the image's.
+    """
+    tokens = request.prompt_token_ids
+    if tokens is None or getattr(request, "prompt_embeds", None) is not None:
+        return None
+    if getattr(request, "pooling_params", None) is not None:
+        return None
+    lora = None
+    if request.lora_request is not None:
+        lora = adapters.identity(request.lora_request)
+        if lora is None:
+            return None
+    chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
+    for feature in getattr(request, "mm_features", None) or ():
+        if not images_are_named or not feature.identifier:
+            return None
+        place = feature.mm_position
+        chain.add_image(place.offset, place.length, f"{feature.modality}:{feature.identifier}")
+    chain.extend(tokens)
+    return chain
+
+
+def images_are_named(vllm_config: Any) -> bool:
+    """Whether multimodal identifiers name content.
+
+    With both of its caches off, vLLM names an image after the request: two different images may share that name.
+    """
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if multimodal is None:
+        return True
+    no_processor_cache = getattr(multimodal, "mm_processor_cache_gb", 1) == 0
+    return not (no_processor_cache and not vllm_config.cache_config.enable_prefix_caching)
+
+
+def scales_are_portable(cache_config: Any) -> bool:
+    """Whether another engine reads the same values from the same bytes.
+
+    Scales that an engine computes from its own first batch stay in that engine.
+    """
+    return not (getattr(cache_config, "calculate_kv_scales", False) and str(cache_config.cache_dtype).startswith("fp8"))
+
+
+def kv_dtype(cache_dtype: Any, model_dtype: Any) -> str:
+    """The type of the cache's elements; "auto" means the model's."""
+    name = str(cache_dtype)
+    return str(model_dtype).removeprefix("torch.") if name == "auto" else name
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """A model configuration without what does not change the model."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    return _without_volatile(values)
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values, whatever the order of their keys."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
+
+
+def _prefixed(prefix: str, facts: Facts) -> Facts:
+    return [(f"{prefix} {name}", value) for name, value in facts]
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_volatile(v) for k, v in value.items() if k not in _VOLATILE_CONFIG_KEYS}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Turns whatever a configuration holds into what JSON has, never into text with an address in it."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=repr)
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if hasattr(value, "to_dict"):
+        return _plain(config_dict(value))
+    text = str(value)
+    return type(value).__qualname__ if " at 0x" in text else text
+
+
+def _rope_types(config: Any) -> set[str]:
+    found: set[str] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if key in ("rope_type", "type") and isinstance(item, str):
+                    found.add(item)
+                visit(item)
+
+    visit(config_dict(config))
+    return found

@@ -1,0 +1,148 @@
+"""The options in ``kv_connector_extra_config``, parsed into a typed value."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvlane._native import ConfigError
+
+MEDIA = ("auto", "memory", "disk", "network")
+LOAD_FAILURE_POLICIES = ("recompute", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the filesystem connector. Every field is an option of the same name."""
+
+    #: Folder that all servers share. Segments lie in its subfolder ``kvlane``.
+    shared_storage_path: str = "/tmp"
+    #: Bytes that all segments may take together. None: what the folder has, else half of what is free.
+    capacity_bytes: int | None = None
+    #: Longest time that a request waits for its KV, waiting for the prefill and loading each, in ms.
+    load_timeout_ms: int = 5_000
+    #: How long a request that names a prefill server waits for that server to announce its blocks.
+    prefill_grace_ms: int = 200
+    #: Longest time that a step waits for the blocks it computed to be copied out.
+    store_timeout_ms: int = 2_000
+    #: Check the payload's checksum on every load.
+    verify: bool = True
+    #: Copying threads, for stores and loads each. None: by core count.
+    io_threads: int | None = None
+    #: Load inside the step that needs the KV. The default loads between steps.
+    sync_load: bool = False
+    #: With ``sync_load``: compute a layer as soon as its KV is there.
+    layerwise_load: bool = False
+    #: How bytes are moved: by the kind of file system ("auto"), or forced.
+    medium: str = "auto"
+    #: Size of one segment file. None: 64 MiB.
+    segment_bytes: int | None = None
+    #: "recompute": sets vLLM's kv_load_failure_policy, so that a failed load costs time and not the request.
+    load_failure_policy: str = "recompute"
+    #: Names the weights, in place of file names, sizes and times. For servers with copies of their own.
+    model_identity: str | None = None
+    #: Ask vLLM for the layout in which a block is one piece (vLLM 0.29 and newer).
+    block_outermost_layout: bool = False
+
+    @property
+    def root(self) -> str:
+        """The folder that holds kvlane's files."""
+        return os.path.join(self.shared_storage_path, "kvlane")
+
+    def native(self) -> dict[str, Any]:
+        """What the native backend takes; an option that was not given is left to its default."""
+        values = {
+            "capacity_bytes": self.capacity_bytes,
+            "segment_bytes": self.segment_bytes,
+            "io_threads": self.io_threads,
+            "verify": self.verify,
+            "medium": self.medium,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
+    """Reads the options; an unknown name or a value of a wrong kind is a `ConfigError` that says what is allowed."""
+    given = dict(extra_config or {})
+    given.pop("legacy", None)  # where a configuration shim puts keys that newer vLLM versions dropped
+    unknown = sorted(set(given) - set(_READERS))
+    if unknown:
+        raise ConfigError(
+            f"kv_connector_extra_config has an unknown option '{unknown[0]}' = {given[unknown[0]]!r}, "
+            f"allowed: {', '.join(sorted(_READERS))}"
+        )
+    options = Options(**{name: _READERS[name](name, value) for name, value in given.items()})
+    if options.layerwise_load and not options.sync_load:
+        raise ConfigError("layerwise_load is True while sync_load is False, allowed: both True, or layerwise_load False")
+    return options
+
+
+def parse_bytes(name: str, value: Any) -> int:
+    """Reads a number of bytes: 500000000, "500MB", "64GiB" (and the short forms "500M", "64Gi")."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        match = _BYTES.fullmatch(value.strip())
+        if match:
+            amount, unit, binary = match.groups()
+            scale = (1024 if binary else 1000) ** ("KMGTP".index(unit.upper()) + 1) if unit else 1
+            total = round(float(amount) * scale)
+            if total > 0:
+                return total
+    raise _refused(name, value, 'a positive number of bytes such as 500000000, "500MB" or "64GiB"')
+
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGTP])(i?))?B?")
+
+
+def _refused(name: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"option '{name}' is {value!r}, allowed: {allowed}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(name, value, "true or false")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _refused(name, value, "a text that is not empty")
+    return value
+
+
+def _number(low: int, high: int) -> Callable[[str, Any], int]:
+    def read(name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise _refused(name, value, f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def _choice(*allowed: str) -> Callable[[str, Any], str]:
+    def read(name: str, value: Any) -> str:
+        if value not in allowed:
+            raise _refused(name, value, ", ".join(allowed))
+        return value
+
+    return read
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "shared_storage_path": _text,
+    "capacity_bytes": parse_bytes,
+    "load_timeout_ms": _number(1, 600_000),
+    "prefill_grace_ms": _number(0, 60_000),
+    "store_timeout_ms": _number(1, 600_000),
+    "verify": _flag,
+    "io_threads": _number(1, 64),
+    "sync_load": _flag,
+    "layerwise_load": _flag,
+    "medium": _choice(*MEDIA),
+    "segment_bytes": parse_bytes,
+    "load_failure_policy": _choice(*LOAD_FAILURE_POLICIES),
+    "model_identity": _text,
+    "block_outermost_layout": _flag,
+}
