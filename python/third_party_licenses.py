@@ -2,8 +2,8 @@
 
     python third_party_licenses.py --output THIRD_PARTY_LICENSES
 
-Walks the locked dependency graph of crates/py along normal dependencies, for the platforms that wheels are built for, and
-takes the licence files out of the crates' own sources. Fails when a crate offers no text.
+Walks the locked dependency graph of crates/py along normal dependencies, for the platforms that wheels are built for,
+and takes the licence files out of the crates' own sources. Fails when a crate offers no text.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def metadata(target: str) -> dict[str, Any]:
 
 
 def linked_packages() -> dict[str, dict[str, Any]]:
-    """Packages by id. Procedural macros count too: the code they write is linked. What only build scripts use is not."""
+    """Packages by id. Procedural macros count too: the code that they write is linked. Build scripts do not."""
     found: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
         graph = metadata(target)
@@ -82,7 +82,7 @@ def render() -> tuple[str, int]:
         expression = package["license"] or f"see file {package['license_file']}"
         listing.append(f"{title}: {expression}" + (f", {package['repository']}" if package["repository"] else ""))
         texts = license_texts(Path(package["manifest_path"]).parent, package["license_file"])
-        # Some crates of a larger repository leave the text at that repository's root. Apache-2.0 has one wording for all.
+        # Some crates leave the text at the root of a larger repository. Apache-2.0 has one wording for all.
         if not texts and "Apache-2.0" in expression:
             texts = {"LICENSE": apache}
         if not texts:
@@ -98,7 +98,7 @@ def render() -> tuple[str, int]:
         owners_of[text].append(f"{name} ({file_name})")
 
     parts = [
-        "The native module of kvlane links the packages below. kvlane itself is under the Apache License 2.0; see LICENSE.",
+        "The native module of kvlane links the packages below. kvlane itself is under Apache-2.0; see LICENSE.",
         "\n".join(listing),
     ]
     for text, owners in sorted(owners_of.items(), key=lambda item: item[1]):
