@@ -1,0 +1,91 @@
+"""Files of a system under test: emptied, written back, dropped from the page cache."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from turns import NotRun
+
+
+def empty(folder: str | Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+
+
+def settle(folder: str | Path) -> None:
+    """Write back what was stored, so that no system pays for its neighbour's dirty pages."""
+    for path in _files(folder):
+        with _opened(path) as file:
+            os.fdatasync(file.fileno())
+
+
+def drop(folder: str | Path) -> None:
+    """Write back all pages and drop them from the page cache. Raises NotRun where the kernel keeps them."""
+    settle(folder)
+    files = _files(folder)
+    for path in files:
+        with _opened(path) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    kept, total = sum(resident_bytes(path) for path in files), sum(path.stat().st_size for path in files)
+    # Pages that a process has mapped stay, and kvlane maps its header tables: a small share may remain.
+    if kept > total // 20:
+        raise NotRun(f"{kept >> 20} of {total >> 20} MiB stayed in the page cache after posix_fadvise(DONTNEED)")
+
+
+def resident_bytes(path: Path) -> int:
+    """Bytes of the file that are in the page cache."""
+    size = path.stat().st_size
+    if size == 0:
+        return 0
+    pages = -(-size // mmap.PAGESIZE)
+    with _opened(path) as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapping:
+        view = np.frombuffer(mapping, np.uint8)
+        states = np.zeros(pages, np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(
+            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(states.ctypes.data)
+        )
+        del view
+        if failed:
+            raise OSError(ctypes.get_errno(), f"mincore of {path}")
+    return int((states & 1).sum()) * mmap.PAGESIZE
+
+
+class DirectRead:
+    """The floor of a cold load: one file of the request's size, read past the page cache in one go."""
+
+    CALL_BYTES = 8 << 20
+
+    def __init__(self, folder: str | Path, size_bytes: int) -> None:
+        self._path, self._buffer = Path(folder) / "direct-read", mmap.mmap(-1, self.CALL_BYTES)
+        with open(self._path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            generator = np.random.default_rng(21)
+            for _ in range(0, size_bytes, self.CALL_BYTES):
+                file.write(generator.bytes(self.CALL_BYTES))
+            file.flush()
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._size_bytes = size_bytes
+        try:
+            self._file = os.open(self._path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            raise NotRun(f"O_DIRECT cannot be used here: {error}") from None
+
+    def seconds(self) -> float:
+        start, done = time.perf_counter(), 0
+        while done < self._size_bytes:
+            done += os.preadv(self._file, [self._buffer], done)
+        return time.perf_counter() - start
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+
+
+def _opened(path: Path):
+    return open(path, "rb", buffering=0)

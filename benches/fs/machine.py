@@ -1,0 +1,43 @@
+"""The facts without which a figure means nothing."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+def facts(folders: dict[str, str], cores: list[int], versions: dict[str, str]) -> dict:
+    """What ran where. ``folders``: medium to scratch folder; ``cores``: first the one that the floor uses."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(cores),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "filesystems": {medium: filesystem_of(folder) for medium, folder in folders.items()},
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def filesystem_of(folder: str) -> str:
+    """The type of the file system that holds the folder, such as ext4."""
+    command = ["stat", "--file-system", "--format=%T", folder]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if name != "ext2/ext3":
+        return name
+    # These share one magic number with ext4: the mount table knows.
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    holding = [m for m in mounts if os.path.realpath(folder).startswith(m[1].rstrip("/") + "/")]
+    return max(holding, key=lambda mount: len(mount[1]))[2] if holding else name

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Side-by-side benchmark of kvlane's filesystem backend against its peers and against memcpy.
+
+    .venv/bin/python benches/fs/run.py                 everything, writes benches/results/fs.json
+    .venv/bin/python benches/fs/run.py --quick         few rounds, writes nothing unless --json is given
+    .venv/bin/python benches/fs/run.py --only kvlane,load,tmpfs   these systems, cases and media only
+
+Every system has a long-lived worker process; in each round all of them take one turn per case, so whatever
+disturbs the machine meets all. A row of n threads runs on n cores. Right before and right after each timed
+case the same process times one memcpy of the request's size, on the first of those cores. Rows are medians
+over the rounds; `of_memcpy` is the median of the rounds' ratios, and the `copy` rows are the medians of all
+those memcpys. What a system moved is checked byte for byte in every turn. The exit status is 1 after a wrong
+byte or a broken worker, never because something is slow.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import machine
+from rows import CALLS_MEDIUM, MOVES, Bar, Key, Samples, bars
+from tqdm import tqdm
+from turns import NotRun, Worker, WorkerFailed
+from workload import Sample, WrongBytes
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benches" / "results" / "fs.json"
+ROUNDS, QUICK_ROUNDS = 11, 3
+
+# Worker scripts of each system, with the environment whose Python runs them.
+SYSTEMS = {
+    "kvlane": [(".venv", "worker_kvlane.py"), (".venv", "worker_kvlane_calls.py")],
+    "example-connector": [(".venv", "worker_example_connector.py")],
+    "vllm-fs": [(".venv", "worker_vllm_fs.py")],
+    "lmcache-fs": [(".venv-peers-fs", "worker_lmcache_fs.py")],
+}
+MEDIA = ("tmpfs", "disk", CALLS_MEDIUM)
+CASES = (
+    *(
+        "store",
+        "load",
+        "store-evicted",
+        "load-cold",
+        "load-fresh-reader",
+        "first-fill",
+        "io-write",
+        "io-read",
+    ),
+    *("lookup", "keys-first", "keys-grown", "idle-step"),
+)
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch folders are removed
+    scratch = {
+        "tmpfs": tempfile.mkdtemp(prefix="kvlane-bench.", dir=options.tmpfs_dir),
+        "disk": tempfile.mkdtemp(prefix="kvlane-bench.", dir=options.disk_dir),
+    }
+    try:
+        return measure(options, scratch)
+    except (WrongBytes, WorkerFailed) as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for folder in scratch.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help=f"write the rows here (a whole run: {RESULT.relative_to(ROOT)})")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--rounds", type=int, help="number of rounds")
+    parser.add_argument(
+        "--only", default="", help="comma-separated names of systems, cases and media; others are left out"
+    )
+    parser.add_argument("--tmpfs-dir", default="/dev/shm", help="parent of the memory-backed scratch folder")
+    parser.add_argument("--disk-dir", default=str(ROOT / "target"), help="parent of the disk-backed scratch folder")
+    options = parser.parse_args(arguments)
+    options.only = {name for name in options.only.split(",") if name}
+    unknown = options.only - {*SYSTEMS, *CASES, *MEDIA}
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join([*SYSTEMS, *CASES, *MEDIA])}")
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    if options.json is None and not options.quick and not options.only:
+        options.json = RESULT
+    os.makedirs(options.disk_dir, exist_ok=True)
+    for medium, folder in (("tmpfs", options.tmpfs_dir), ("disk", options.disk_dir)):
+        if (machine.filesystem_of(folder) == "tmpfs") != (medium == "tmpfs"):
+            parser.error(f"--{medium}-dir: {folder} is {machine.filesystem_of(folder)}")
+    return options
+
+
+def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
+    cores = sorted(os.sched_getaffinity(0), reverse=True)  # the highest first: core 0 serves most interrupts
+    workers: dict[Key, Worker] = {}
+    versions: dict[str, str] = {}
+    started: list[Worker] = []
+    try:
+        for system, scripts in SYSTEMS.items():
+            for environment, script in scripts if wanted(options.only, SYSTEMS, system) else ():
+                worker = start(environment, script, system, cores, scratch)
+                started.append(worker)
+                versions |= worker.call("versions")
+                for case, medium, threads in worker.call("cases"):
+                    if wanted(options.only, CASES, case) and wanted(options.only, MEDIA, medium):
+                        workers[Key(medium, case, threads, system)] = worker
+        facts = machine.facts(scratch, cores, dict(sorted(versions.items())))
+        samples, not_run = take_turns(workers, options.rounds)
+    finally:
+        for worker in started:
+            worker.close()
+    rows = samples.rows()
+    show(samples, rows, not_run)
+    if options.json:
+        facts |= {"rounds": options.rounds, "method": MOVES, "not_run": not_run}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        print(f"wrote {options.json}")
+    return 0
+
+
+def start(environment: str, script: str, system: str, cores: list[int], scratch: dict[str, str]) -> Worker:
+    python = ROOT / environment / "bin" / "python"
+    if not python.exists():
+        name = environment.removeprefix(".venv").removeprefix("-") or "main"
+        raise WorkerFailed(f"{environment} is missing; build it: tests/env/build.sh {name}")
+    folders = {medium: str(Path(folder, system)) for medium, folder in scratch.items()}
+    for folder in folders.values():
+        os.makedirs(folder, exist_ok=True)
+    return Worker(str(python), script, cores=cores, folders=folders)
+
+
+def wanted(only: set[str], kind, name: str) -> bool:
+    """Names of one kind (system, case, medium) in --only exclude the others of that kind."""
+    return name in only or not only.intersection(kind)
+
+
+def take_turns(workers: dict[Key, Worker], rounds: int) -> tuple[Samples, list[str]]:
+    """Round 0 is not counted: it opens files, fills stores and starts threads."""
+    samples, not_run = Samples(), []
+    keys = sorted(workers)
+    shuffle = random.Random(0)
+    total = len(keys) * (rounds + 1)
+    with tqdm(total=total, file=sys.stderr, unit="turn", mininterval=1, dynamic_ncols=True) as progress:
+        for number in range(rounds + 1):
+            for key in in_turn(keys, shuffle):
+                progress.set_description(f"{key.system} {key.case} {key.medium} {key.threads}", refresh=False)
+                try:
+                    arguments = {
+                        "case": key.case,
+                        "medium": key.medium,
+                        "threads": key.threads,
+                        "round_number": number,
+                    }
+                    sample = Sample(**workers[key].call("turn", **arguments))
+                    if number:
+                        samples.add(key, sample)
+                except NotRun as reason:
+                    not_run.append(f"{key.system} {key.case} {key.medium} {key.threads}: {reason}")
+                    keys.remove(key)
+                progress.update()
+    return samples, not_run
+
+
+def in_turn(keys: list[Key], shuffle: random.Random) -> list[Key]:
+    """The order of a round: the systems of one case follow each other, in another order each round."""
+    place = {(key.medium, key.case): shuffle.random() for key in keys}
+    return sorted(keys, key=lambda key: (place[key.medium, key.case], shuffle.random()))
+
+
+def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
+    for row in rows:
+        key = Key(row["medium"], row["case"], row["threads"], row["system"])
+        name = f"{key.system:18} {key.case:18} {key.medium:7} {key.threads}"
+        if key.medium == CALLS_MEDIUM:
+            print(f"{name} {row['ms'] * 1e3:10.2f} us")
+            continue
+        fastest, slowest = samples.spread(key)
+        spread = f"[{fastest * 1e3:.1f}..{slowest * 1e3:.1f}]" if slowest else ""
+        direct = f", {row['of_direct_read']:.2f} of an O_DIRECT read" if "of_direct_read" in row else ""
+        print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s", end="")
+        print(f"{row['of_memcpy']:7.3f} of memcpy{direct}")
+    for line in not_run:
+        print(f"NOT RUN: {line}")
+    print("\nBars (for information):")
+    for bar in bars(rows):
+        print(f"  {mark(bar)} {bar.text}")
+
+
+def mark(bar: Bar) -> str:
+    sign = "at most" if bar.is_ceiling else "at least"
+    verdict = {True: "pass", False: "FAIL", None: "----"}[bar.holds]
+    figure = "not run" if bar.figure is None else f"{bar.figure:.2f}{bar.unit}"
+    return f"{verdict}  {figure:>9}  ({sign} {bar.limit:g}{bar.unit})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

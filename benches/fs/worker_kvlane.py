@@ -1,0 +1,108 @@
+"""kvlane's filesystem backend through its Python module: this process stores, a second one loads.
+
+Checksums are on, as by default. A store is timed from `begin_store` to the end of the job, when other processes
+can find every block; a load from `load` to the end of the job. The folder holds two and a half requests and each
+turn stores a new one, so every store recycles slots of an older request, except `first-fill`, which times the first
+store into a folder that was empty a moment ago. `load-fresh-reader` includes opening the folder.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from files import DirectRead, drop, empty, settle
+from kvlane_side import REQUESTS_TO_FILL, keys_of, open_worker, store
+from turns import Worker, serve
+from workload import REQUEST_BYTES, Floor, PagedCache, Sample, scattered
+
+from kvlane import _native
+
+THREADS = (1, 2)
+
+
+class System:
+    def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
+        os.sched_setaffinity(0, cores[:1])
+        self._cores, self._folders, self._floor = cores, folders, Floor()
+        self._source = PagedCache().fill_with_noise()
+        self._reader = Worker(sys.executable, "worker_kvlane_reader.py", cores=cores)
+        self._writers: dict[str, _native.FsWorker] = {}
+        self._serial = 0
+        self._direct_read: DirectRead | None = None
+
+    def cases(self) -> list[tuple[str, str, int]]:
+        moves = ("store", "load", "load-fresh-reader", "first-fill")
+        both = [(case, medium, threads) for case in moves for medium in self._folders for threads in THREADS]
+        return [*both, *((case, "disk", threads) for case in ("store-evicted", "load-cold") for threads in THREADS)]
+
+    def versions(self) -> dict[str, str]:
+        return {"kvlane": _native.__version__}
+
+    def turn(self, case: str, medium: str, threads: int, round_number: int) -> Sample:
+        folder = str(Path(self._folders[medium], f"{threads}-threads"))
+        if case == "first-fill":
+            return self._first_fill(folder + "-first", threads)
+        if folder not in self._writers:
+            self._fill(folder, threads)
+        writer, serial = self._writers[folder], self._next_serial()
+        if case in ("store", "store-evicted"):
+            if case == "store-evicted":
+                drop(folder)
+            sample = self._timed_store(writer, serial)
+            self._read("load", folder, threads, serial)
+        else:
+            store(writer, keys_of(serial), scattered("source", serial))
+            drop(folder) if case == "load-cold" else settle(folder)
+            floor = self._direct_floor() if case == "load-cold" else None
+            sample = self._read("load_afresh" if case == "load-fresh-reader" else "load", folder, threads, serial)
+            if floor is not None:
+                # Before and after, as with memcpy: the device's speed drifts too.
+                sample.extra["direct_read"] = (floor + self._direct_floor()) / 2
+        settle(folder)
+        return sample
+
+    def close(self) -> None:
+        self._reader.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _fill(self, folder: str, threads: int) -> None:
+        """Fill the folder once around and let the reader map all of it, as in a server that has run for a while."""
+        empty(folder)
+        self._writers[folder] = open_worker(folder, self._source, self._cores, threads, can_store=True)
+        for _ in range(REQUESTS_TO_FILL):
+            serial = self._next_serial()
+            store(self._writers[folder], keys_of(serial), scattered("source", serial))
+            self._read("load", folder, threads, serial)
+        settle(folder)
+
+    def _first_fill(self, folder: str, threads: int) -> Sample:
+        empty(folder)
+        serial = self._next_serial()
+        writer = open_worker(folder, self._source, self._cores, threads, can_store=True)
+        sample = self._timed_store(writer, serial)
+        self._read("load", folder, threads, serial)
+        self._reader.call("forget", folder=folder)
+        writer.close()
+        empty(folder)
+        return sample
+
+    def _timed_store(self, writer: _native.FsWorker, serial: int) -> Sample:
+        keys, blocks = keys_of(serial), scattered("source", serial)
+        return self._floor.around(lambda: store(writer, keys, blocks))
+
+    def _read(self, method: str, folder: str, threads: int, serial: int) -> Sample:
+        return Sample(**self._reader.call(method, folder=folder, threads=threads, serial=serial))
+
+    def _direct_floor(self) -> float:
+        if self._direct_read is None:
+            self._direct_read = DirectRead(self._folders["disk"], REQUEST_BYTES)
+        return self._direct_read.seconds()
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+
+if __name__ == "__main__":
+    serve(System)

@@ -1,0 +1,123 @@
+"""kvlane's calls that move no KV: what the scheduler and an idle engine step cost.
+
+All go through Python, as an engine's do. A sample is the median of several calls.
+
+- `lookup`: `FsReader.lookup` of a request of 64 blocks that are all there.
+- `keys-first`: chain hashes of a prompt of 131,072 tokens from a new list, and the lookup of its 8192 blocks, all
+  of which are there, so the lookup has to look at every one.
+- `keys-grown`: the same chain one block longer, and the lookup again.
+- `idle-step`: every hook of both halves of the connector in an engine step that moves nothing.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from turns import serve, threads_on
+from workload import BLOCK_TOKENS, BLOCKS, Sample, WrongBytes, anonymous
+
+from kvlane import _native
+
+CALLS = {"lookup": 201, "keys-first": 5, "keys-grown": 21, "idle-step": 201}
+
+PROMPT_TOKENS = 131_072
+PROMPT_BLOCKS = PROMPT_TOKENS // BLOCK_TOKENS
+VOCABULARY = 151_936
+# The lookup does not depend on a block's size; small ones keep 8192 of them in 32 MiB.
+SMALL_BLOCK_BYTES = 4096
+CAPACITY_BYTES = 256 << 20
+STORE_BLOCKS = 1024
+TIMEOUT_MS = 30_000
+NAMESPACE = _native.namespace_id([("model", "benchmark of calls")])
+
+
+class System:
+    def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
+        os.sched_setaffinity(0, cores[:1])
+        self._cores, self._folder = cores, Path(folders["tmpfs"], "calls")
+        self._folder.mkdir()
+        self._engine = None
+        self._prompt = np.random.default_rng(22).integers(0, VOCABULARY, PROMPT_TOKENS).tolist()
+        self._store_prompt()
+        self._reader = _native.FsReader(str(self._folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
+
+    def cases(self) -> list[tuple[str, str, int]]:
+        return [(case, "memory", 1) for case in CALLS]
+
+    def versions(self) -> dict[str, str]:
+        return {"kvlane": _native.__version__}
+
+    def turn(self, case: str, medium: str, threads: int, round_number: int) -> Sample:
+        measure = {
+            "lookup": self._lookup,
+            "keys-first": self._keys_first,
+            "keys-grown": self._keys_grown,
+            "idle-step": self._idle_step,
+        }[case]
+        return Sample(statistics.median(measure() for _ in range(CALLS[case])), [])
+
+    def close(self) -> None:
+        if self._engine:
+            self._engine.close()
+        self._reader.close()
+        self._writer.close()
+
+    def _store_prompt(self) -> None:
+        """Commit all blocks of the prompt. The writer stays: a folder in use has live writers."""
+        cache = anonymous(SMALL_BLOCK_BYTES * BLOCKS)
+        cache[:] = 1
+        shape, strides = [BLOCKS, SMALL_BLOCK_BYTES], [SMALL_BLOCK_BYTES, 1]
+        layout = _native.Layout([("layer", cache.ctypes.data, "cpu", 1, shape, strides)], BLOCKS, 0)
+        options = {"io_threads": 1, "capacity_bytes": CAPACITY_BYTES}
+        with threads_on(self._cores, 1):
+            self._writer = _native.FsWorker(str(self._folder), NAMESPACE, layout, cache, options)
+        chain = _native.Chain(BLOCK_TOKENS)
+        chain.extend(self._prompt)
+        for first in range(0, PROMPT_BLOCKS, STORE_BLOCKS):
+            sources = [block % BLOCKS for block in range(STORE_BLOCKS)]
+            job = self._writer.begin_store(chain.keys(first, STORE_BLOCKS), sources, first, TIMEOUT_MS)
+            self._writer.finish_store(job)
+            if self._writer.wait(job, TIMEOUT_MS) != ([], "done"):
+                raise RuntimeError(f"storing blocks {first} to {first + STORE_BLOCKS} of the prompt failed")
+
+    def _lookup(self) -> float:
+        chain = _native.Chain(BLOCK_TOKENS)
+        chain.extend(self._prompt[: BLOCKS * BLOCK_TOKENS])
+        return seconds(lambda: self._reader.lookup(chain, BLOCKS), (BLOCKS, 0))
+
+    def _keys_first(self) -> float:
+        prompt = [token + 0 for token in self._prompt]
+        return seconds(lambda: self._hash_and_look_up(_native.Chain(BLOCK_TOKENS), prompt, 0), (PROMPT_BLOCKS, 0))
+
+    def _keys_grown(self) -> float:
+        chain = _native.Chain(BLOCK_TOKENS)
+        self._hash_and_look_up(chain, self._prompt, 0)
+        grown = [*self._prompt, *range(BLOCK_TOKENS)]
+        return seconds(lambda: self._hash_and_look_up(chain, grown, PROMPT_TOKENS), (PROMPT_BLOCKS, 0))
+
+    def _hash_and_look_up(self, chain: _native.Chain, tokens: list[int], start: int) -> tuple[int, int]:
+        return self._reader.lookup(chain, chain.extend(tokens, start))
+
+    def _idle_step(self) -> float:
+        if self._engine is None:
+            # vLLM's imports take seconds, so only a run that has this case pays for them.
+            from idle_engine import IdleEngine
+
+            self._engine = IdleEngine(self._folder / "engine")
+        return seconds(self._engine.step, None)
+
+
+def seconds(work: Callable[[], object], expected: object) -> float:
+    start = time.perf_counter()
+    result = work()
+    taken = time.perf_counter() - start
+    if result != expected:
+        raise WrongBytes(f"answer {result}, expected {expected}")
+    return taken
+
+
+if __name__ == "__main__":
+    serve(System)

@@ -1,0 +1,117 @@
+"""The request that every system moves, its paged caches, the check of its bytes, and the memcpy floor.
+
+Shape of Qwen3-30B-A3B: 48 layers, 4 KV heads of 128, 16-bit numbers, blocks of 16 tokens. One block in one
+layer is one run of 32 KiB; a request of 1024 tokens is 64 blocks = 3072 runs = 96 MiB. Its blocks are
+scattered over a cache four times as large, at other places on each side and in each round, so stale bytes of
+an earlier round never pass for right ones.
+
+All memory is anonymous, private, touched beforehand and of 4 KiB pages: what an engine without huge pages
+has, and the same for every system and for the floor.
+"""
+
+import ctypes
+import mmap
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+LAYERS = 48
+KV_HEADS = 4
+HEAD_DIM = 128
+BLOCK_TOKENS = 16
+TOKENS = 1024
+
+BLOCKS = TOKENS // BLOCK_TOKENS
+RUN_BYTES = 2 * KV_HEADS * HEAD_DIM * 2 * BLOCK_TOKENS  # K and V, two-byte numbers
+BLOCK_BYTES = RUN_BYTES * LAYERS
+REQUEST_BYTES = BLOCK_BYTES * BLOCKS
+POOL_BLOCKS = 4 * BLOCKS
+NOISE_SEED = 20
+
+
+class WrongBytes(Exception):
+    """A system delivered other bytes than were stored."""
+
+
+@dataclass
+class Sample:
+    """One timed case: its seconds, and those of the memcpys right before and right after it."""
+
+    seconds: float
+    floor_seconds: list[float]
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def anonymous(size_bytes: int, shared: bool = False) -> np.ndarray:
+    """Touched zero bytes in 4 KiB pages."""
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE))
+    mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    array = np.frombuffer(mapping, np.uint8)
+    array[:] = 0
+    return array
+
+
+class PagedCache:
+    """One side's KV cache, layer-major: ``layers[layer][block][byte]``."""
+
+    def __init__(self) -> None:
+        self.layers = anonymous(LAYERS * POOL_BLOCKS * RUN_BYTES).reshape(LAYERS, POOL_BLOCKS, RUN_BYTES)
+
+    def fill_with_noise(self) -> "PagedCache":
+        """The same noise in every process, so that a reader knows what a writer stored."""
+        generator = np.random.default_rng(NOISE_SEED)
+        for layer in self.layers:
+            words = layer.reshape(-1).view(np.uint64)
+            words[:] = generator.integers(0, 2**64, words.size, dtype=np.uint64)
+        return self
+
+    def clear(self, blocks: list[int]) -> None:
+        self.layers[:, blocks] = 0
+
+    def check_request(self, blocks: list[int], source: "PagedCache", source_blocks: list[int]) -> None:
+        """Every byte of the request is the source's, and no block beside the request was written."""
+        for number, (here, there) in enumerate(zip(self.layers, source.layers, strict=True)):
+            equal = (here[blocks] == there[source_blocks]).all(axis=1)
+            if not equal.all():
+                raise WrongBytes(
+                    f"layer {number}: {int((~equal).sum())} of {len(blocks)} blocks differ from the source"
+                )
+        words = self.layers.view(np.uint64)
+        written = np.bitwise_or.reduce(words, axis=2).any(axis=0)
+        written[blocks] = False
+        if written.any():
+            raise WrongBytes(f"blocks {np.flatnonzero(written).tolist()} were written but are not part of the request")
+
+
+def scattered(side: str, round_number: int, pool: int = POOL_BLOCKS) -> list[int]:
+    """The request's blocks on one side in one round."""
+    return random.Random(f"{side} {round_number}").sample(range(pool), BLOCKS)
+
+
+class Floor:
+    """One libc memcpy of the request's size between two buffers."""
+
+    def __init__(self) -> None:
+        self._source, self._target = anonymous(REQUEST_BYTES), anonymous(REQUEST_BYTES)
+        self._source[:] = 1
+        self._memcpy = ctypes.CDLL(None).memcpy
+        self._memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._memcpy.restype = ctypes.c_void_p
+        self.seconds()
+
+    def seconds(self) -> float:
+        target, source = self._target.ctypes.data, self._source.ctypes.data
+        start = time.perf_counter()
+        self._memcpy(target, source, REQUEST_BYTES)
+        return time.perf_counter() - start
+
+    def around(self, work: Callable[[], object]) -> Sample:
+        """Time ``work`` with a memcpy right before and right after it."""
+        before = self.seconds()
+        start = time.perf_counter()
+        work()
+        taken = time.perf_counter() - start
+        return Sample(taken, [before, self.seconds()])
