@@ -1,0 +1,159 @@
+"""The side-by-side benchmark must notice wrong bytes and keep its row format."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "benches" / "fs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_modules():
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    import workload
+
+    monkeypatch.setattr(workload, "LAYERS", 3)
+    monkeypatch.setattr(workload, "POOL_BLOCKS", 16)
+    monkeypatch.setattr(workload, "RUN_BYTES", 4096)
+    source, target = workload.PagedCache().fill_with_noise(), workload.PagedCache()
+    target.layers[:, [5, 1]] = source.layers[:, [7, 9]]
+    return source, target
+
+
+def test_a_right_copy_passes_the_check(caches):
+    source, target = caches
+    target.check_request([5, 1], source, [7, 9])
+
+
+def test_one_flipped_byte_is_a_wrong_result(caches):
+    import workload
+
+    source, target = caches
+    target.layers[2, 1, 4095] ^= 1
+    with pytest.raises(workload.WrongBytes, match="layer 2"):
+        target.check_request([5, 1], source, [7, 9])
+
+
+def test_blocks_in_the_wrong_order_are_a_wrong_result(caches):
+    import workload
+
+    source, target = caches
+    with pytest.raises(workload.WrongBytes):
+        target.check_request([1, 5], source, [7, 9])
+
+
+def test_a_byte_in_a_neighbour_block_is_a_wrong_result(caches):
+    import workload
+
+    source, target = caches
+    target.layers[0, 6, 0] = 1
+    with pytest.raises(workload.WrongBytes, match=r"\[6\]"):
+        target.check_request([5, 1], source, [7, 9])
+
+
+def test_every_key_gives_one_row_of_the_agreed_form():
+    from rows import Key, Samples
+    from workload import REQUEST_BYTES, Sample
+
+    samples = Samples()
+    for _ in range(3):
+        samples.add(Key("tmpfs", "load", 2, "kvlane"), Sample(0.010, [0.018, 0.022]))
+        cold = Sample(0.050, [0.020, 0.020], {"direct_read": 0.045})
+        samples.add(Key("disk", "load-cold", 1, "kvlane"), cold)
+        samples.add(Key("memory", "lookup", 1, "kvlane"), Sample(7e-6, []))
+    rows = samples.rows()
+    names = [(r["system"], r["case"], r["medium"], r["threads"]) for r in rows]
+    assert names == [
+        ("memcpy", "copy", "tmpfs", 1),
+        ("memcpy", "copy", "disk", 1),
+        ("kvlane", "load-cold", "disk", 1),
+        ("kvlane", "lookup", "memory", 1),
+        ("kvlane", "load", "tmpfs", 2),
+    ]
+    by_case = {r["case"]: r for r in rows}
+    assert by_case["load"]["of_memcpy"] == 2.0
+    assert by_case["load"]["gbps"] == pytest.approx(REQUEST_BYTES / 0.010 / 1e9, abs=0.001)
+    assert by_case["load-cold"]["of_direct_read"] == 0.9
+    assert [by_case["lookup"][name] for name in ("ms", "gbps", "of_memcpy")] == [0.007, None, None]
+
+
+def test_a_bar_is_missed_below_a_floor_and_above_a_ceiling():
+    from rows import bars
+
+    row = {"system": "kvlane", "threads": 1}
+    found = bars(
+        [
+            {**row, "case": "store", "medium": "tmpfs", "ms": 20.0, "of_memcpy": 0.99},
+            {**row, "case": "store", "medium": "tmpfs", "system": "example-connector", "ms": 100.0, "of_memcpy": 0.2},
+            {**row, "case": "lookup", "medium": "memory", "ms": 0.021, "of_memcpy": None},
+        ]
+    )
+    verdicts = {bar.text: bar.holds for bar in found}
+    assert verdicts["tmpfs store, 1 thread: share of memcpy"] is False
+    assert verdicts["tmpfs store, 1 thread: times example-connector"] is True
+    assert verdicts["lookup"] is False
+    assert verdicts["tmpfs load, 1 thread: share of memcpy"] is None
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {bench!r})
+from turns import NotRun, serve
+from workload import Sample, WrongBytes
+
+class System:
+    def __init__(self, cores, folders):
+        pass
+    def cases(self):
+        return [("store", "tmpfs", 1), ("load", "tmpfs", 1)]
+    def versions(self):
+        return {{}}
+    def turn(self, case, medium, threads, round_number):
+        print("noise on standard output")
+        if case == "load":
+            raise {failure}
+        return Sample(0.02, [0.02, 0.02])
+
+serve(System)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [
+        ("WrongBytes('one byte')", 1, "FAILED: worker: one byte"),
+        ("RuntimeError('broken')", 1, "RuntimeError: broken"),
+        ("SystemExit(3)", 1, "ended with status 3"),
+        ("NotRun('no disk')", 0, "NOT RUN: kvlane load tmpfs 1: no disk"),
+    ],
+)
+def test_the_run_fails_for_wrong_bytes_and_broken_workers_only(tmp_path, monkeypatch, capfd, failure, status, said):
+    import run
+
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(bench=str(BENCH), failure=failure))
+    environment = tmp_path / "environment" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (environment / "python").chmod(0o755)
+    monkeypatch.setattr(run, "SYSTEMS", {"kvlane": [(str(environment.parent), str(script))]})
+    result = tmp_path / "fs.json"
+    arguments = ["run.py", "--rounds", "1", "--json", str(result), "--disk-dir", str(BENCH)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert run.main() == status
+    assert said in "".join(capfd.readouterr())
+    assert not list(BENCH.glob("kvlane-bench.*"))
+    if status == 0:
+        written = json.loads(result.read_text())
+        assert [(row["system"], row["case"]) for row in written["rows"]] == [("memcpy", "copy"), ("kvlane", "store")]
+        assert written["machine"]["not_run"] == ["kvlane load tmpfs 1: no disk"]
+    else:
+        assert not result.exists()
