@@ -90,6 +90,7 @@ test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 
 test-rust:
 	@$(SUITE) rust cargo test --workspace --locked --no-fail-fast -- --show-output
+	@$(SUITE) rust-examples cargo run --quiet --locked --package kvlane-examples --example roundtrip
 
 # Everything that starts no engine, in both environments: the package must import and behave under either vLLM.
 PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel
@@ -110,6 +111,8 @@ test-wheel: $(VENV)/.kvlane-wheel
 
 lint: preflight-lint $(VENV)/.kvlane-wheel .tools/bin/cargo-deny ## formats, clippy, docs, ruff, stubs, licences
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
+	cargo metadata --manifest-path tests/fuzz/Cargo.toml --locked --format-version 1 >target/fuzz-metadata.json
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 	$(VENV)/bin/ruff check .

@@ -9,8 +9,8 @@
 use arbitrary::{Arbitrary, Result, Unstructured};
 use kvlane_core::{BlockKey, NamespaceId};
 use kvlane_fs::format::{
-    LAYERS_MAX, RECORD_FIXED_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState, encode_control,
-    parse_control, parse_segment_header, parse_slot_record, structure_crc,
+    LAYERS_MAX, RECORD_FIXED_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
+    encode_control, parse_control, parse_segment_header, parse_slot_record, structure_crc,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -54,8 +54,13 @@ impl RestBytes for Unstructured<'_> {
 }
 
 fn check_header(bytes: &[u8]) {
-    let Ok(header) = parse_segment_header(bytes) else { return };
-    assert_eq!(header.encode()[..SEGMENT_HEADER_BYTES], bytes[..SEGMENT_HEADER_BYTES]);
+    let Ok(header) = parse_segment_header(bytes) else {
+        return;
+    };
+    assert_eq!(
+        header.encode()[..SEGMENT_HEADER_BYTES],
+        bytes[..SEGMENT_HEADER_BYTES]
+    );
     let last = header.slot_count - 1;
     assert!(header.mark_offset(last) + 4 <= header.sequences_offset());
     assert!(header.sequence_offset(last) + 8 <= header.records_offset());
@@ -65,7 +70,9 @@ fn check_header(bytes: &[u8]) {
 }
 
 fn check_record(bytes: &[u8], layer_count: u32) {
-    let Ok(record) = parse_slot_record(bytes, layer_count) else { return };
+    let Ok(record) = parse_slot_record(bytes, layer_count) else {
+        return;
+    };
     let again = record.encode(bytes.len());
     assert_eq!(again[..RECORD_CRC_OFFSET + 4], bytes[..RECORD_CRC_OFFSET + 4]);
     assert_eq!(parse_slot_record(&again, layer_count).as_ref(), Ok(&record));
@@ -73,7 +80,9 @@ fn check_record(bytes: &[u8], layer_count: u32) {
 }
 
 fn check_control(bytes: &[u8]) {
-    let Ok(capacity_bytes) = parse_control(bytes) else { return };
+    let Ok(capacity_bytes) = parse_control(bytes) else {
+        return;
+    };
     assert_eq!(parse_control(&encode_control(capacity_bytes)), Ok(capacity_bytes));
 }
 
@@ -104,7 +113,11 @@ fn edited_record(input: &mut Unstructured<'_>) -> Result<(Vec<u8>, u32)> {
     let committed = bool::arbitrary(input)?;
     let record = SlotRecord {
         sequence: input.arbitrary::<u64>()? & !1,
-        state: if committed { SlotState::Committed } else { SlotState::Reserved },
+        state: if committed {
+            SlotState::Committed
+        } else {
+            SlotState::Reserved
+        },
         depth: input.arbitrary()?,
         key: BlockKey(input.arbitrary()?),
         namespace: NamespaceId(input.arbitrary()?),
@@ -112,7 +125,11 @@ fn edited_record(input: &mut Unstructured<'_>) -> Result<(Vec<u8>, u32)> {
         deadline_unix_ms: input.arbitrary()?,
         owner: input.arbitrary()?,
         written_unix_ms: input.arbitrary()?,
-        layer_crcs: if committed { (0..layer_count).collect() } else { Vec::new() },
+        layer_crcs: if committed {
+            (0..layer_count).collect()
+        } else {
+            Vec::new()
+        },
     };
     let mut bytes = record.encode(RECORD_FIXED_BYTES + 4 * layer_count as usize);
     edit(input, &mut bytes)?;
