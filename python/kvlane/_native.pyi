@@ -18,7 +18,7 @@ class StoreError(KvlaneError, OSError):
 class Chain:
     """Chain hashes of one request's blocks. Feed tokens in order; only full blocks get a key."""
 
-    def __init__(self, block_tokens: int, *, cache_salt: str | None = None, lora: bytes | None = None) -> None: ...
+    def __new__(cls, block_tokens: int, *, cache_salt: str | None = None, lora: bytes | None = None) -> Chain: ...
     def extend(self, token_ids: Sequence[int], start: int = 0) -> int:
         """Appends ``token_ids[start:]`` and returns the number of full blocks so far. GIL-bound, no copy of the list."""
     def add_image(self, start_token: int, length_tokens: int, identifier: str) -> None:
@@ -34,12 +34,12 @@ class Chain:
 class Layout:
     """Block map of one worker's KV tensors, from strides alone."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         tensors: Sequence[tuple[str, int, str, int, Sequence[int], Sequence[int]]],
         block_count: int,
         block_dim: int | None = None,
-    ) -> None:
+    ) -> Layout:
         """``tensors``: (layer name, data_ptr, device such as "cpu" or "cuda:0", element bytes, shape, strides in
         elements), in any order; repeats of one tensor (KV sharing) are merged. ``block_dim`` settles the ambiguous case
         of two or fewer blocks."""
@@ -62,7 +62,7 @@ def namespace_id(parts: Sequence[tuple[str, str]]) -> bytes:
 class FsReader:
     """The scheduler's view of a shared folder: which blocks are there. Never writes payload."""
 
-    def __init__(self, path: str, namespaces: Sequence[bytes], options: dict[str, Any]) -> None:
+    def __new__(cls, path: str, namespaces: Sequence[bytes], options: dict[str, Any]) -> FsReader:
         """``namespaces``: one per TP x PP rank; a block counts only if every one of them has it."""
     def lookup(self, chain: Chain, limit_blocks: int) -> tuple[int, int]:
         """(ready, pending) leading blocks, each at most ``limit_blocks`` together."""
@@ -75,9 +75,9 @@ class FsReader:
 class FsWorker:
     """One worker's access to a shared folder: stores from and loads into its KV tensors."""
 
-    def __init__(
-        self, path: str, namespace: bytes, layout: Layout, owner: object, options: dict[str, Any], can_store: bool = True
-    ) -> None:
+    def __new__(
+        cls, path: str, namespace: bytes, layout: Layout, owner: object, options: dict[str, Any], can_store: bool = True
+    ) -> FsWorker:
         """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves)."""
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
