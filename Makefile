@@ -21,11 +21,12 @@ CARGO_FUZZ_VERSION := 0.13.2
 FUZZ_SECONDS ?= 10
 SOAK_FUZZ_SECONDS := 60
 
-# Caches that would otherwise land in the home folder.
-export UV_CACHE_DIR := $(ROOT)/.tools/uv-cache
-export ZIG_GLOBAL_CACHE_DIR := $(ROOT)/target/zig
-export ZIG_LOCAL_CACHE_DIR := $(ROOT)/target/zig
-export CARGO_ZIGBUILD_CACHE_DIR := $(ROOT)/target/zigbuild
+# Caches that would otherwise land in the home folder: uv, pip, zig, vLLM, model hubs.
+export XDG_CACHE_HOME := $(ROOT)/.tools/cache
+export UV_CACHE_DIR := $(XDG_CACHE_HOME)/uv
+export ZIG_GLOBAL_CACHE_DIR := $(XDG_CACHE_HOME)/zig
+export ZIG_LOCAL_CACHE_DIR := $(XDG_CACHE_HOME)/zig
+export CARGO_ZIGBUILD_CACHE_DIR := $(XDG_CACHE_HOME)/zigbuild
 # An activated foreign environment must not leak into builds.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 
