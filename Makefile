@@ -27,6 +27,8 @@ export UV_CACHE_DIR := $(XDG_CACHE_HOME)/uv
 export ZIG_GLOBAL_CACHE_DIR := $(XDG_CACHE_HOME)/zig
 export ZIG_LOCAL_CACHE_DIR := $(XDG_CACHE_HOME)/zig
 export CARGO_ZIGBUILD_CACHE_DIR := $(XDG_CACHE_HOME)/zigbuild
+# The bindings read the version and ABI of this Python; the system's python3 may be missing or too old.
+export PYO3_PYTHON := $(ROOT)/$(VENV)/bin/python
 # An activated foreign environment must not leak into builds.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 
@@ -89,7 +91,7 @@ test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-vllm test-wheel test-fuzz || status=$$?; \
 	  $(SUITE) --summary; exit $$status
 
-test-rust:
+test-rust: $(VENV)/.kvlane-ready
 	@$(SUITE) rust cargo test --workspace --locked --no-fail-fast -- --show-output
 	@$(SUITE) rust-examples cargo run --quiet --locked --package kvlane-examples --example roundtrip
 
