@@ -74,3 +74,71 @@ impl Drop for AlignedBuffer {
         unsafe { dealloc(self.pointer.as_ptr(), self.layout) };
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+
+    /// The folder of the test program: on a disk more often than the folder for temporary files.
+    pub(in crate::raw) fn build_folder() -> std::path::PathBuf {
+        std::env::current_exe().unwrap().parent().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_buffer_is_whole_zeroed_pages() {
+        for (len, expected) in [
+            (0, PAGE_BYTES),
+            (1, PAGE_BYTES),
+            (PAGE_BYTES, PAGE_BYTES),
+            (5000, 2 * PAGE_BYTES),
+        ] {
+            let buffer = AlignedBuffer::new(len);
+            assert_eq!(buffer.len(), expected);
+            assert!(buffer.as_ptr().addr().is_multiple_of(PAGE_BYTES));
+            assert!(buffer.iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    fn bytes_go_to_a_file_and_back() {
+        let file = tempfile::tempfile().unwrap();
+        let mut buffer = AlignedBuffer::new(5000);
+        buffer[..5000].fill(7);
+        buffer.pwrite_from(&file, 3, 5000).unwrap();
+        let mut back = AlignedBuffer::new(5000);
+        back.pread_into(&file, 3, 5000).unwrap();
+        assert_eq!(back[..5000], buffer[..5000]);
+        assert_eq!(
+            back.pread_into(&file, 4, 5000).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+    }
+
+    #[test]
+    fn the_buffer_suits_direct_io_where_the_file_system_has_it() {
+        let folder = tempfile::tempdir_in(build_folder()).unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(libc::O_DIRECT);
+        let file = match options.open(folder.path().join("file")) {
+            Ok(file) => file,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                eprintln!("NOT RUN: this file system has no direct I/O");
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let mut buffer = AlignedBuffer::new(2 * PAGE_BYTES);
+        buffer.fill(9);
+        buffer.pwrite_from(&file, 0, 2 * PAGE_BYTES).unwrap();
+        let mut back = AlignedBuffer::new(PAGE_BYTES);
+        back.pread_into(&file, PAGE_BYTES as u64, PAGE_BYTES).unwrap();
+        assert_eq!(back[..], buffer[..PAGE_BYTES]);
+    }
+}

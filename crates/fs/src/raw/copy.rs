@@ -179,6 +179,9 @@ impl Kernel {
     }
 }
 
+/// Says that nothing is known about the next copy.
+pub(super) const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
+
 /// Orders every store before it, non-temporal ones too, before every store after it.
 ///
 /// Non-temporal stores are not ordered by a release store alone.
@@ -192,7 +195,7 @@ pub fn store_fence() {
 }
 
 /// Copies `len` bytes and appends them to `crc`, if one is given. Whoever publishes the target calls [`store_fence`]
-/// first.
+/// first. `next` is what the next copy will read, if that is known; it is only prefetched.
 ///
 /// # Safety
 /// `len` bytes are readable at `source` and writable at `target`, the two do not overlap, and this machine has the
@@ -204,6 +207,7 @@ pub(super) unsafe fn copy_run(
     target: *mut u8,
     len: usize,
     crc: Option<&mut LayerCrc>,
+    next: (*const u8, usize),
 ) {
     // Bytes up to the target's first whole cache line: a line that is written in part must go through the cache.
     let head = target.align_offset(LINE_BYTES).min(len);
@@ -215,7 +219,13 @@ pub(super) unsafe fn copy_run(
         match crc {
             None => {
                 source.copy_to_nonoverlapping(target, head);
-                stream(kernel, source.add(head), target.add(head), body_end - head, None);
+                stream(
+                    kernel,
+                    source.add(head),
+                    target.add(head),
+                    body_end - head,
+                    NOTHING,
+                );
                 source
                     .add(body_end)
                     .copy_to_nonoverlapping(target.add(body_end), tail);
@@ -229,8 +239,12 @@ pub(super) unsafe fn copy_run(
                 while done < body_end {
                     let step = CHUNK_BYTES.min(body_end - done);
                     let bytes = chunk.fill(kernel, source.add(done), step, crc);
-                    let is_next_whole = body_end - done >= 2 * CHUNK_BYTES;
-                    let ahead = is_next_whole.then(|| source.add(done + CHUNK_BYTES));
+                    let behind = done + step;
+                    let ahead = if behind < body_end {
+                        (source.add(behind), body_end - behind)
+                    } else {
+                        next
+                    };
                     stream(kernel, bytes, target.add(done), step, ahead);
                     done += step;
                 }
@@ -318,12 +332,12 @@ unsafe fn gather(kernel: Kernel, source: *const u8, target: *mut u8, len: usize)
     }
 }
 
-/// Copies whole cache lines past the cache, and prefetches `len` bytes from `ahead` on.
+/// Copies whole cache lines past the cache, and prefetches `ahead`, but not more than as many bytes.
 ///
 /// # Safety
-/// As [`copy_run`]; in addition `target` is aligned to a line and `len` is a multiple of one. `ahead` may be any address.
+/// As [`copy_run`]; in addition `target` is aligned to a line and `len` is a multiple of one. `ahead` may be anywhere.
 #[inline]
-unsafe fn stream(kernel: Kernel, source: *const u8, target: *mut u8, len: usize, ahead: Option<*const u8>) {
+unsafe fn stream(kernel: Kernel, source: *const u8, target: *mut u8, len: usize, ahead: (*const u8, usize)) {
     // SAFETY: the caller's contract is that of each kernel, and it vouches for the instructions.
     unsafe {
         match (kernel, ahead) {
@@ -369,16 +383,16 @@ mod x86 {
                     source: *const u8,
                     target: *mut u8,
                     len: usize,
-                    ahead: Option<*const u8>,
+                    ahead: (*const u8, usize),
                 ) {
                     // Four lines at once: memory takes writes better in longer pieces.
                     const STEP: usize = 4 * LINE_BYTES;
                     let mut done = 0;
                     while done + STEP <= len {
-                        if let Some(ahead) = ahead {
+                        if done < ahead.1 {
                             for line in 0..STEP / LINE_BYTES {
                                 // Prefetching cannot fault, so any address will do.
-                                let line = ahead.wrapping_add(done + line * LINE_BYTES);
+                                let line = ahead.0.wrapping_add(done + line * LINE_BYTES);
                                 _mm_prefetch::<_MM_HINT_T0>(line.cast());
                             }
                         }
@@ -440,4 +454,184 @@ mod x86 {
         _mm_store_si128,
         _mm_stream_si128
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Bit by bit, as the definition has it.
+    fn naive_crc32(bytes: &[u8]) -> u32 {
+        !bytes.iter().fold(!0, |crc, &byte| {
+            (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+                (crc >> 1) ^ if crc & 1 == 1 { 0xedb8_8320 } else { 0 }
+            })
+        })
+    }
+
+    fn naive_layer_crc(key: &[u8; 32], layer: u32, bytes: &[u8]) -> u32 {
+        naive_crc32(&[key.as_slice(), &layer.to_le_bytes(), bytes].concat())
+    }
+
+    fn content(len: usize) -> Vec<u8> {
+        (0..len)
+            .map(|index| (index as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0])
+            .collect()
+    }
+
+    /// Copies `len` bytes between buffers at the given distances from a cache line, with guards around the target.
+    fn copy_at(kernel: Kernel, source_shift: usize, target_shift: usize, len: usize, is_checked: bool) {
+        const GUARD: u8 = 0xa5;
+        let source = content(len + 2 * LINE_BYTES);
+        let start = source.as_ptr().align_offset(LINE_BYTES) + source_shift;
+        let bytes = &source[start..start + len];
+        let mut target = vec![GUARD; len + 4 * LINE_BYTES];
+        let start = target.as_ptr().align_offset(LINE_BYTES) + LINE_BYTES + target_shift;
+        let mut crc = LayerCrc::new(&[3; 32], 9);
+        // SAFETY: both ranges lie inside their vectors; callers take kernels of this machine.
+        unsafe {
+            copy_run(
+                kernel,
+                bytes.as_ptr(),
+                target.as_mut_ptr().add(start),
+                len,
+                is_checked.then_some(&mut crc),
+                NOTHING,
+            );
+        }
+        store_fence();
+        let place = format!("{kernel:?}, source + {source_shift}, target + {target_shift}, {len} bytes");
+        assert!(&target[start..start + len] == bytes, "wrong bytes: {place}");
+        assert!(
+            target[..start].iter().all(|&byte| byte == GUARD),
+            "written in front: {place}"
+        );
+        assert!(
+            target[start + len..].iter().all(|&byte| byte == GUARD),
+            "written behind: {place}"
+        );
+        if is_checked {
+            assert_eq!(crc.value(), naive_layer_crc(&[3; 32], 9, bytes), "{place}");
+        }
+    }
+
+    #[test]
+    fn every_kernel_copies_every_short_length_at_any_alignment() {
+        for kernel in Kernel::available() {
+            for len in 0..4 * LINE_BYTES + 3 {
+                for (source_shift, target_shift) in [(0, 0), (1, 0), (0, 1), (63, 5), (8, 32), (17, 63)] {
+                    copy_at(kernel, source_shift, target_shift, len, true);
+                    copy_at(kernel, source_shift, target_shift, len, false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kernel_copies_lengths_around_its_chunks() {
+        for kernel in Kernel::available() {
+            for chunks in 1..4 {
+                for len in [
+                    chunks * CHUNK_BYTES - 65,
+                    chunks * CHUNK_BYTES - 1,
+                    chunks * CHUNK_BYTES + 1,
+                ] {
+                    copy_at(kernel, 0, 0, len, true);
+                    copy_at(kernel, 3, 60, len, true);
+                    copy_at(kernel, 3, 60, len, false);
+                }
+                copy_at(kernel, 0, 0, chunks * CHUNK_BYTES, true);
+            }
+        }
+    }
+
+    #[test]
+    fn this_machine_has_a_portable_kernel_and_the_best_one_first() {
+        let kernels = Kernel::available();
+        assert_eq!(kernels.last(), Some(&Kernel::Portable));
+        assert_eq!(Kernel::best(), kernels[0]);
+    }
+
+    #[test]
+    fn the_checksum_of_a_layer_depends_on_its_key_and_number() {
+        let value = |key: &[u8; 32], layer: u32| {
+            let mut crc = LayerCrc::new(key, layer);
+            crc.update(b"payload");
+            crc.value()
+        };
+        assert_eq!(value(&[1; 32], 2), naive_layer_crc(&[1; 32], 2, b"payload"));
+        assert_ne!(value(&[1; 32], 2), value(&[1; 32], 3));
+        assert_ne!(value(&[1; 32], 2), value(&[2; 32], 2));
+    }
+
+    #[test]
+    fn a_checked_copy_of_changing_memory_delivers_exactly_the_bytes_of_its_checksum() {
+        use std::sync::atomic::{AtomicBool, AtomicU64};
+        const LEN: usize = 8 * CHUNK_BYTES;
+        let words: Vec<AtomicU64> = (0..LEN / 8).map(|_| AtomicU64::new(0)).collect();
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut round = 1_u64;
+                while !is_done.load(Ordering::Relaxed) {
+                    words
+                        .iter()
+                        .for_each(|word| word.store(round.wrapping_mul(0x9e37_79b9), Ordering::Relaxed));
+                    round += 1;
+                }
+            });
+            let mut target = vec![0; LEN];
+            for kernel in Kernel::available() {
+                for _ in 0..50 {
+                    let mut crc = LayerCrc::new(&[0; 32], 0);
+                    // SAFETY: the words are LEN bytes, and so is the target.
+                    unsafe {
+                        copy_run(
+                            kernel,
+                            words.as_ptr().cast(),
+                            target.as_mut_ptr(),
+                            LEN,
+                            Some(&mut crc),
+                        )
+                    };
+                    store_fence();
+                    let mut expected = LayerCrc::new(&[0; 32], 0);
+                    expected.update(&target);
+                    assert_eq!(crc.value(), expected.value(), "{kernel:?}");
+                }
+            }
+            is_done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn copies_equal_memcpy_and_checksums_equal_the_naive_one(
+            len in 0_usize..40_000,
+            source_shift in 0_usize..64,
+            target_shift in 0_usize..64,
+            kernel in proptest::sample::select(Kernel::available()),
+            is_checked: bool,
+        ) {
+            copy_at(kernel, source_shift, target_shift, len, is_checked);
+        }
+
+        #[test]
+        fn the_checksum_does_not_depend_on_how_bytes_fall_into_runs(
+            pieces in prop::collection::vec(0_usize..9_000, 0..6),
+            kernel in proptest::sample::select(Kernel::available()),
+        ) {
+            let bytes = content(pieces.iter().sum());
+            let (mut crc, mut start) = (LayerCrc::new(&[8; 32], 1), 0);
+            for len in pieces {
+                let piece = &bytes[start..start + len];
+                // SAFETY: a slice, and a kernel of this machine.
+                unsafe { checksum_run(kernel, piece.as_ptr(), len, &mut crc) };
+                start += len;
+            }
+            prop_assert_eq!(crc.value(), naive_layer_crc(&[8; 32], 1, &bytes));
+        }
+    }
 }

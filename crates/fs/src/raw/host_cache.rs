@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvlane_core::{BlockMap, Device, PagedMemory, Region};
 
-use super::copy::{checksum_run, copy_run};
+use super::copy::{NOTHING, checksum_run, copy_run};
 use super::{AlignedBuffer, ByteSource, ByteTarget, Kernel, LayerCrc};
 
 /// A paged KV cache whose regions are host memory.
@@ -128,10 +128,14 @@ impl HostCache {
         self.check_length(region, target.len());
         let mut crc = crc;
         let mut place = target.pointer();
-        for (run, len) in self.layer_runs(region, block) {
+        let mut runs = self.layer_runs(region, block).peekable();
+        while let Some((run, len)) = runs.next() {
+            let next = runs
+                .peek()
+                .map_or(NOTHING, |&(next, len)| (next.cast_const(), len));
             // SAFETY: `run` is valid by the contract of `from_map`. The lengths of the runs add up to that of the
             // target, as checked, and a target never lies in a cache. `from_map` and `with_kernel` checked the kernel.
-            unsafe { copy_run(self.kernel, run, place, len, crc.as_deref_mut()) };
+            unsafe { copy_run(self.kernel, run, place, len, crc.as_deref_mut(), next) };
             place = place.wrapping_add(len);
         }
     }
@@ -148,10 +152,13 @@ impl HostCache {
         self.check_length(region, source.len());
         let mut crc = crc;
         let mut place = source.pointer();
+        let end = place.wrapping_add(source.len());
         for (run, len) in self.layer_runs(region, block) {
+            let behind = place.wrapping_add(len);
+            let next = (behind, end.addr() - behind.addr());
             // SAFETY: as in `copy_layer_out`, the other way round.
-            unsafe { copy_run(self.kernel, place, run, len, crc.as_deref_mut()) };
-            place = place.wrapping_add(len);
+            unsafe { copy_run(self.kernel, place, run, len, crc.as_deref_mut(), next) };
+            place = behind;
         }
     }
 
@@ -251,5 +258,157 @@ impl<'a> Runs<'a> {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
         self.ranges.iter().copied()
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use kvlane_core::TensorView;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Two layers of `(2, blocks, width)` bytes: each block has two runs far from each other. `spare` bytes in front of
+    /// the tensor decide its alignment.
+    pub(in crate::raw) fn split_cache(blocks: u32, width: usize, spare: usize) -> HostCache {
+        let tensor_bytes = 2 * blocks as usize * width;
+        HostCache::allocate(&[spare + tensor_bytes, spare + tensor_bytes], |addresses| {
+            let views = addresses.iter().enumerate().map(|(layer, address)| TensorView {
+                name: format!("layer.{layer}"),
+                address: address + spare as u64,
+                device: Device::Host,
+                element_bytes: 1,
+                shape: vec![2, u64::from(blocks), 1, 1, width as u64],
+                strides: vec![
+                    (blocks as usize * width) as i64,
+                    width as i64,
+                    width as i64,
+                    width as i64,
+                    1,
+                ],
+            });
+            BlockMap::from_tensors(views, blocks, Some(1)).unwrap()
+        })
+    }
+
+    pub(in crate::raw) fn content(seed: usize, len: usize) -> Vec<u8> {
+        (0..len)
+            .map(|index| (index * 31 + seed * 7 + index / 251) as u8)
+            .collect()
+    }
+
+    #[test]
+    fn each_block_of_each_layer_has_its_own_bytes() {
+        for kernel in Kernel::available() {
+            let cache = split_cache(5, 4096 + 17, 3).with_kernel(kernel);
+            let len = cache.layer_bytes(0);
+            assert_eq!(len, 2 * (4096 + 17));
+            let places = || (0..2).flat_map(|region| (0..5).map(move |block| (region, block)));
+            for (region, block) in places() {
+                cache.write_layer(region, block, &content(region * 5 + block as usize, len));
+            }
+            for (region, block) in places() {
+                let mut bytes = vec![0; len];
+                cache.read_layer(region, block, &mut bytes);
+                assert!(
+                    bytes == content(region * 5 + block as usize, len),
+                    "{kernel:?}, {region}, {block}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn store_load_and_plain_checksums_of_a_layer_agree() {
+        let cache = split_cache(4, 10_000, 1);
+        let bytes = content(1, cache.layer_bytes(1));
+        let crc = || LayerCrc::new(&[4; 32], 1);
+        let (mut expected, mut loaded, mut stored, mut plain) = (crc(), crc(), crc(), crc());
+        expected.update(&bytes);
+        cache.copy_layer_in(1, 2, bytes.as_slice().into(), Some(&mut loaded));
+        let mut back = vec![0; bytes.len()];
+        cache.copy_layer_out(1, 2, back.as_mut_slice().into(), Some(&mut stored));
+        cache.checksum_layer(1, 2, &mut plain);
+        let expected = expected.value();
+        assert_eq!([loaded.value(), stored.value(), plain.value()], [expected; 3]);
+        assert!(back == bytes);
+    }
+
+    #[test]
+    #[should_panic(expected = "block 4 of 4")]
+    fn a_block_that_does_not_exist_panics() {
+        split_cache(4, 64, 0).checksum_layer(0, 4, &mut LayerCrc::new(&[0; 32], 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "127 bytes for a layer of 128")]
+    fn a_wrong_length_panics() {
+        split_cache(4, 64, 0).write_layer(0, 0, &[0; 127]);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of the buffers")]
+    fn a_map_outside_of_the_memory_panics() {
+        HostCache::allocate(&[100], |addresses| {
+            let view = TensorView {
+                name: "layer".to_owned(),
+                address: addresses[0],
+                device: Device::Host,
+                element_bytes: 1,
+                shape: vec![4, 4096],
+                strides: vec![4096, 1],
+            };
+            BlockMap::from_tensors([view], 4, None).unwrap()
+        });
+    }
+
+    #[test]
+    fn runs_are_joined_only_where_they_touch() {
+        // In memory: first runs of blocks 0 to 7, then their second runs.
+        let cache = split_cache(8, 64, 0);
+        let mut runs = Runs::new();
+        runs.push_layer(&cache, 0, 2);
+        runs.push_layer(&cache, 0, 3);
+        assert_eq!((runs.iter().count(), runs.len_bytes()), (4, 256));
+        runs.clear();
+        runs.push_layer(&cache, 0, 7);
+        assert_eq!((runs.iter().count(), runs.len_bytes()), (2, 128));
+
+        let dense = HostCache::allocate(&[8 * 64], |addresses| {
+            let view = TensorView {
+                name: "layer".to_owned(),
+                address: addresses[0],
+                device: Device::Host,
+                element_bytes: 1,
+                shape: vec![8, 64],
+                strides: vec![64, 1],
+            };
+            BlockMap::from_tensors([view], 8, None).unwrap()
+        });
+        let mut runs = Runs::new();
+        [2, 3, 4, 0]
+            .into_iter()
+            .for_each(|block| runs.push_layer(&dense, 0, block));
+        let lengths: Vec<usize> = runs.iter().map(|(_, len)| len).collect();
+        assert_eq!(lengths, [192, 64]);
+    }
+
+    proptest! {
+        #[test]
+        fn writing_one_block_leaves_all_others_alone(
+            blocks in 1_u32..6, width in 1_usize..5_000, spare in 0_usize..70, target: prop::sample::Index,
+        ) {
+            let cache = split_cache(blocks, width, spare);
+            let (target, len) = (target.index(blocks as usize) as u32, cache.layer_bytes(0));
+            cache.write_layer(0, target, &vec![0xff; len]);
+            for region in 0..2 {
+                for block in 0..blocks {
+                    let mut bytes = vec![1; len];
+                    cache.read_layer(region, block, &mut bytes);
+                    let expected = if (region, block) == (0, target) { 0xff } else { 0 };
+                    prop_assert!(bytes.iter().all(|&byte| byte == expected));
+                }
+            }
+        }
     }
 }

@@ -32,7 +32,7 @@ impl ReadMapping {
     }
 
     /// Bytes of the mapping.
-    #[allow(clippy::len_without_is_empty, reason = "the system refuses an empty mapping")]
+    #[allow(clippy::len_without_is_empty, reason = "no segment is empty")]
     pub fn len(&self) -> usize {
         self.raw.len()
     }
@@ -81,7 +81,10 @@ impl ReadMapping {
     /// Maps the pages of `range` before they are used; a whole mapping costs a fault for each page otherwise.
     pub fn populate_read(&self, range: Range<usize>) -> io::Result<()> {
         let pages = self.pages(&range);
-        self.advise_or(Advice::PopulateRead, pages, |page| {
+        let result = self
+            .raw
+            .advise_range(Advice::PopulateRead, pages.start, pages.len());
+        self.or_touch(result, pages, |page| {
             // SAFETY: inside the mapping; a relaxed load works in read-only memory.
             unsafe { AtomicU8::from_ptr(page) }.load(Ordering::Relaxed);
         })
@@ -118,13 +121,18 @@ impl ReadMapping {
         range.start - range.start % PAGE_BYTES..range.end
     }
 
-    /// Gives an advice, or touches page by page on kernels (before 5.14) that do not know it.
-    fn advise_or(&self, advice: Advice, pages: Range<usize>, touch: impl Fn(*mut u8)) -> io::Result<()> {
-        match self.raw.advise_range(advice, pages.start, pages.len()) {
+    /// Touches page by page where the kernel (before 5.14) does not know the advice that `result` answers.
+    fn or_touch(
+        &self,
+        result: io::Result<()>,
+        pages: Range<usize>,
+        touch: impl Fn(*mut u8),
+    ) -> io::Result<()> {
+        match result {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 for offset in pages.step_by(PAGE_BYTES) {
-                    // The pointer of the mapping itself, not one derived from a const pointer.
                     self.at(offset, 1, 1);
+                    // The pointer of the mapping itself: one that came from a const pointer could not be written.
                     touch(self.raw.as_mut_ptr().wrapping_add(offset));
                 }
                 Ok(())
@@ -183,7 +191,11 @@ impl WriteMapping {
     /// Allocates and maps the pages of `range` before they are used. Content does not change.
     pub fn populate_write(&self, range: Range<usize>) -> io::Result<()> {
         let pages = self.pages(&range);
-        self.advise_or(Advice::PopulateWrite, pages, |page| {
+        let result = self
+            .0
+            .raw
+            .advise_range(Advice::PopulateWrite, pages.start, pages.len());
+        self.or_touch(result, pages, |page| {
             // SAFETY: inside the mapping and writable. A read-modify-write that changes no bit makes the page writable
             // without losing what another thread writes at the same time.
             unsafe { AtomicU8::from_ptr(page) }.fetch_or(0, Ordering::Relaxed);
@@ -214,4 +226,103 @@ fn check_file_length(file: &File, len: usize) -> io::Result<()> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use super::*;
+
+    const LEN: usize = 4 * PAGE_BYTES;
+
+    fn file(len: usize) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len as u64).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_one_mapping_writes_the_other_reads() {
+        let file = file(LEN);
+        let (writer, reader) = (
+            WriteMapping::new(&file, LEN).unwrap(),
+            ReadMapping::new(&file, LEN).unwrap(),
+        );
+        writer.write_bytes(LEN - 3, b"end");
+        writer.u64_at(8).store(0x0102_0304_0506_0708, Ordering::Release);
+        writer.u32_at(4).store(9, Ordering::Release);
+        let mut bytes = [0; 3];
+        reader.read_bytes(LEN - 3, &mut bytes);
+        assert_eq!(&bytes, b"end");
+        assert_eq!(reader.load_u64(8), 0x0102_0304_0506_0708);
+        assert_eq!(reader.load_u32(4), 9);
+        assert_eq!((reader.source(1, 7).len(), writer.target(1, 7).len()), (7, 7));
+    }
+
+    #[test]
+    fn a_reader_of_a_file_that_it_may_not_write_gets_a_mapping() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("segment");
+        std::fs::write(&path, vec![5; LEN]).unwrap();
+        let read_only = OpenOptions::new().read(true).open(&path).unwrap();
+        let reader = ReadMapping::new(&read_only, LEN).unwrap();
+        reader.populate_read(0..LEN).unwrap();
+        assert_eq!(reader.load_u32(LEN - 4), 0x0505_0505);
+        assert!(WriteMapping::new(&read_only, LEN).is_err());
+    }
+
+    #[test]
+    fn populating_changes_no_byte() {
+        let file = file(LEN);
+        let writer = WriteMapping::new(&file, LEN).unwrap();
+        writer.write_bytes(PAGE_BYTES + 1, b"kept");
+        writer.populate_write(PAGE_BYTES + 2..3 * PAGE_BYTES).unwrap();
+        writer.populate_write(0..0).unwrap();
+        writer.dont_fork().unwrap();
+        let mut bytes = [0; 4];
+        writer.read_bytes(PAGE_BYTES + 1, &mut bytes);
+        assert_eq!(&bytes, b"kept");
+    }
+
+    #[test]
+    fn on_an_old_kernel_each_page_is_touched_instead() {
+        let writer = WriteMapping::new(&file(LEN), LEN).unwrap();
+        let start = writer.at(0, 1, 1).addr();
+        let touched = std::cell::RefCell::new(Vec::new());
+        let touch = |page: *mut u8| touched.borrow_mut().push(page.addr() - start);
+        let answer = |code| Err(io::Error::from_raw_os_error(code));
+        writer
+            .or_touch(answer(libc::EINVAL), PAGE_BYTES..LEN, touch)
+            .unwrap();
+        assert_eq!(touched.take(), [PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES]);
+        writer.or_touch(answer(libc::ENOMEM), 0..LEN, touch).unwrap_err();
+        writer.or_touch(Ok(()), 0..LEN, touch).unwrap();
+        assert!(touched.take().is_empty());
+    }
+
+    #[test]
+    fn a_file_shorter_than_the_mapping_is_refused() {
+        let error = ReadMapping::new(&file(LEN - 1), LEN).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(WriteMapping::new(&file(LEN - 1), LEN).is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "not a multiple of 8")]
+    fn a_misaligned_word_panics() {
+        ReadMapping::new(&file(LEN), LEN).unwrap().load_u64(4);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside")]
+    fn a_word_across_the_end_panics() {
+        WriteMapping::new(&file(LEN), LEN).unwrap().u64_at(LEN);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside")]
+    fn an_offset_that_overflows_panics() {
+        ReadMapping::new(&file(LEN), LEN).unwrap().source(usize::MAX, 2);
+    }
 }

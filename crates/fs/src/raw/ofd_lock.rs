@@ -68,3 +68,89 @@ impl OfdLock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn open(path: &std::path::Path) -> File {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_second_open_of_the_file_cannot_take_a_held_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let (first, second) = (open(&path), open(&path));
+        let reader = File::open(&path).unwrap();
+        assert!(!OfdLock::WHOLE_FILE.is_held_by_other(&reader).unwrap());
+        assert!(OfdLock::WHOLE_FILE.try_lock(&first).unwrap());
+        assert!(!OfdLock::WHOLE_FILE.try_lock(&second).unwrap());
+        assert!(OfdLock::WHOLE_FILE.is_held_by_other(&reader).unwrap());
+        assert!(
+            !OfdLock::WHOLE_FILE.is_held_by_other(&first).unwrap(),
+            "its own lock is nobody else's"
+        );
+        OfdLock::WHOLE_FILE.unlock(&first).unwrap();
+        assert!(!OfdLock::WHOLE_FILE.is_held_by_other(&reader).unwrap());
+        assert!(OfdLock::WHOLE_FILE.try_lock(&second).unwrap());
+    }
+
+    #[test]
+    fn bytes_of_a_file_are_locked_one_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let (first, second) = (open(&path), open(&path));
+        assert!(OfdLock::byte(0).try_lock(&first).unwrap());
+        assert!(OfdLock::byte(1).try_lock(&second).unwrap());
+        assert!(!OfdLock::byte(1).try_lock(&first).unwrap());
+        assert!(!OfdLock::WHOLE_FILE.try_lock(&second).unwrap());
+        assert!(!OfdLock::byte(2).is_held_by_other(&first).unwrap());
+    }
+
+    #[test]
+    fn closing_another_descriptor_of_the_file_releases_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let (holder, other) = (open(&path), open(&path));
+        assert!(OfdLock::byte(0).try_lock(&holder).unwrap());
+        drop(open(&path));
+        assert!(!OfdLock::byte(0).try_lock(&other).unwrap());
+        drop(holder);
+        assert!(OfdLock::byte(0).try_lock(&other).unwrap());
+    }
+
+    #[test]
+    fn a_lock_outlives_its_taker_in_a_child_that_inherited_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let (holder, other) = (open(&path), open(&path));
+        assert!(OfdLock::byte(0).try_lock(&holder).unwrap());
+        // The child's standard input is a duplicate of the open file that has the lock.
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::from(holder.try_clone().unwrap()))
+            .spawn()
+            .unwrap();
+        drop(holder);
+        assert!(
+            OfdLock::byte(0).is_held_by_other(&other).unwrap(),
+            "the child has it"
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(
+            !OfdLock::byte(0).is_held_by_other(&other).unwrap(),
+            "the child is gone"
+        );
+    }
+}

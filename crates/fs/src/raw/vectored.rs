@@ -138,3 +138,101 @@ impl<I: Iterator<Item = (*mut u8, usize)>> Cursor<I> {
         self.window.drain(..whole);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use kvlane_core::PagedMemory;
+
+    use super::super::aligned_buffer::tests::build_folder;
+    use super::super::host_cache::tests::{content, split_cache};
+    use super::*;
+    use crate::raw::HostCache;
+
+    /// More runs than one call takes, none of them adjacent.
+    const BLOCKS: u32 = 1500;
+
+    fn all_blocks_backwards(cache: &HostCache) -> Runs<'_> {
+        let mut runs = Runs::new();
+        (0..BLOCKS)
+            .rev()
+            .for_each(|block| runs.push_layer(cache, 0, block));
+        runs
+    }
+
+    #[test]
+    fn runs_beyond_the_limit_of_one_call_are_written_in_order_with_padding() {
+        let cache = split_cache(BLOCKS, 33, 0);
+        (0..BLOCKS).for_each(|block| cache.write_layer(0, block, &content(block as usize, 66)));
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![1; 200_000], 0).unwrap();
+        let runs = all_blocks_backwards(&cache);
+        pwritev_all(&file, 5, &runs, 100).unwrap();
+        let mut bytes = vec![0; runs.len_bytes() + 106];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let expected: Vec<u8> = (0..BLOCKS)
+            .rev()
+            .flat_map(|block| content(block as usize, 66))
+            .collect();
+        assert_eq!(bytes[..5], [1; 5]);
+        assert!(bytes[5..5 + expected.len()] == expected);
+        assert_eq!(bytes[5 + expected.len()..][..100], [0; 100]);
+        assert_eq!(bytes.last(), Some(&1), "nothing behind the padding");
+    }
+
+    #[test]
+    fn bytes_in_the_page_cache_are_read_into_the_runs_without_blocking() {
+        let cache = split_cache(BLOCKS, 33, 0);
+        let expected = content(1, BLOCKS as usize * 66);
+        let file = tempfile::tempfile_in(build_folder()).unwrap();
+        file.write_all_at(&expected, 7).unwrap();
+        let runs = all_blocks_backwards(&cache);
+        match preadv_nowait(&file, 7, &runs) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                eprintln!("NOT RUN: this file system does not know reads that never wait");
+            }
+            read => {
+                assert_eq!(read.unwrap(), expected.len());
+                for (place, block) in (0..BLOCKS).rev().enumerate() {
+                    let mut bytes = [0; 66];
+                    cache.read_layer(0, block, &mut bytes);
+                    assert!(bytes == expected[place * 66..][..66], "block {block}");
+                }
+                // The file ends in the middle of a run.
+                assert_eq!(preadv_nowait(&file, 107, &runs).unwrap(), expected.len() - 100);
+            }
+        }
+    }
+
+    #[test]
+    fn a_partial_transfer_goes_on_in_the_middle_of_a_range() {
+        let base = std::ptr::without_provenance_mut::<u8>(4096);
+        let ranges = [(base, 10), (base, 0), (base.wrapping_add(100), 10)];
+        let mut cursor = Cursor::new(ranges.into_iter());
+        assert!(cursor.refill());
+        cursor.advance(13);
+        assert_eq!(
+            (cursor.window[0].iov_base.addr(), cursor.window[0].iov_len),
+            (4096 + 103, 7)
+        );
+        cursor.advance(7);
+        assert!(!cursor.refill());
+    }
+
+    #[test]
+    fn errors_of_the_system_keep_their_code() {
+        let cache = split_cache(1, 8, 0);
+        let mut runs = Runs::new();
+        runs.push_layer(&cache, 0, 0);
+        let file = File::open("/dev/null").unwrap();
+        assert_eq!(
+            pwritev_all(&file, 0, &runs, 0).unwrap_err().raw_os_error(),
+            Some(libc::EBADF)
+        );
+        assert_eq!(
+            preadv_nowait(&file, u64::MAX, &runs).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
+    }
+}

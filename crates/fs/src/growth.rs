@@ -1,0 +1,160 @@
+//! Getting segments and giving them back: one budget for all writers of a folder.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::counters::Counters;
+use crate::directory::Directory;
+use crate::error::FsError;
+use crate::memory_limit;
+use crate::segment::{self, Geometry, OwnedSegment, SegmentView};
+use crate::shared::Shared;
+
+/// How long another process may hold the budget lock before we do without growing.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+
+/// What came of the wish for another segment.
+#[derive(Debug)]
+pub(crate) enum Growth {
+    /// A new or adopted segment.
+    Grown(OwnedSegment),
+    /// No room; others have more than their share and were asked to give back.
+    Asked,
+    /// No room, and we have our share: recycle our own.
+    Full,
+    /// It cannot work: said once, with the reason.
+    Refused(String),
+}
+
+/// Tries to get one more segment for the writer at `place`, which owns `own_bytes`.
+pub(crate) fn grow(
+    shared: &Shared,
+    place: crate::control::WriterPlace,
+    target_bytes: u64,
+    own_bytes: u64,
+) -> Growth {
+    let attempt = || grow_locked(shared, place, target_bytes, own_bytes);
+    match shared.directory.control.with_budget_lock(LOCK_PATIENCE, attempt) {
+        Some(Ok(growth)) => growth,
+        Some(Err(error)) => Growth::Refused(error.to_string()),
+        None => Growth::Full,
+    }
+}
+
+fn grow_locked(
+    shared: &Shared,
+    place: crate::control::WriterPlace,
+    target_bytes: u64,
+    own_bytes: u64,
+) -> Result<Growth, FsError> {
+    let directory = &shared.directory;
+    let control = &directory.control;
+    let capacity = control.capacity_bytes();
+    let writers = control.live_writers(Some(place));
+    let share = capacity / (writers.len().max(1) as u64);
+    let somebody_waits = writers.iter().any(|writer| !writer.own && writer.wants_bytes > 0);
+    let over_share = own_bytes > 0 && own_bytes + target_bytes > share.max(target_bytes);
+    if somebody_waits && over_share {
+        // What is free now was given back for somebody else.
+        return Ok(Growth::Full);
+    }
+    loop {
+        let left = capacity.saturating_sub(directory.used_bytes()?);
+        let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host_id) else {
+            return Ok(Growth::Refused(format!(
+                "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
+                shared.geometry.slot_bytes
+            )));
+        };
+        if header.file_bytes() <= left {
+            if directory.mapped_payload()
+                && let Some(headroom) = memory_limit::headroom_bytes()
+                && headroom < header.file_bytes()
+            {
+                return Ok(Growth::Refused(format!(
+                    "the container has {headroom} bytes of memory left for a segment of {}; \
+                     a tmpfs segment counts against its memory limit",
+                    header.file_bytes()
+                )));
+            }
+            control.set_wants(place, 0);
+            return match OwnedSegment::create(directory, &header, shared.start_id) {
+                Ok(segment) => {
+                    control.set_bytes_used(place, own_bytes + header.file_bytes());
+                    Ok(Growth::Grown(segment))
+                }
+                Err(FsError::Io { source, .. })
+                    if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
+                {
+                    Ok(Growth::Refused(format!("the file system is full: {source}")))
+                }
+                Err(error) => Err(error),
+            };
+        }
+        if let Some(segment) = adopt_one(directory, &shared.geometry, shared.start_id) {
+            Counters::add(&shared.counters.adopted_segments, 1);
+            control.set_wants(place, 0);
+            control.set_bytes_used(place, own_bytes + segment.header().file_bytes());
+            return Ok(Growth::Grown(segment));
+        }
+        if !remove_coldest_orphan(directory)? {
+            break;
+        }
+    }
+    // Everything belongs to live writers.
+    if own_bytes == 0 || own_bytes + target_bytes <= share {
+        control.set_wants(place, target_bytes);
+        return Ok(Growth::Asked);
+    }
+    control.set_wants(place, 0);
+    Ok(Growth::Full)
+}
+
+/// Whether this writer has more than its share while somebody else waits for some.
+pub(crate) fn should_give_back(directory: &Directory, place: crate::control::WriterPlace, own_bytes: u64) -> bool {
+    let writers = directory.control.live_writers(Some(place));
+    let waiting = writers.iter().filter(|writer| !writer.own && writer.wants_bytes > 0).count();
+    if waiting == 0 {
+        return false;
+    }
+    let share = directory.control.capacity_bytes() / writers.len().max(1) as u64;
+    let most = writers.iter().map(|writer| writer.bytes_used).max().unwrap_or(0);
+    // Giving back stops as soon as there is room for those who wait; only whoever has most gives.
+    let needed: u64 = writers.iter().filter(|writer| !writer.own).map(|writer| writer.wants_bytes).sum();
+    let left = directory.control.capacity_bytes().saturating_sub(directory.used_bytes().unwrap_or(u64::MAX));
+    own_bytes > share && own_bytes >= most && left < needed
+}
+
+/// The segment of a writer that is gone, of our geometry.
+fn adopt_one(directory: &Directory, geometry: &Geometry, start_id: u64) -> Option<OwnedSegment> {
+    for (_, name) in directory.segment_names().ok()? {
+        match OwnedSegment::adopt(directory, &name, geometry, start_id) {
+            Ok(Some(segment)) => return Some(segment),
+            Ok(None) => {}
+            Err(error) => tracing::debug!(%error, "a segment cannot be adopted"),
+        }
+    }
+    None
+}
+
+/// Removes the orphan that was used least lately. Its geometry is not ours, else it would have been adopted.
+fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
+    let mut ages: HashMap<String, u32> = HashMap::new();
+    for (_, name) in directory.segment_names()? {
+        if let Ok(Some(view)) = SegmentView::open(directory, &name)
+            && !view.owner_lives()
+        {
+            let used = (0..view.header.slot_count).map(|slot| view.mark(slot)).max().unwrap_or(0);
+            ages.insert(name, used);
+        }
+    }
+    let mut order: Vec<(u32, String)> = ages.into_iter().map(|(name, used)| (used, name)).collect();
+    order.sort();
+    for (_, name) in order {
+        if segment::remove_orphan(directory, &name)? {
+            tracing::info!(segment = name, "removed a segment of another model that nobody owns");
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,411 @@
+//! Which blocks a folder has: a map in memory, kept up to date from the segments' change counters.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvlane_core::{Availability, BlockKey, NamespaceId};
+
+use crate::directory::{Directory, unix_ms};
+use crate::error::{FsError, Result};
+use crate::format::SlotState;
+use crate::segment::SegmentView;
+
+/// All segments are looked at this often even if nobody announced a change: a writer may have died in between.
+const FULL_CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long an answer to "does the owner live?" is believed.
+const OWNER_CHECK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Chain hashes are uniform already: their first bytes are as good as a hash of them.
+#[derive(Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        let mut word = [0; 8];
+        let length = bytes.len().min(8);
+        word[..length].copy_from_slice(&bytes[..length]);
+        self.0 ^= u64::from_le_bytes(word);
+    }
+    // The length prefix of arrays says nothing.
+    fn write_usize(&mut self, _: usize) {}
+}
+
+type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
+
+/// Where a block is, or is promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    segment: u32,
+    slot: u32,
+    sequence: u64,
+    /// Unix milliseconds until which a promise counts; 0 for a committed block.
+    deadline_unix_ms: u64,
+}
+
+impl Entry {
+    fn committed(&self) -> bool {
+        self.deadline_unix_ms == 0
+    }
+}
+
+/// A committed block, held so that it can be read without the index.
+#[derive(Debug, Clone)]
+pub(crate) struct Found {
+    pub(crate) view: Arc<SegmentView>,
+    pub(crate) slot: u32,
+    pub(crate) sequence: u64,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    view: Arc<SegmentView>,
+    changes: u64,
+    sequences: Vec<u64>,
+    /// What each slot stands for in the maps.
+    entries: Vec<Option<(u32, BlockKey)>>,
+    owner_lives: bool,
+    owner_checked: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Table {
+    namespace: NamespaceId,
+    effective: NamespaceId,
+    blocks: KeyMap<Entry>,
+}
+
+/// The index of one process over some namespaces of a folder.
+#[derive(Debug)]
+pub(crate) struct Index {
+    tables: Vec<Table>,
+    segments: Vec<Option<Tracked>>,
+    /// The same key in more than one slot: rare, so kept aside.
+    others: KeyMap<Vec<(u32, Entry)>>,
+    /// Names that cannot be used; each is complained about once.
+    rejected: HashSet<u64>,
+    generation: Option<u64>,
+    epoch: u64,
+    changes: Option<u64>,
+    checked: Option<Instant>,
+    /// Grows when anything that was found may be gone.
+    removals: u64,
+}
+
+/// Remembers how far a chain was found, so that asking again costs what has changed.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LookupCursor {
+    ready_blocks: usize,
+    removals: u64,
+}
+
+impl Index {
+    pub(crate) fn new(namespaces: &[NamespaceId]) -> Self {
+        let table = |&namespace: &NamespaceId| Table {
+            namespace,
+            effective: namespace.with_epoch(0),
+            blocks: KeyMap::default(),
+        };
+        Index {
+            tables: namespaces.iter().map(table).collect(),
+            segments: Vec::new(),
+            others: KeyMap::default(),
+            rejected: HashSet::new(),
+            generation: None,
+            epoch: 0,
+            changes: None,
+            checked: None,
+            removals: 1,
+        }
+    }
+
+    /// The namespace under which new blocks are written and found now.
+    pub(crate) fn effective(&self, table: usize) -> NamespaceId {
+        self.tables[table].effective
+    }
+
+    pub(crate) fn segment_count(&self) -> usize {
+        self.segments.iter().flatten().count()
+    }
+
+    /// Takes up what changed in the folder. Costs a few loads when nothing did.
+    pub(crate) fn refresh(&mut self, directory: &Directory) {
+        let control = &directory.control;
+        let epoch = control.epoch();
+        if epoch != self.epoch {
+            self.start_epoch(epoch);
+        }
+        let changes = control.changes();
+        let generation = control.generation();
+        let due = self.checked.is_none_or(|checked| checked.elapsed() > FULL_CHECK_INTERVAL);
+        if self.changes == Some(changes) && self.generation == Some(generation) && !due {
+            return;
+        }
+        if self.generation != Some(generation) {
+            match self.relist(directory) {
+                Ok(()) => self.generation = Some(generation),
+                Err(error) => tracing::warn!(%error, "cannot list the segments"),
+            }
+        }
+        for number in 0..self.segments.len() {
+            self.rescan(number as u32);
+        }
+        self.changes = Some(changes);
+        self.checked = Some(Instant::now());
+    }
+
+    fn start_epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+        self.forget_all();
+        for table in &mut self.tables {
+            table.effective = table.namespace.with_epoch(epoch);
+        }
+    }
+
+    fn forget_all(&mut self) {
+        for table in &mut self.tables {
+            table.blocks.clear();
+        }
+        self.others.clear();
+        for tracked in self.segments.iter_mut().flatten() {
+            tracked.entries.fill(None);
+            tracked.sequences.fill(0);
+            tracked.changes = u64::MAX;
+        }
+        self.changes = None;
+        self.removals += 1;
+    }
+
+    fn relist(&mut self, directory: &Directory) -> Result<()> {
+        let names = directory.segment_names()?;
+        let linked: HashSet<u64> = names.iter().map(|(id, _)| *id).collect();
+        for number in 0..self.segments.len() {
+            let gone = self.segments[number]
+                .as_ref()
+                .is_some_and(|tracked| !linked.contains(&tracked.view.header.segment_id));
+            if gone {
+                self.drop_segment(number as u32);
+            }
+        }
+        let known: HashSet<u64> =
+            self.segments.iter().flatten().map(|tracked| tracked.view.header.segment_id).collect();
+        self.rejected.retain(|id| linked.contains(id));
+        for (id, name) in names {
+            if known.contains(&id) || self.rejected.contains(&id) {
+                continue;
+            }
+            match SegmentView::open(directory, &name) {
+                Ok(Some(view)) => self.track(view),
+                Ok(None) => {}
+                Err(error) => {
+                    // Somebody else's rubbish must not cost us our own blocks.
+                    tracing::warn!(%error, "a segment is left out");
+                    if !matches!(error, FsError::Io { .. }) {
+                        self.rejected.insert(id);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn track(&mut self, view: SegmentView) {
+        let slots = view.header.slot_count as usize;
+        let tracked = Tracked {
+            view: Arc::new(view),
+            changes: u64::MAX,
+            sequences: vec![0; slots],
+            entries: vec![None; slots],
+            owner_lives: false,
+            owner_checked: None,
+        };
+        match self.segments.iter_mut().find(|place| place.is_none()) {
+            Some(place) => *place = Some(tracked),
+            None => self.segments.push(Some(tracked)),
+        }
+    }
+
+    fn drop_segment(&mut self, number: u32) {
+        let slots = self.segments[number as usize].as_ref().map_or(0, |tracked| tracked.entries.len());
+        for slot in 0..slots {
+            self.remove(number, slot as u32);
+        }
+        self.segments[number as usize] = None;
+    }
+
+    fn rescan(&mut self, number: u32) {
+        let Some(tracked) = &mut self.segments[number as usize] else { return };
+        let changes = tracked.view.changes();
+        if changes == tracked.changes {
+            return;
+        }
+        tracked.changes = changes;
+        let view = Arc::clone(&tracked.view);
+        let changed: Vec<(u32, u64)> = (0..view.header.slot_count)
+            .filter_map(|slot| {
+                let sequence = view.sequence(slot);
+                (sequence != tracked.sequences[slot as usize]).then_some((slot, sequence))
+            })
+            .collect();
+        for (slot, sequence) in changed {
+            self.take_up(number, &view, slot, sequence);
+        }
+    }
+
+    /// Takes up one slot whose sequence word is `sequence` now.
+    fn take_up(&mut self, number: u32, view: &SegmentView, slot: u32, sequence: u64) {
+        let at = slot as usize;
+        if sequence % 2 == 1 {
+            // A promised slot that is being filled is still promised.
+            let promised = self.entry_of(number, slot).is_some_and(|entry| !entry.committed());
+            if !promised {
+                self.remove(number, slot);
+            }
+            if let Some(tracked) = &mut self.segments[number as usize] {
+                tracked.sequences[at] = sequence;
+            }
+            return;
+        }
+        self.remove(number, slot);
+        let record = match view.record(slot, sequence) {
+            Ok(record) => record,
+            // Torn: the writer is at it again, and will count another change when it is done.
+            Err(_) => return,
+        };
+        if let Some(tracked) = &mut self.segments[number as usize] {
+            tracked.sequences[at] = sequence;
+        }
+        let Some(table) = self.tables.iter().position(|table| table.effective == record.namespace) else {
+            return;
+        };
+        let deadline_unix_ms = match record.state {
+            SlotState::Free => return,
+            SlotState::Reserved => record.deadline_unix_ms.max(1),
+            SlotState::Committed => 0,
+        };
+        let entry = Entry { segment: number, slot, sequence, deadline_unix_ms };
+        self.insert(table as u32, record.key, entry);
+    }
+
+    fn entry_of(&self, number: u32, slot: u32) -> Option<Entry> {
+        let (table, key) = self.segments[number as usize].as_ref()?.entries[slot as usize]?;
+        let here = |entry: &&Entry| entry.segment == number && entry.slot == slot;
+        self.tables[table as usize].blocks.get(&key).filter(here).copied().or_else(|| {
+            self.others.get(&key)?.iter().map(|(_, entry)| entry).find(here).copied()
+        })
+    }
+
+    fn insert(&mut self, table: u32, key: BlockKey, entry: Entry) {
+        if let Some(tracked) = &mut self.segments[entry.segment as usize] {
+            tracked.entries[entry.slot as usize] = Some((table, key));
+        }
+        let blocks = &mut self.tables[table as usize].blocks;
+        match blocks.get_mut(&key) {
+            None => {
+                blocks.insert(key, entry);
+            }
+            Some(first) => {
+                // A whole block beats a promise; the other is kept for when the first one goes.
+                let mut other = entry;
+                if entry.committed() && !first.committed() {
+                    std::mem::swap(first, &mut other);
+                }
+                self.others.entry(key).or_default().push((table, other));
+            }
+        }
+    }
+
+    fn remove(&mut self, number: u32, slot: u32) {
+        let Some(tracked) = &mut self.segments[number as usize] else { return };
+        let Some((table, key)) = tracked.entries[slot as usize].take() else { return };
+        let here = |entry: &Entry| entry.segment == number && entry.slot == slot;
+        let mut rest = self.others.remove(&key).unwrap_or_default();
+        rest.retain(|(_, entry)| !here(entry));
+        let blocks = &mut self.tables[table as usize].blocks;
+        if blocks.get(&key).is_some_and(here) {
+            blocks.remove(&key);
+            self.removals += 1;
+            if let Some(next) = rest.iter().position(|(other, _)| *other == table) {
+                let (_, entry) = rest.swap_remove(next);
+                self.tables[table as usize].blocks.insert(key, entry);
+            }
+        }
+        if !rest.is_empty() {
+            self.others.insert(key, rest);
+        }
+    }
+
+    /// The committed block with this key. [`refresh`](Self::refresh) first.
+    pub(crate) fn find(&self, table: usize, key: &BlockKey) -> Option<Found> {
+        let entry = self.tables[table].blocks.get(key).filter(|entry| entry.committed())?;
+        let tracked = self.segments[entry.segment as usize].as_ref()?;
+        Some(Found { view: Arc::clone(&tracked.view), slot: entry.slot, sequence: entry.sequence })
+    }
+
+    /// Forgets a block that turned out to be bad, until its slot changes.
+    pub(crate) fn forget(&mut self, found: &Found) {
+        let number = self.segments.iter().position(|tracked| {
+            tracked.as_ref().is_some_and(|tracked| Arc::ptr_eq(&tracked.view, &found.view))
+        });
+        let Some(number) = number else { return };
+        let same = self
+            .entry_of(number as u32, found.slot)
+            .is_some_and(|entry| entry.sequence == found.sequence && entry.committed());
+        if same {
+            self.remove(number as u32, found.slot);
+        }
+    }
+
+    /// How many leading blocks of `chain` all namespaces have. [`refresh`](Self::refresh) first.
+    pub(crate) fn availability(&mut self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
+        if self.tables.is_empty() {
+            return Availability::default();
+        }
+        let mut ready = if cursor.removals == self.removals { cursor.ready_blocks.min(chain.len()) } else { 0 };
+        while ready < chain.len()
+            && self.tables.iter().all(|table| table.blocks.get(&chain[ready]).is_some_and(Entry::committed))
+        {
+            ready += 1;
+        }
+        *cursor = LookupCursor { ready_blocks: ready, removals: self.removals };
+        let mut pending = ready;
+        if pending < chain.len() {
+            let now_ms = unix_ms();
+            while pending < chain.len() && self.promised_or_ready(&chain[pending], now_ms) {
+                pending += 1;
+            }
+        }
+        Availability { ready_blocks: ready, pending_blocks: pending - ready }
+    }
+
+    fn promised_or_ready(&mut self, key: &BlockKey, now_ms: u64) -> bool {
+        for table in 0..self.tables.len() {
+            let Some(entry) = self.tables[table].blocks.get(key).copied() else { return false };
+            if entry.committed() {
+                continue;
+            }
+            if entry.deadline_unix_ms < now_ms || !self.owner_lives(entry.segment) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn owner_lives(&mut self, number: u32) -> bool {
+        let Some(tracked) = &mut self.segments[number as usize] else { return false };
+        if tracked.owner_checked.is_none_or(|checked| checked.elapsed() > OWNER_CHECK_INTERVAL) {
+            tracked.owner_lives = tracked.view.owner_lives();
+            tracked.owner_checked = Some(Instant::now());
+        }
+        tracked.owner_lives
+    }
+
+    /// Whether this process' own or another writer has promised or stored the key.
+    pub(crate) fn knows(&self, table: usize, key: &BlockKey) -> bool {
+        self.tables[table].blocks.contains_key(key)
+    }
+}

@@ -1,0 +1,185 @@
+//! Jobs in flight and completions not delivered yet.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvlane_core::{Completion, JobId, MissReason, Outcome};
+
+use crate::load::LoadJob;
+use crate::store::StoreJob;
+
+/// Locks even if a thread died while it had the lock: everything behind our mutexes is valid between statements.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Job {
+    Load(Arc<LoadJob>),
+    Store(Arc<StoreJob>),
+}
+
+impl Job {
+    fn deadline(&self) -> Instant {
+        match self {
+            Job::Load(job) => job.deadline(),
+            Job::Store(job) => job.deadline(),
+        }
+    }
+
+    fn close(&self, reason: MissReason) {
+        match self {
+            Job::Load(job) => job.close(reason),
+            Job::Store(job) => job.close(reason),
+        }
+    }
+}
+
+/// All jobs of one transfer.
+#[derive(Debug)]
+pub(crate) struct Jobs {
+    started: Instant,
+    next: AtomicU64,
+    live: Mutex<HashMap<JobId, Job>>,
+    live_count: AtomicUsize,
+    /// Nanoseconds after `started` before which no live job's deadline can pass.
+    earliest_nanos: AtomicU64,
+    done: Mutex<Vec<Completion>>,
+    done_count: AtomicUsize,
+    arrived: Condvar,
+    limit: usize,
+    closed: AtomicBool,
+}
+
+impl Jobs {
+    pub(crate) fn new(limit: usize) -> Self {
+        Jobs {
+            started: Instant::now(),
+            next: AtomicU64::new(1),
+            live: Mutex::default(),
+            live_count: AtomicUsize::new(0),
+            earliest_nanos: AtomicU64::new(u64::MAX),
+            done: Mutex::default(),
+            done_count: AtomicUsize::new(0),
+            arrived: Condvar::new(),
+            limit,
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn next_id(&self) -> JobId {
+        JobId(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// `false`: too much is in flight; the job must be finished at once as dropped.
+    pub(crate) fn admit(&self, id: JobId, job: Job) -> bool {
+        if self.closed.load(Ordering::Relaxed) || self.live_count.load(Ordering::Relaxed) >= self.limit {
+            return false;
+        }
+        let nanos = self.nanos(job.deadline());
+        lock(&self.live).insert(id, job);
+        self.live_count.fetch_add(1, Ordering::Relaxed);
+        self.earliest_nanos.fetch_min(nanos, Ordering::Relaxed);
+        true
+    }
+
+    pub(crate) fn get(&self, id: JobId) -> Option<Job> {
+        lock(&self.live).get(&id).cloned()
+    }
+
+    /// Delivers a completion. Called once for each job.
+    pub(crate) fn finish(&self, job: JobId, outcome: Outcome) {
+        if lock(&self.live).remove(&job).is_some() {
+            self.live_count.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut done = lock(&self.done);
+        done.push(Completion { job, outcome });
+        self.done_count.store(done.len(), Ordering::Release);
+        drop(done);
+        self.arrived.notify_all();
+    }
+
+    /// Ends the jobs whose deadline has passed. Every caller that looks for completions is also the clock: a thread
+    /// that hangs in a file system cannot keep a job open.
+    pub(crate) fn expire(&self) {
+        if self.live_count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let now = Instant::now();
+        if self.nanos(now) < self.earliest_nanos.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut late = Vec::new();
+        let mut earliest = u64::MAX;
+        for job in lock(&self.live).values() {
+            if job.deadline() <= now {
+                late.push(job.clone());
+            } else {
+                earliest = earliest.min(self.nanos(job.deadline()));
+            }
+        }
+        self.earliest_nanos.store(earliest, Ordering::Relaxed);
+        for job in late {
+            job.close(MissReason::TimedOut);
+        }
+    }
+
+    pub(crate) fn poll(&self, into: &mut Vec<Completion>) {
+        self.expire();
+        if self.done_count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut done = lock(&self.done);
+        into.append(&mut done);
+        self.done_count.store(0, Ordering::Release);
+    }
+
+    /// The completion of `job`, waiting for it until `deadline`. `Err`: there is no such job.
+    pub(crate) fn wait(&self, job: JobId, deadline: Instant) -> Result<Option<Completion>, ()> {
+        loop {
+            self.expire();
+            let own_deadline = self.get(job).map(|live| live.deadline());
+            let mut done = lock(&self.done);
+            if let Some(at) = done.iter().position(|completion| completion.job == job) {
+                let completion = done.remove(at);
+                self.done_count.store(done.len(), Ordering::Release);
+                return Ok(Some(completion));
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return if own_deadline.is_some() { Ok(None) } else { Err(()) };
+            }
+            if own_deadline.is_none() && self.get(job).is_none() {
+                // It ended and somebody else took the completion, or it never was.
+                return Err(());
+            }
+            let mut until = deadline;
+            if let Some(own) = own_deadline {
+                until = until.min(own);
+            }
+            // A little longer than the deadline, so that the next round sees it as passed.
+            let pause = until.saturating_duration_since(now) + Duration::from_micros(50);
+            drop(self.arrived.wait_timeout(done, pause));
+        }
+    }
+
+    /// Whether `job` has ended with everything done and its completion was not delivered yet.
+    pub(crate) fn ended_well(&self, job: JobId) -> bool {
+        lock(&self.done).iter().any(|completion| completion.job == job && completion.outcome == Outcome::Done)
+    }
+
+    /// Refuses new jobs and ends the live ones.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        let live: Vec<Job> = lock(&self.live).values().cloned().collect();
+        for job in live {
+            job.close(MissReason::Cancelled);
+        }
+    }
+
+    fn nanos(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.started).as_nanos()).unwrap_or(u64::MAX)
+    }
+}

@@ -1,0 +1,363 @@
+//! Loads: from slots into the paged cache.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
+
+use crate::counters::Counters;
+use crate::format::{SlotRecord, SlotState};
+use crate::gate::Gate;
+use crate::index::Found;
+use crate::jobs::lock;
+use crate::raw::{AlignedBuffer, LayerCrc, Runs, preadv_nowait, store_fence};
+use crate::shared::Shared;
+
+/// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
+const READ_BYTES: usize = 512 << 10;
+
+/// One load in flight.
+#[derive(Debug)]
+pub(crate) struct LoadJob {
+    id: JobId,
+    request: LoadRequest,
+    /// Where each key was found; `None` was missed from the start.
+    found: Vec<Option<Found>>,
+    records: Vec<OnceLock<Option<SlotRecord>>>,
+    shared: Weak<Shared>,
+    gate: Gate,
+    /// Blocks, or (layer, block) pairs in layer-major order.
+    next_item: AtomicUsize,
+    items_left: AtomicUsize,
+    /// Layers of each block that are not in the cache and checked.
+    layers_left: Vec<AtomicU32>,
+    /// Blocks whose part of a layer is not there yet, for each layer.
+    blocks_left: Vec<AtomicUsize>,
+    bad: Mutex<BTreeMap<usize, MissReason>>,
+    closed_because: OnceLock<MissReason>,
+    readahead: AtomicBool,
+    completed: AtomicBool,
+    progress: Mutex<()>,
+    progressed: Condvar,
+}
+
+impl LoadJob {
+    pub(crate) fn new(shared: &Arc<Shared>, id: JobId, request: LoadRequest, found: Vec<Option<Found>>) -> Arc<Self> {
+        let layers = shared.geometry.layer_bytes.len();
+        let blocks = found.len();
+        let bad = found
+            .iter()
+            .enumerate()
+            .filter(|(_, found)| found.is_none())
+            .map(|(position, _)| (position, MissReason::Absent))
+            .collect();
+        let items = match request.order {
+            LoadOrder::BlockMajor => blocks,
+            LoadOrder::LayerMajor => blocks * layers,
+        };
+        Arc::new(LoadJob {
+            id,
+            records: (0..blocks).map(|_| OnceLock::new()).collect(),
+            shared: Arc::downgrade(shared),
+            gate: Gate::default(),
+            next_item: AtomicUsize::new(0),
+            items_left: AtomicUsize::new(items),
+            layers_left: (0..blocks).map(|_| AtomicU32::new(layers as u32)).collect(),
+            blocks_left: (0..layers).map(|_| AtomicUsize::new(blocks)).collect(),
+            bad: Mutex::new(bad),
+            closed_because: OnceLock::new(),
+            readahead: AtomicBool::new(false),
+            completed: AtomicBool::new(false),
+            progress: Mutex::new(()),
+            progressed: Condvar::new(),
+            request,
+            found,
+        })
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.request.deadline
+    }
+
+    pub(crate) fn block_count(&self) -> usize {
+        self.found.len()
+    }
+
+    /// Ends the job: at once if nobody is copying, else when the last one has stopped.
+    pub(crate) fn close(&self, reason: MissReason) {
+        let _ = self.closed_because.set(reason);
+        if self.gate.close() {
+            self.complete();
+        }
+    }
+
+    /// Waits until every block has its part of `layer`.
+    pub(crate) fn wait_layer(&self, layer: usize, deadline: Instant) -> bool {
+        let deadline = deadline.min(self.deadline());
+        let mut guard = lock(&self.progress);
+        loop {
+            if self.blocks_left[layer].load(Ordering::Acquire) == 0 {
+                return lock(&self.bad).is_empty();
+            }
+            let now = Instant::now();
+            if now >= deadline || self.completed.load(Ordering::Acquire) {
+                return false;
+            }
+            guard = match self.progressed.wait_timeout(guard, deadline - now) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// What a loading thread does for this job: items until there are none.
+    pub(crate) fn run(&self, bounce: &mut Bounce) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        let started = Instant::now();
+        let layers = shared.geometry.layer_bytes.len();
+        let blocks = self.found.len();
+        let items = match self.request.order {
+            LoadOrder::BlockMajor => blocks,
+            LoadOrder::LayerMajor => blocks * layers,
+        };
+        loop {
+            let item = self.next_item.fetch_add(1, Ordering::Relaxed);
+            if item >= items || self.gate.is_closed() {
+                break;
+            }
+            let (position, span) = match self.request.order {
+                LoadOrder::BlockMajor => (item, 0..layers),
+                LoadOrder::LayerMajor => (item % blocks, item / blocks..item / blocks + 1),
+            };
+            if Instant::now() >= self.request.deadline {
+                self.close(MissReason::TimedOut);
+                break;
+            }
+            match self.load(&shared, position, span.clone(), bounce) {
+                // Only what succeeded is counted: `complete` may run right now, and what it finds uncounted is bad.
+                Ok(()) => {
+                    self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
+                }
+                Err(reason) => {
+                    lock(&self.bad).entry(position).or_insert(reason);
+                }
+            }
+            let mut layer_complete = false;
+            for layer in span {
+                layer_complete |= self.blocks_left[layer].fetch_sub(1, Ordering::AcqRel) == 1;
+            }
+            if layer_complete && self.request.order == LoadOrder::LayerMajor {
+                drop(lock(&self.progress));
+                self.progressed.notify_all();
+            }
+            if self.items_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.complete();
+            }
+        }
+        Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
+    }
+
+    fn complete(&self) {
+        if self.completed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let Some(shared) = self.shared.upgrade() else { return };
+        let late = self.closed_because.get().copied().unwrap_or(MissReason::TimedOut);
+        let mut bad = std::mem::take(&mut *lock(&self.bad));
+        for (position, left) in self.layers_left.iter().enumerate() {
+            if left.load(Ordering::Acquire) != 0 {
+                bad.entry(position).or_insert(late);
+            }
+        }
+        for reason in bad.values() {
+            shared.counters.miss(*reason, 1);
+        }
+        let loaded = (self.found.len() - bad.len()) as u64;
+        Counters::add(&shared.counters.loaded_blocks, loaded);
+        Counters::add(&shared.counters.loaded_bytes, loaded * shared.geometry.payload_bytes);
+        let touched = self.found.iter().enumerate().filter(|(position, _)| !bad.contains_key(position));
+        shared.touch(touched.filter_map(|(_, found)| found.clone()));
+        let outcome = match bad.values().next() {
+            None => Outcome::Done,
+            Some(&reason) => Outcome::Miss { positions: bad.keys().copied().collect(), reason },
+        };
+        shared.jobs.finish(self.id, outcome);
+        drop(lock(&self.progress));
+        self.progressed.notify_all();
+    }
+
+    fn load(
+        &self,
+        shared: &Shared,
+        position: usize,
+        layers: std::ops::Range<usize>,
+        bounce: &mut Bounce,
+    ) -> Result<(), MissReason> {
+        let Some(found) = &self.found[position] else { return Err(MissReason::Absent) };
+        let record = self.records[position].get_or_init(|| {
+            let record = found.view.record(found.slot, found.sequence).ok()?;
+            let right = record.state == SlotState::Committed
+                && record.key == self.request.keys[position]
+                && record.payload_bytes == shared.geometry.payload_bytes
+                && record.layer_crcs.len() == shared.geometry.layer_bytes.len();
+            right.then_some(record)
+        });
+        let Some(record) = record else { return Err(MissReason::Recycled) };
+        let block = self.request.blocks[position];
+        let part = Part { shared, found, record, block, layers };
+        let copied = if shared.directory.mapped_payload() {
+            self.copy_mapped(&part)
+        } else {
+            self.copy_read(&part, bounce)
+        };
+        // The sequence tells whether the slot was recycled under the copy; then a wrong checksum means nothing.
+        if found.view.sequence(found.slot) != found.sequence {
+            return Err(MissReason::Recycled);
+        }
+        if copied == Err(MissReason::Corrupt) {
+            tracing::warn!(path = %found.view.path.display(), slot = found.slot, "a block does not match its checksum");
+            lock(&shared.index).forget(found);
+        }
+        copied
+    }
+
+    fn enter<R>(&self, work: impl FnOnce() -> R) -> Option<R> {
+        let left = || self.complete();
+        let _inside = self.gate.enter(&left)?;
+        Some(work())
+    }
+
+    fn copy_mapped(&self, part: &Part<'_>) -> Result<(), MissReason> {
+        self.enter(|| {
+            let mapping = part.found.view.mapping();
+            let mut offset = part.layer_offset(part.layers.start);
+            let mut whole = true;
+            for layer in part.layers.clone() {
+                let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+                let source = mapping.source(offset as usize, bytes);
+                let mut crc = part.crc(layer);
+                part.shared.cache.copy_layer_in(layer, part.block, source, crc.as_mut());
+                whole &= part.matches(layer, crc);
+                offset += bytes as u64;
+            }
+            store_fence();
+            if whole { Ok(()) } else { Err(MissReason::Corrupt) }
+        })
+        .unwrap_or_else(|| Err(self.closing_reason()))
+    }
+
+    /// Straight from the page cache where the pages are resident, through the bounce buffer where not: only a read
+    /// that cannot block may know the address of the paged cache.
+    fn copy_read(&self, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
+        let direct = self.enter(|| self.read_resident(part)).unwrap_or(Some(Err(self.closing_reason())));
+        if let Some(result) = direct {
+            return result;
+        }
+        if !self.readahead.swap(true, Ordering::Relaxed) {
+            self.start_readahead(part.shared);
+        }
+        let bytes: u64 = part.layers.clone().map(|layer| part.shared.geometry.layer_bytes[layer]).sum();
+        let buffer = bounce.buffer(bytes as usize);
+        let offset = part.layer_offset(part.layers.start);
+        if let Err(error) = buffer.pread_into(&part.found.view.file, offset, bytes as usize) {
+            tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
+            return Err(MissReason::Io);
+        }
+        self.enter(|| {
+            let mut at = 0;
+            let mut whole = true;
+            for layer in part.layers.clone() {
+                let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+                let mut crc = part.crc(layer);
+                part.shared.cache.copy_layer_in(layer, part.block, buffer[at..at + bytes].into(), crc.as_mut());
+                whole &= part.matches(layer, crc);
+                at += bytes;
+            }
+            store_fence();
+            if whole { Ok(()) } else { Err(MissReason::Corrupt) }
+        })
+        .unwrap_or_else(|| Err(self.closing_reason()))
+    }
+
+    /// `None`: not all of it is resident.
+    fn read_resident(&self, part: &Part<'_>) -> Option<Result<(), MissReason>> {
+        let mut layer = part.layers.start;
+        let mut whole = true;
+        while layer < part.layers.end {
+            let mut runs = Runs::new();
+            let first = layer;
+            while layer < part.layers.end && (layer == first || runs.len_bytes() < READ_BYTES) {
+                runs.push_layer(&part.shared.cache, layer, part.block);
+                layer += 1;
+            }
+            match preadv_nowait(&part.found.view.file, part.layer_offset(first), &runs) {
+                Ok(read) if read == runs.len_bytes() => {}
+                // Not resident, or a file system that does not know the flag.
+                Ok(_) | Err(_) => return None,
+            }
+            for layer in first..layer {
+                let mut crc = part.crc(layer);
+                if let Some(crc) = &mut crc {
+                    part.shared.cache.checksum_layer(layer, part.block, crc);
+                }
+                whole &= part.matches(layer, crc);
+            }
+        }
+        Some(if whole { Ok(()) } else { Err(MissReason::Corrupt) })
+    }
+
+    /// Asks the kernel for all slots of the job at once, so that the device sees a deep queue.
+    fn start_readahead(&self, shared: &Shared) {
+        for found in self.found.iter().flatten() {
+            let offset = found.view.header.slot_offset(found.slot);
+            let length = std::num::NonZeroU64::new(shared.geometry.slot_bytes);
+            let _ = rustix::fs::fadvise(&found.view.file, offset, length, rustix::fs::Advice::WillNeed);
+        }
+    }
+
+    fn closing_reason(&self) -> MissReason {
+        self.closed_because.get().copied().unwrap_or(MissReason::Cancelled)
+    }
+}
+
+/// Some layers of one block of a load.
+struct Part<'a> {
+    shared: &'a Shared,
+    found: &'a Found,
+    record: &'a SlotRecord,
+    block: u32,
+    layers: std::ops::Range<usize>,
+}
+
+impl Part<'_> {
+    fn layer_offset(&self, layer: usize) -> u64 {
+        let before: u64 = self.shared.geometry.layer_bytes[..layer].iter().sum();
+        self.found.view.header.slot_offset(self.found.slot) + before
+    }
+
+    fn crc(&self, layer: usize) -> Option<LayerCrc> {
+        self.shared.verify.then(|| LayerCrc::new(&self.record.key.0, layer as u32))
+    }
+
+    fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {
+        crc.is_none_or(|crc| crc.value() == self.record.layer_crcs[layer])
+    }
+}
+
+/// A loading thread's buffer for reads that may block.
+#[derive(Default)]
+pub(crate) struct Bounce(Option<AlignedBuffer>);
+
+impl Bounce {
+    fn buffer(&mut self, bytes: usize) -> &mut AlignedBuffer {
+        if self.0.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
+            self.0 = None;
+        }
+        self.0.get_or_insert_with(|| AlignedBuffer::new(bytes))
+    }
+}
+
+/// How long a thread sleeps at most before it looks whether the store was closed.
+pub(crate) const IDLE_CHECK: Duration = Duration::from_millis(500);

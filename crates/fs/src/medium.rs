@@ -1,0 +1,85 @@
+//! Which file system a folder is on, and which way of moving bytes fits it.
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::error::{FsError, Result};
+use crate::options::Medium;
+
+// Magic numbers of statfs(2), from linux/magic.h.
+const TMPFS: u64 = 0x0102_1994;
+const RAMFS: u64 = 0x8584_58f6;
+const HUGETLBFS: u64 = 0x9584_58f6;
+const EXT: u64 = 0xef53;
+const XFS: u64 = 0x5846_5342;
+const BTRFS: u64 = 0x9123_683e;
+const F2FS: u64 = 0xf2f5_2010;
+const ZFS: u64 = 0x2fc1_2fc1;
+const OVERLAY: u64 = 0x794c_7630;
+const NFS: u64 = 0x6969;
+const FUSE: u64 = 0x6573_5546;
+const CIFS: u64 = 0xff53_4d42;
+const SMB2: u64 = 0xfe53_4d42;
+const CEPH: u64 = 0x00c3_6400;
+const LUSTRE: u64 = 0x0bd0_0bd0;
+
+/// What was found out about a folder's file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MediumChoice {
+    /// Name of the file system, or its number where it is unknown.
+    pub file_system: String,
+    /// The way that is used; never `Auto`.
+    pub medium: Medium,
+    /// Why.
+    pub reason: &'static str,
+    /// Bytes that the file system has left for us.
+    pub free_bytes: u64,
+}
+
+/// Chooses the way for the folder `path`, unless `forced` says which.
+pub fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice> {
+    let stat = rustix::fs::fstatfs(folder)
+        .map_err(|errno| FsError::io("ask for the file system of", path)(errno.into()))?;
+    // The field is signed or narrower on some targets; the magics fit in 32 bits.
+    #[allow(clippy::unnecessary_cast, reason = "the type of f_type differs between targets")]
+    let magic = (stat.f_type as u64) & 0xffff_ffff;
+    let (name, medium, reason) = match magic {
+        TMPFS => ("tmpfs", Medium::Memory, "it lives in memory"),
+        RAMFS => ("ramfs", Medium::Memory, "it lives in memory"),
+        HUGETLBFS => ("hugetlbfs", Medium::Memory, "it lives in memory"),
+        EXT => ("ext4", Medium::Disk, "it is a local disk"),
+        XFS => ("xfs", Medium::Disk, "it is a local disk"),
+        BTRFS => ("btrfs", Medium::Disk, "it is a local disk"),
+        F2FS => ("f2fs", Medium::Disk, "it is a local disk"),
+        ZFS => ("zfs", Medium::Disk, "it is a local disk"),
+        OVERLAY => ("overlay", Medium::Network, "mappings of overlay files may part from their file"),
+        NFS => ("nfs", Medium::Network, "it is a network file system"),
+        FUSE => ("fuse", Medium::Network, "its coherence is unknown"),
+        CIFS | SMB2 => ("smb", Medium::Network, "it is a network file system"),
+        CEPH => ("ceph", Medium::Network, "it is a network file system"),
+        LUSTRE => ("lustre", Medium::Network, "it is a network file system"),
+        _ => ("", Medium::Network, "the file system is unknown"),
+    };
+    let file_system = if name.is_empty() { format!("{magic:#x}") } else { name.to_owned() };
+    let (medium, reason) = match forced {
+        Medium::Auto => (medium, reason),
+        other => (other, "the option `medium` says so"),
+    };
+    #[allow(clippy::unnecessary_cast, reason = "the type of f_bsize differs between targets")]
+    let free_bytes = stat.f_bavail as u64 * stat.f_bsize as u64;
+    Ok(MediumChoice { file_system, medium, reason, free_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dev_shm_is_memory_and_an_option_overrides_it() {
+        let path = Path::new("/dev/shm");
+        let Ok(folder) = File::open(path) else { return };
+        let choice = choose(&folder, path, Medium::Auto).unwrap();
+        assert_eq!((choice.file_system.as_str(), choice.medium), ("tmpfs", Medium::Memory));
+        assert_eq!(choose(&folder, path, Medium::Disk).unwrap().medium, Medium::Disk);
+    }
+}

@@ -1,0 +1,384 @@
+//! Segment files: as a reader sees them, and as their one writer owns them.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
+
+use crate::control::open_trusted;
+use crate::directory::{Directory, random_u64, segment_name, unix_ms};
+use crate::error::{FsError, Result};
+use crate::format::{
+    self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, counters,
+};
+use crate::raw::{OfdLock, ReadMapping, WriteMapping, store_fence};
+
+/// The lock that says that a segment's writer lives.
+const OWNER_LOCK: OfdLock = OfdLock::byte(0);
+
+/// A segment as anybody may read it.
+#[derive(Debug)]
+pub(crate) struct SegmentView {
+    pub(crate) header: SegmentHeader,
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+    mapping: ReadMapping,
+}
+
+impl SegmentView {
+    /// Opens and checks a segment. `Ok(None)`: it was removed meanwhile.
+    pub(crate) fn open(directory: &Directory, name: &str) -> Result<Option<Self>> {
+        let path = directory.path.join(name);
+        let Some(file) = open_trusted(&directory.folder, name, &path, false)? else { return Ok(None) };
+        Self::from_file(directory, file, path).map(Some)
+    }
+
+    fn from_file(directory: &Directory, file: File, path: PathBuf) -> Result<Self> {
+        let header = read_header(&file, &path)?;
+        // Disk payload never goes through the mapping, so only the tables are mapped there.
+        let mapped = if directory.mapped_payload() { header.file_bytes() } else { header.data_offset() };
+        let mapping = ReadMapping::new(&file, mapped as usize).map_err(FsError::io("map", &path))?;
+        mapping.dont_fork().map_err(FsError::io("map", &path))?;
+        Ok(SegmentView { header, path, file, mapping })
+    }
+
+    pub(crate) fn mapping(&self) -> &ReadMapping {
+        &self.mapping
+    }
+
+    /// Grows with every change of any slot.
+    pub(crate) fn changes(&self) -> u64 {
+        self.mapping.load_u64((self.header.counters_offset() + counters::CHANGES) as usize)
+    }
+
+    /// The slot's sequence word: odd while it is being written.
+    pub(crate) fn sequence(&self, slot: u32) -> u64 {
+        self.mapping.load_u64(self.header.sequence_offset(slot) as usize)
+    }
+
+    /// The slot's last-used mark.
+    pub(crate) fn mark(&self, slot: u32) -> u32 {
+        self.mapping.load_u32(self.header.mark_offset(slot) as usize)
+    }
+
+    /// Start id of the owner.
+    pub(crate) fn owner(&self) -> u64 {
+        self.mapping.load_u64((self.header.counters_offset() + counters::OWNER) as usize)
+    }
+
+    /// The slot's record, if it is whole and belongs to `sequence`.
+    pub(crate) fn record(&self, slot: u32, sequence: u64) -> Result<SlotRecord, Reject> {
+        let mut bytes = vec![0; RECORD_FIXED_BYTES + 4 * self.header.layer_count as usize];
+        self.mapping.read_bytes(self.header.record_offset(slot) as usize, &mut bytes);
+        let record = format::parse_slot_record(&bytes, self.header.layer_count)?;
+        if record.sequence != sequence {
+            return Err(Reject::Field { field: "sequence", found: record.sequence });
+        }
+        Ok(record)
+    }
+
+    /// Whether the process that owns the segment lives.
+    pub(crate) fn owner_lives(&self) -> bool {
+        OWNER_LOCK.is_held_by_other(&self.file).unwrap_or(false)
+    }
+}
+
+/// Reads and checks a file's header and length.
+pub(crate) fn read_header(file: &File, path: &std::path::Path) -> Result<SegmentHeader> {
+    let length = file.metadata().map_err(FsError::io("inspect", path))?.len();
+    let reject = |reject| FsError::Foreign { path: path.into(), reject };
+    let expected = SEGMENT_HEADER_BYTES as u64;
+    if length < expected {
+        return Err(reject(Reject::Truncated { found: length, expected }));
+    }
+    let mut head = [0; SEGMENT_HEADER_BYTES];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).map_err(FsError::io("read", path))?;
+    let header = format::parse_segment_header(&head).map_err(reject)?;
+    if length < header.file_bytes() {
+        return Err(reject(Reject::Truncated { found: length, expected: header.file_bytes() }));
+    }
+    Ok(header)
+}
+
+/// A segment that this process writes.
+#[derive(Debug)]
+pub(crate) struct OwnedSegment {
+    pub(crate) view: SegmentView,
+    /// Open for writing; carries the owner lock.
+    pub(crate) file: File,
+    mapping: WriteMapping,
+    start_id: u64,
+    process: u32,
+    lost: AtomicBool,
+}
+
+/// What all blocks of one cache have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub(crate) layer_bytes: Vec<u64>,
+    pub(crate) payload_bytes: u64,
+    pub(crate) slot_bytes: u64,
+    pub(crate) id: [u8; 32],
+}
+
+impl Geometry {
+    pub(crate) fn new(layer_bytes: Vec<u64>) -> Self {
+        let payload_bytes: u64 = layer_bytes.iter().sum();
+        let mut hasher = blake3::Hasher::new_derive_key("kvlane 1 segment geometry");
+        for bytes in &layer_bytes {
+            hasher.update(&bytes.to_le_bytes());
+        }
+        Geometry {
+            payload_bytes,
+            slot_bytes: payload_bytes.div_ceil(PAGE_BYTES) * PAGE_BYTES,
+            id: *hasher.finalize().as_bytes(),
+            layer_bytes,
+        }
+    }
+
+    pub(crate) fn fits(&self, header: &SegmentHeader) -> bool {
+        header.geometry == self.id
+            && header.slot_bytes == self.slot_bytes
+            && header.payload_bytes == self.payload_bytes
+            && header.layer_count as usize == self.layer_bytes.len()
+    }
+
+    /// Header of a new segment of about `target_bytes`; `None` if not even one slot fits into `limit_bytes`.
+    pub(crate) fn header(&self, target_bytes: u64, limit_bytes: u64, host_id: [u8; 16]) -> Option<SegmentHeader> {
+        let mut header = SegmentHeader {
+            segment_id: random_u64(),
+            created_unix_ms: unix_ms(),
+            slot_count: 1,
+            layer_count: self.layer_bytes.len() as u32,
+            slot_bytes: self.slot_bytes,
+            payload_bytes: self.payload_bytes,
+            host_id,
+            geometry: self.id,
+        };
+        let per_slot = self.slot_bytes + header.record_bytes() + 12;
+        let wanted = (target_bytes.min(limit_bytes) / per_slot).clamp(1, u64::from(format::SLOTS_MAX));
+        header.slot_count = wanted as u32;
+        while header.slot_count > 1 && header.file_bytes() > target_bytes.min(limit_bytes) {
+            header.slot_count -= 1;
+        }
+        (header.file_bytes() <= limit_bytes).then_some(header)
+    }
+}
+
+impl OwnedSegment {
+    /// Makes a segment: allocated, locked and headed before its name appears.
+    pub(crate) fn create(directory: &Directory, header: &SegmentHeader, start_id: u64) -> Result<Self> {
+        let name = segment_name(header.segment_id);
+        let path = directory.path.join(&name);
+        let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
+        let filled = fill(&file, header, &path, start_id)
+            .and_then(|()| publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path)));
+        if let Err(error) = filled {
+            if let Some(temporary) = &temporary {
+                let _ = rustix::fs::unlinkat(&directory.folder, temporary, AtFlags::empty());
+            }
+            return Err(error);
+        }
+        let Some(segment) = Self::finish_open(directory, file, &name, start_id)? else {
+            return Err(FsError::io("open", path)(std::io::ErrorKind::NotFound.into()));
+        };
+        directory.control.bump_generation();
+        Ok(segment)
+    }
+
+    /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
+    pub(crate) fn adopt(directory: &Directory, name: &str, geometry: &Geometry, start_id: u64) -> Result<Option<Self>> {
+        let path = directory.path.join(name);
+        let Some(file) = open_trusted(&directory.folder, name, &path, true)? else { return Ok(None) };
+        let header = read_header(&file, &path)?;
+        let foreign_host =
+            directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id;
+        if !geometry.fits(&header) || foreign_host {
+            return Ok(None);
+        }
+        if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
+            return Ok(None);
+        }
+        // Between open and lock its owner may have removed it: the name must still be this file.
+        if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
+            return Ok(None);
+        }
+        let Some(segment) = Self::finish_open(directory, file, name, start_id)? else { return Ok(None) };
+        segment.set_owner(start_id);
+        Ok(Some(segment))
+    }
+
+    fn finish_open(directory: &Directory, file: File, name: &str, start_id: u64) -> Result<Option<Self>> {
+        let path = directory.path.join(name);
+        let Some(view) = SegmentView::open(directory, name)? else { return Ok(None) };
+        let mapping =
+            WriteMapping::new(&file, view.mapping.len()).map_err(FsError::io("map for writing", &path))?;
+        mapping.dont_fork().map_err(FsError::io("map", &path))?;
+        let process = std::process::id();
+        Ok(Some(OwnedSegment { view, file, mapping, start_id, process, lost: AtomicBool::new(false) }))
+    }
+
+    pub(crate) fn header(&self) -> &SegmentHeader {
+        &self.view.header
+    }
+
+    pub(crate) fn mapping(&self) -> &WriteMapping {
+        &self.mapping
+    }
+
+    fn set_owner(&self, start_id: u64) {
+        let offset = self.header().counters_offset() + counters::OWNER;
+        self.mapping.u64_at(offset as usize).store(start_id, Ordering::Release);
+    }
+
+    /// Whether writing is still allowed: not in a forked child, and not after somebody else took the segment over.
+    pub(crate) fn is_ours(&self) -> bool {
+        if self.lost.load(Ordering::Relaxed) {
+            return false;
+        }
+        let ours = self.view.owner() == self.start_id && self.process == std::process::id();
+        if !ours {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        ours
+    }
+
+    /// Makes the slot's content invisible and returns the odd sequence that stands for it. Payload may be written from
+    /// here on.
+    pub(crate) fn invalidate(&self, slot: u32) -> u64 {
+        let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
+        let now = word.load(Ordering::Relaxed);
+        let odd = (now + 1) | 1;
+        word.store(odd, Ordering::SeqCst);
+        // Payload stores, non-temporal ones too, must not overtake the invalidation.
+        store_fence();
+        self.bump_changes();
+        odd
+    }
+
+    /// Writes a record and makes it visible. `odd` is what [`invalidate`](Self::invalidate) returned.
+    pub(crate) fn publish(&self, slot: u32, odd: u64, record: &mut SlotRecord) {
+        record.sequence = odd + 1;
+        record.owner = self.start_id;
+        record.written_unix_ms = unix_ms();
+        // Payload before record before sequence: non-temporal stores are not ordered by a release store alone.
+        store_fence();
+        let bytes = record.encode(self.header().record_bytes() as usize);
+        self.mapping.write_bytes(self.header().record_offset(slot) as usize, &bytes);
+        store_fence();
+        fence(Ordering::Release);
+        self.mapping
+            .u64_at(self.header().sequence_offset(slot) as usize)
+            .store(odd + 1, Ordering::Release);
+        self.bump_changes();
+    }
+
+    pub(crate) fn bump_changes(&self) {
+        let offset = self.header().counters_offset() + counters::CHANGES;
+        self.mapping.u64_at(offset as usize).fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn set_mark(&self, slot: u32, mark: u32) {
+        self.mapping.u32_at(self.header().mark_offset(slot) as usize).fetch_max(mark, Ordering::Relaxed);
+    }
+
+    /// Empties the segment, gives its space back and removes its name. Readers that still have it mapped find nothing
+    /// valid in it; its length stays, so their mappings stay safe.
+    pub(crate) fn retire(&self, directory: &Directory) {
+        for slot in 0..self.header().slot_count {
+            self.invalidate(slot);
+        }
+        let _ = rustix::fs::unlinkat(&directory.folder, &segment_name(self.header().segment_id), AtFlags::empty());
+        directory.control.bump_generation();
+        directory.control.bump_changes();
+        punch_payload(&self.file, self.header());
+    }
+}
+
+/// Removes a segment that nobody owns, of whatever geometry. `false`: it is owned or not there.
+pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
+    let path = directory.path.join(name);
+    let Some(file) = open_trusted(&directory.folder, name, &path, true)? else { return Ok(false) };
+    if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
+        return Ok(false);
+    }
+    if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
+        return Ok(false);
+    }
+    rustix::fs::unlinkat(&directory.folder, name, AtFlags::empty())
+        .map_err(|errno| FsError::io("remove", &path)(errno.into()))?;
+    directory.control.bump_generation();
+    directory.control.bump_changes();
+    if let Ok(header) = read_header(&file, &path) {
+        punch_payload(&file, &header);
+    }
+    Ok(true)
+}
+
+/// A reader that still maps a removed file would keep its memory; a hole has none.
+fn punch_payload(file: &File, header: &SegmentHeader) {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let length = header.file_bytes() - header.data_offset();
+    if let Err(errno) = rustix::fs::fallocate(file, flags, header.data_offset(), length) {
+        tracing::debug!(%errno, "cannot punch a hole into a removed segment");
+    }
+}
+
+fn is_linked_as(directory: &Directory, file: &File, name: &str) -> std::io::Result<bool> {
+    let own = file.metadata()?;
+    match rustix::fs::statat(&directory.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(stat.st_ino == own.ino() && stat.st_dev == own.dev()),
+        Err(rustix::io::Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// A file without a name, or with a temporary one where the file system cannot do that.
+fn create_unnamed(directory: &Directory, name: &str) -> std::io::Result<(File, Option<String>)> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    match rustix::fs::openat(&directory.folder, ".", flags, mode) {
+        Ok(descriptor) => Ok((File::from(descriptor), None)),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
+            let temporary = format!("{name}.tmp");
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let descriptor = rustix::fs::openat(&directory.folder, &temporary, flags, mode)?;
+            Ok((File::from(descriptor), Some(temporary)))
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn fill(file: &File, header: &SegmentHeader, path: &std::path::Path, start_id: u64) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    if !OWNER_LOCK.try_lock(file).map_err(FsError::io("lock", path))? {
+        return Err(FsError::io("lock", path)(std::io::ErrorKind::WouldBlock.into()));
+    }
+    // Without allocated blocks, a full file system would answer a store through the mapping with SIGBUS.
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, header.file_bytes()) {
+        Ok(()) => {}
+        Err(errno) => return Err(FsError::io("allocate", path)(errno.into())),
+    }
+    let owner = header.counters_offset() + counters::OWNER;
+    file.write_all_at(&header.encode(), 0)
+        .and_then(|()| file.write_all_at(&start_id.to_le_bytes(), owner))
+        .map_err(FsError::io("write", path))
+}
+
+fn publish(directory: &Directory, file: &File, temporary: Option<&str>, name: &str) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let folder = &directory.folder;
+    match temporary {
+        Some(temporary) => {
+            rustix::fs::renameat_with(folder, temporary, folder, name, rustix::fs::RenameFlags::NOREPLACE)
+                .or_else(|_| rustix::fs::renameat(folder, temporary, folder, name))?;
+        }
+        None => {
+            let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+            rustix::fs::linkat(rustix::fs::CWD, unnamed, folder, name, AtFlags::SYMLINK_FOLLOW)?;
+        }
+    }
+    Ok(())
+}

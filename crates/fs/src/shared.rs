@@ -1,0 +1,138 @@
+//! What the threads of one transfer have in common.
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam::channel::Sender;
+use kvlane_core::NamespaceId;
+
+use crate::counters::{Counters, FsStats};
+use crate::directory::{Directory, unix_ms};
+use crate::index::{Found, Index};
+use crate::jobs::{Jobs, lock};
+use crate::raw::HostCache;
+use crate::segment::Geometry;
+use crate::writer::Command;
+
+/// Resolution of last-used marks: finer would write more, coarser would evict less well.
+pub(crate) const MARK_MS: u64 = 10_000;
+/// Marks that wait to be written; more would be forgotten first anyway.
+const TOUCHED_MAX: usize = 1 << 16;
+
+/// The mark for "used now".
+pub(crate) fn mark_now() -> u32 {
+    (unix_ms() / MARK_MS) as u32
+}
+
+/// State shared by the engine's calls and the threads behind them.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) directory: Directory,
+    pub(crate) geometry: Geometry,
+    pub(crate) cache: HostCache,
+    pub(crate) verify: bool,
+    pub(crate) index: Mutex<Index>,
+    pub(crate) jobs: Jobs,
+    pub(crate) counters: Counters,
+    pub(crate) start_id: u64,
+    writer: Option<Sender<Command>>,
+    touched: Mutex<Touched>,
+    used_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Touched {
+    seen: HashSet<(u64, u32)>,
+    found: Vec<Found>,
+}
+
+impl Shared {
+    #[allow(clippy::too_many_arguments, reason = "one caller, which has just made all of them")]
+    pub(crate) fn new(
+        directory: Directory,
+        geometry: Geometry,
+        cache: HostCache,
+        namespace: NamespaceId,
+        verify: bool,
+        jobs_in_flight: usize,
+        start_id: u64,
+        writer: Option<Sender<Command>>,
+    ) -> Self {
+        Shared {
+            directory,
+            geometry,
+            cache,
+            verify,
+            index: Mutex::new(Index::new(&[namespace])),
+            jobs: Jobs::new(jobs_in_flight),
+            counters: Counters::default(),
+            start_id,
+            writer,
+            touched: Mutex::default(),
+            used_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// `false`: this transfer cannot store, or its writer thread is gone.
+    pub(crate) fn tell_writer(&self, command: Command) -> bool {
+        self.writer.as_ref().is_some_and(|writer| writer.send(command).is_ok())
+    }
+
+    pub(crate) fn can_store(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Remembers that blocks were used; [`write_marks`](Self::write_marks) writes it down later.
+    pub(crate) fn touch(&self, found: impl Iterator<Item = Found>) {
+        let mut touched = lock(&self.touched);
+        for found in found {
+            if touched.found.len() >= TOUCHED_MAX {
+                return;
+            }
+            if touched.seen.insert((found.view.header.segment_id, found.slot)) {
+                touched.found.push(found);
+            }
+        }
+    }
+
+    /// Writes the marks of the blocks used since the last call. May block: not for an engine's thread.
+    pub(crate) fn write_marks(&self) {
+        let touched = std::mem::take(&mut *lock(&self.touched));
+        if !self.directory.writable || touched.found.is_empty() {
+            return;
+        }
+        let mark = mark_now();
+        let mut opened: Option<(u64, Option<std::fs::File>)> = None;
+        for found in touched.found {
+            let id = found.view.header.segment_id;
+            if found.view.mark(found.slot) >= mark {
+                continue;
+            }
+            if opened.as_ref().is_none_or(|(open, _)| *open != id) {
+                let name = crate::directory::segment_name(id);
+                let file = crate::control::open_trusted(&self.directory.folder, &name, &found.view.path, true);
+                opened = Some((id, file.ok().flatten()));
+            }
+            if let Some((_, Some(file))) = &opened {
+                use std::os::unix::fs::FileExt;
+                let _ = file.write_all_at(&mark.to_le_bytes(), found.view.header.mark_offset(found.slot));
+            }
+        }
+    }
+
+    /// Looks at the folder for the gauges. May block: not for an engine's thread.
+    pub(crate) fn measure(&self) {
+        if let Ok(used) = self.directory.used_bytes() {
+            self.used_bytes.store(used, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn stats(&self) -> FsStats {
+        let mut stats = self.counters.snapshot();
+        stats.used_bytes = self.used_bytes.load(Ordering::Relaxed);
+        stats.limit_bytes = self.directory.control.capacity_bytes();
+        stats.segments = self.index.try_lock().map_or(0, |index| index.segment_count() as u64);
+        stats
+    }
+}

@@ -1,0 +1,374 @@
+//! The filesystem backend behind the transfer trait.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use kvlane_core::{
+    Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome, PagedMemory,
+    StoreRequest,
+};
+
+use crate::counters::FsStats;
+use crate::directory::{Directory, random_u64};
+use crate::error::{FsError, Result};
+use crate::index::LookupCursor;
+use crate::jobs::{Job, lock};
+use crate::load::{Bounce, IDLE_CHECK, LoadJob};
+use crate::options::{FsOptions, RESERVATION_MAX};
+use crate::raw::HostCache;
+use crate::segment::Geometry;
+use crate::shared::{MARK_MS, Shared};
+use crate::store::StoreJob;
+use crate::writer::{Command, StoreTask, Writer};
+
+/// How long an orderly end waits for the threads; one that hangs in a file system is left behind.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Moves blocks between one paged cache and a folder.
+///
+/// Threads: one that decides about slots (only if it can store), and as many as the option `io_threads` says for stores
+/// and for loads each. They end when the value is dropped or closed; one that hangs in a file system is left behind.
+#[derive(Debug)]
+pub struct FsTransfer {
+    shared: Arc<Shared>,
+    loads: Option<Sender<Arc<LoadJob>>>,
+    threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
+    load_threads: usize,
+    abandoned: Arc<AtomicBool>,
+    process: u32,
+}
+
+impl FsTransfer {
+    /// Opens the folder `path` for the blocks of `cache` in `namespace`.
+    ///
+    /// With `can_store` the folder must be writable. Without it nothing is created but the folder's own files where
+    /// that is possible, so that a decode server may start before its prefill server.
+    ///
+    /// # Errors
+    /// The folder cannot be used, is not trustworthy, or was created with other options.
+    pub fn open(
+        path: &Path,
+        namespace: NamespaceId,
+        cache: HostCache,
+        options: &FsOptions,
+        can_store: bool,
+    ) -> Result<Self> {
+        let directory = match Directory::open(path, options, true)? {
+            Some(directory) => directory,
+            None => return Err(FsError::ReadOnly { path: path.into() }),
+        };
+        if can_store && !directory.writable {
+            return Err(FsError::ReadOnly { path: path.into() });
+        }
+        let map = cache.map();
+        let layer_bytes: Vec<u64> = (0..map.layer_count()).map(|layer| map.layer_bytes(layer) as u64).collect();
+        if layer_bytes.is_empty() || layer_bytes.len() > crate::format::LAYERS_MAX as usize {
+            return Err(FsError::Option {
+                option: "layers of the cache",
+                found: layer_bytes.len().to_string(),
+                allowed: format!("1 to {}", crate::format::LAYERS_MAX),
+            });
+        }
+        let geometry = Geometry::new(layer_bytes);
+        let start_id = random_u64();
+        let place = if can_store { Some(directory.control.register_writer(start_id)?) } else { None };
+        let target_bytes = options.segment_target_bytes(directory.control.capacity_bytes());
+        let (command_sender, commands) = unbounded();
+        let shared = Arc::new(Shared::new(
+            directory,
+            geometry,
+            cache,
+            namespace,
+            options.verify,
+            options.jobs_in_flight,
+            start_id,
+            can_store.then_some(command_sender),
+        ));
+        let threads = options.threads();
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let mut handles = Vec::new();
+        let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
+            let handle = std::thread::Builder::new().name(name).spawn(body);
+            handle.map(|handle| handles.push(handle)).map_err(FsError::io("start a thread for", path))
+        };
+        if let Some(place) = place {
+            let (task_sender, tasks) = unbounded();
+            for number in 0..threads {
+                let (tasks, stop) = (tasks.clone(), Arc::clone(&abandoned));
+                spawn(format!("kvlane-store-{number}"), Box::new(move || store_thread(&tasks, &stop)))?;
+            }
+            let writer = Writer::new(Arc::clone(&shared), place, target_bytes, task_sender, threads);
+            let stop = Arc::clone(&abandoned);
+            spawn("kvlane-writer".into(), Box::new(move || writer.run(&commands, &stop)))?;
+        } else {
+            let (keeper, stop) = (Arc::clone(&shared), Arc::clone(&abandoned));
+            spawn("kvlane-keeper".into(), Box::new(move || keeper_thread(&keeper, &stop)))?;
+        }
+        let (load_sender, loads) = unbounded();
+        for number in 0..threads {
+            let (loads, stop) = (loads.clone(), Arc::clone(&abandoned));
+            spawn(format!("kvlane-load-{number}"), Box::new(move || load_thread(&loads, &stop)))?;
+        }
+        Ok(FsTransfer {
+            shared,
+            loads: Some(load_sender),
+            threads: std::sync::Mutex::new(handles),
+            load_threads: threads,
+            abandoned,
+            process: std::process::id(),
+        })
+    }
+
+    /// Totals since the start, and gauges.
+    pub fn stats(&self) -> FsStats {
+        self.shared.stats()
+    }
+
+    /// The bytes of one block in this cache.
+    pub fn block_bytes(&self) -> u64 {
+        self.shared.geometry.payload_bytes
+    }
+
+    /// How many leading blocks of a chain can be had, continuing from what `cursor` remembers of the same chain.
+    pub fn lookup_from(&self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
+        let mut index = lock(&self.shared.index);
+        index.refresh(&self.shared.directory);
+        index.availability(chain, cursor)
+    }
+
+    /// Ends all jobs and threads. Called by drop.
+    pub fn close(&self) {
+        self.shared.jobs.close();
+        self.abandoned.store(true, Ordering::Relaxed);
+        if self.process != std::process::id() {
+            // In a forked child there are no threads, and the parent's segments are not ours to touch.
+            return;
+        }
+        self.shared.tell_writer(Command::Stop);
+        let handles = std::mem::take(&mut *lock(&self.threads));
+        let deadline = Instant::now() + CLOSE_PATIENCE;
+        for handle in handles {
+            while !handle.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if handle.is_finished() {
+                let _ = handle.join();
+            } else {
+                tracing::warn!("a thread of the KV store hangs in the file system and is left behind");
+            }
+        }
+    }
+
+    fn is_forked(&self) -> bool {
+        self.process != std::process::id()
+    }
+
+    /// Refuses requests that name something that is not there; nothing may be changed before this.
+    fn check(&self, keys: &[BlockKey], blocks: &[u32], unique_blocks: bool) -> kvlane_core::Result<()> {
+        let refuse = |argument, found: String, allowed: String| {
+            Err(kvlane_core::Error::InvalidArgument { argument, found, allowed })
+        };
+        if keys.is_empty() || keys.len() != blocks.len() {
+            return refuse(
+                "blocks",
+                format!("{} blocks for {} keys", blocks.len(), keys.len()),
+                "as many blocks as keys, at least one".into(),
+            );
+        }
+        let count = self.shared.cache.map().block_count();
+        if let Some(block) = blocks.iter().find(|block| **block >= count) {
+            return refuse("blocks", format!("block {block}"), format!("0 to {}", count - 1));
+        }
+        let mut seen = std::collections::HashSet::new();
+        if let Some(block) = blocks.iter().find(|block| unique_blocks && !seen.insert(**block)) {
+            return refuse("blocks", format!("block {block} twice"), "each block once".into());
+        }
+        let mut seen = std::collections::HashSet::new();
+        if let Some(key) = keys.iter().find(|key| !seen.insert(**key)) {
+            return refuse("keys", format!("key {key:?} twice"), "each key once".into());
+        }
+        Ok(())
+    }
+
+    fn check_layer(&self, layer: usize) -> kvlane_core::Result<()> {
+        let layers = self.shared.geometry.layer_bytes.len();
+        if layer >= layers {
+            return Err(kvlane_core::Error::InvalidArgument {
+                argument: "layer",
+                found: layer.to_string(),
+                allowed: format!("0 to {}", layers - 1),
+            });
+        }
+        Ok(())
+    }
+
+    fn miss_all(&self, id: JobId, blocks: usize, reason: MissReason) {
+        self.shared.counters.miss(reason, blocks as u64);
+        self.shared.jobs.finish(id, Outcome::Miss { positions: (0..blocks).collect(), reason });
+    }
+}
+
+impl Drop for FsTransfer {
+    fn drop(&mut self) {
+        self.close();
+        self.loads = None;
+    }
+}
+
+impl KvTransfer for FsTransfer {
+    fn reserve(&self, chain: &[BlockKey], first_depth: u32, deadline: Instant) -> kvlane_core::Result<()> {
+        if self.is_forked() || chain.is_empty() {
+            return Ok(());
+        }
+        let deadline = deadline.min(Instant::now() + RESERVATION_MAX);
+        self.shared.tell_writer(Command::Reserve { keys: chain.to_vec(), first_depth, deadline });
+        Ok(())
+    }
+
+    fn withdraw(&self, keys: &[BlockKey]) -> kvlane_core::Result<()> {
+        if !self.is_forked() && !keys.is_empty() {
+            self.shared.tell_writer(Command::Withdraw { keys: keys.to_vec() });
+        }
+        Ok(())
+    }
+
+    fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
+        self.check(&request.keys, &request.blocks, false)?;
+        if !self.shared.can_store() {
+            return Err(FsError::ReadOnly { path: self.shared.directory.path.clone() }.into());
+        }
+        let id = self.shared.jobs.next_id();
+        let blocks = request.keys.len();
+        let namespace = {
+            let mut index = lock(&self.shared.index);
+            index.refresh(&self.shared.directory);
+            index.effective(0)
+        };
+        let job = StoreJob::new(&self.shared, id, request, namespace);
+        let accepted = !self.is_forked()
+            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
+            && self.shared.tell_writer(Command::Begin(job));
+        if !accepted {
+            self.miss_all(id, blocks, MissReason::Dropped);
+        }
+        Ok(id)
+    }
+
+    fn layer_ready(&self, job: JobId, layer: usize) -> kvlane_core::Result<()> {
+        self.check_layer(layer)?;
+        // On a disk whole slots are written at the end; a message per layer would only cost time.
+        if self.shared.directory.mapped_payload() {
+            self.shared.tell_writer(Command::Layer(job, layer));
+        }
+        Ok(())
+    }
+
+    fn finish_store(&self, job: JobId) -> kvlane_core::Result<()> {
+        self.shared.tell_writer(Command::Finish(job));
+        Ok(())
+    }
+
+    fn lookup(&self, chain: &[BlockKey]) -> Availability {
+        self.lookup_from(chain, &mut LookupCursor::default())
+    }
+
+    fn load(&self, request: LoadRequest) -> kvlane_core::Result<JobId> {
+        self.check(&request.keys, &request.blocks, true)?;
+        let id = self.shared.jobs.next_id();
+        let blocks = request.keys.len();
+        if self.is_forked() {
+            self.miss_all(id, blocks, MissReason::Dropped);
+            return Ok(id);
+        }
+        let found = {
+            let mut index = lock(&self.shared.index);
+            index.refresh(&self.shared.directory);
+            request.keys.iter().map(|key| index.find(0, key)).collect()
+        };
+        let job = LoadJob::new(&self.shared, id, request, found);
+        if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
+            self.miss_all(id, blocks, MissReason::Dropped);
+            return Ok(id);
+        }
+        if let Some(loads) = &self.loads {
+            for _ in 0..self.load_threads.min(job.block_count()) {
+                let _ = loads.send(Arc::clone(&job));
+            }
+        }
+        Ok(id)
+    }
+
+    fn wait_layer(&self, job: JobId, layer: usize, deadline: Instant) -> kvlane_core::Result<bool> {
+        self.check_layer(layer)?;
+        match self.shared.jobs.get(job) {
+            Some(Job::Load(job)) => Ok(job.wait_layer(layer, deadline)),
+            Some(Job::Store(_)) => Err(kvlane_core::Error::UnknownJob(job.0)),
+            // It has ended, so its completion is there; a done job has all of its layers.
+            None => Ok(self.shared.jobs.ended_well(job)),
+        }
+    }
+
+    fn wait(&self, job: JobId, deadline: Instant) -> kvlane_core::Result<Option<Completion>> {
+        self.shared.jobs.wait(job, deadline).map_err(|()| kvlane_core::Error::UnknownJob(job.0))
+    }
+
+    fn poll(&self, done: &mut Vec<Completion>) {
+        self.shared.jobs.poll(done);
+    }
+
+    fn cancel(&self, job: JobId) {
+        match self.shared.jobs.get(job) {
+            Some(Job::Load(job)) => job.close(MissReason::Cancelled),
+            Some(Job::Store(job)) => job.close(MissReason::Cancelled),
+            None => {}
+        }
+    }
+
+    fn reset(&self) -> kvlane_core::Result<()> {
+        if !self.shared.directory.control.bump_epoch() {
+            return Err(FsError::ReadOnly { path: self.shared.directory.path.clone() }.into());
+        }
+        Ok(())
+    }
+}
+
+fn store_thread(tasks: &Receiver<StoreTask>, abandoned: &AtomicBool) {
+    while !abandoned.load(Ordering::Relaxed) {
+        match tasks.recv_timeout(IDLE_CHECK) {
+            Ok(StoreTask::Layer(job, layer)) => job.run_layer(layer),
+            Ok(StoreTask::Rest(job)) => job.run_rest(),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn load_thread(loads: &Receiver<Arc<LoadJob>>, abandoned: &AtomicBool) {
+    let mut bounce = Bounce::default();
+    while !abandoned.load(Ordering::Relaxed) {
+        match loads.recv_timeout(IDLE_CHECK) {
+            Ok(job) => job.run(&mut bounce),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// What a writer thread does on the side, for a transfer that only loads.
+fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
+    let mut written: Option<Instant> = None;
+    while !abandoned.load(Ordering::Relaxed) {
+        if written.is_none_or(|at| at.elapsed() >= Duration::from_millis(MARK_MS)) {
+            shared.write_marks();
+            shared.measure();
+            // Lets go of segments that were removed, so that their memory is free.
+            lock(&shared.index).refresh(&shared.directory);
+            written = Some(Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,386 @@
+//! The writer thread: the only one that decides about slots. It takes commands, never waits for a copy, and never holds
+//! anything that an engine's thread needs.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
+use kvlane_core::{BlockKey, JobId, NamespaceId};
+
+use crate::control::WriterPlace;
+use crate::counters::Counters;
+use crate::directory::unix_ms;
+use crate::format::{SlotRecord, SlotState};
+use crate::growth::{self, Growth};
+use crate::jobs::lock;
+use crate::segment::OwnedSegment;
+use crate::shared::{MARK_MS, Shared};
+use crate::slots::{Slot, SlotRef, Slots};
+use crate::store::{Place, Plan, StoreJob};
+
+/// How often the thread looks after things that nobody tells it about.
+const TICK: Duration = Duration::from_millis(100);
+/// Pause after a wish for space that was not granted.
+const GROWTH_PAUSE: Duration = Duration::from_millis(250);
+/// Pause after space was refused for good.
+const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+
+/// What the writer thread can be told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Promise these keys until the deadline.
+    Reserve { keys: Vec<BlockKey>, first_depth: u32, deadline: Instant },
+    /// Take the promises of these keys back.
+    Withdraw { keys: Vec<BlockKey> },
+    /// Decide where the job's blocks go.
+    Begin(Arc<StoreJob>),
+    /// This layer of the job may be copied.
+    Layer(JobId, usize),
+    /// All of the job may be copied.
+    Finish(JobId),
+    /// No thread copies for the job any more.
+    Ended(JobId),
+    /// End the thread.
+    Stop,
+}
+
+/// What a storing thread can be told.
+#[derive(Debug)]
+pub(crate) enum StoreTask {
+    /// Copy one layer of all blocks.
+    Layer(Arc<StoreJob>, usize),
+    /// Copy the rest; several threads get the same job.
+    Rest(Arc<StoreJob>),
+}
+
+/// The thread's state.
+pub(crate) struct Writer {
+    shared: Arc<Shared>,
+    place: WriterPlace,
+    target_bytes: u64,
+    slots: Slots,
+    jobs: HashMap<JobId, Begun>,
+    tasks: Sender<StoreTask>,
+    threads: usize,
+    grow_after: Instant,
+    marks_written: Instant,
+    complained: HashSet<String>,
+}
+
+struct Begun {
+    job: Arc<StoreJob>,
+    slots: Vec<Option<SlotRef>>,
+}
+
+impl Writer {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        place: WriterPlace,
+        target_bytes: u64,
+        tasks: Sender<StoreTask>,
+        threads: usize,
+    ) -> Self {
+        let now = Instant::now();
+        Writer {
+            shared,
+            place,
+            target_bytes,
+            slots: Slots::default(),
+            jobs: HashMap::new(),
+            tasks,
+            threads,
+            grow_after: now,
+            marks_written: now,
+            complained: HashSet::new(),
+        }
+    }
+
+    /// Runs until told to stop, or until `abandoned` is set while nobody sends any more.
+    pub(crate) fn run(mut self, commands: &Receiver<Command>, abandoned: &AtomicBool) {
+        let process = std::process::id();
+        self.prepare();
+        loop {
+            match commands.recv_timeout(TICK) {
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if abandoned.load(Ordering::Relaxed) || std::process::id() != process {
+                break;
+            }
+            self.tick();
+        }
+        self.shared.write_marks();
+        for at in self.slots.overdue(Instant::now() + crate::options::RESERVATION_MAX) {
+            self.free(at);
+        }
+        self.shared.directory.control.bump_changes();
+        self.shared.directory.control.forget_writer(self.place);
+    }
+
+    /// The first segment is made before the first prompt arrives.
+    fn prepare(&mut self) {
+        self.grow();
+        self.shared.measure();
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Reserve { keys, first_depth, deadline } => self.reserve(&keys, first_depth, deadline),
+            Command::Withdraw { keys } => self.withdraw(&keys),
+            Command::Begin(job) => self.begin(job),
+            Command::Layer(id, layer) => {
+                if let Some(begun) = self.jobs.get(&id) {
+                    let _ = self.tasks.send(StoreTask::Layer(Arc::clone(&begun.job), layer));
+                }
+            }
+            Command::Finish(id) => {
+                if let Some(begun) = self.jobs.get(&id) {
+                    for _ in 0..self.threads.min(begun.slots.len()) {
+                        let _ = self.tasks.send(StoreTask::Rest(Arc::clone(&begun.job)));
+                    }
+                }
+            }
+            Command::Ended(id) => self.ended(id),
+            Command::Stop => {}
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.marks_written) >= Duration::from_millis(MARK_MS) {
+            self.shared.write_marks();
+            self.shared.measure();
+            self.marks_written = now;
+        }
+        for at in self.slots.overdue(now) {
+            self.free(at);
+        }
+        for number in self.slots.lost() {
+            if let Some(segment) = self.slots.remove(number) {
+                tracing::warn!(path = %segment.view.path.display(), "another process took a segment over");
+            }
+        }
+        if growth::should_give_back(&self.shared.directory, self.place, self.slots.bytes()) {
+            self.give_back();
+        }
+    }
+
+    fn give_back(&mut self) {
+        let Some(number) = self.slots.coldest() else { return };
+        let Some(segment) = self.slots.remove(number) else { return };
+        segment.retire(&self.shared.directory);
+        Counters::add(&self.shared.counters.returned_segments, 1);
+        self.shared.directory.control.set_bytes_used(self.place, self.slots.bytes());
+        self.shared.measure();
+        tracing::info!(path = %segment.view.path.display(), "gave a segment back for another writer");
+    }
+
+    /// The namespace in force, after a look at what others did.
+    fn refreshed_namespace(&self) -> NamespaceId {
+        let mut index = lock(&self.shared.index);
+        index.refresh(&self.shared.directory);
+        index.effective(0)
+    }
+
+    fn reserve(&mut self, keys: &[BlockKey], first_depth: u32, deadline: Instant) {
+        let namespace = self.refreshed_namespace();
+        self.slots.remember_chain(keys);
+        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let wait_ms = deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
+        let mut promised = false;
+        for (position, key) in keys.iter().enumerate() {
+            if lock(&self.shared.index).knows(0, key) {
+                continue;
+            }
+            let at = match self.slots.reserved(key) {
+                Some(at) => at,
+                None => match self.allocate(key, &spare) {
+                    Some(at) => at,
+                    None => break,
+                },
+            };
+            let Some(segment) = self.slots.segment(at).cloned() else { continue };
+            let odd = segment.invalidate(at.slot);
+            let mut record = SlotRecord {
+                sequence: 0,
+                state: SlotState::Reserved,
+                depth: first_depth + position as u32,
+                key: *key,
+                namespace,
+                payload_bytes: self.shared.geometry.payload_bytes,
+                deadline_unix_ms: unix_ms() + wait_ms,
+                owner: 0,
+                written_unix_ms: 0,
+                layer_crcs: Vec::new(),
+            };
+            segment.publish(at.slot, odd, &mut record);
+            self.slots.set(at, Slot::Reserved { key: *key, until: deadline });
+            promised = true;
+        }
+        if promised {
+            self.shared.directory.control.bump_changes();
+        }
+    }
+
+    fn withdraw(&mut self, keys: &[BlockKey]) {
+        for key in keys {
+            if let Some(at) = self.slots.reserved(key) {
+                self.free(at);
+            }
+        }
+        self.shared.directory.control.bump_changes();
+    }
+
+    /// Makes a slot that holds nothing of worth free, for everybody to see.
+    fn free(&mut self, at: SlotRef) {
+        if let Some(segment) = self.slots.segment(at).cloned()
+            && segment.is_ours()
+        {
+            let odd = segment.invalidate(at.slot);
+            let mut record = SlotRecord {
+                sequence: 0,
+                state: SlotState::Free,
+                depth: 0,
+                key: BlockKey([0; 32]),
+                namespace: NamespaceId([0; 32]),
+                payload_bytes: 0,
+                deadline_unix_ms: 0,
+                owner: 0,
+                written_unix_ms: 0,
+                layer_crcs: Vec::new(),
+            };
+            segment.publish(at.slot, odd, &mut record);
+        }
+        self.slots.set(at, Slot::Free);
+    }
+
+    fn begin(&mut self, job: Arc<StoreJob>) {
+        if job.is_closed() {
+            return;
+        }
+        let in_force = self.refreshed_namespace();
+        let keys = job.request().keys.clone();
+        self.slots.remember_chain(&keys);
+        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let mut places = Vec::with_capacity(keys.len());
+        let mut plans = Vec::with_capacity(keys.len());
+        let mut present = 0;
+        for key in &keys {
+            let (place, plan) = self.plan(&job, in_force, key, &spare, &mut present);
+            places.push(place);
+            plans.push(plan);
+        }
+        Counters::add(&self.shared.counters.present_blocks, present);
+        self.shared.directory.control.bump_changes();
+        self.jobs.insert(job.id(), Begun { job: Arc::clone(&job), slots: places });
+        job.set_plans(plans);
+    }
+
+    fn plan(
+        &mut self,
+        job: &StoreJob,
+        in_force: NamespaceId,
+        key: &BlockKey,
+        spare: &HashSet<BlockKey>,
+        present: &mut u64,
+    ) -> (Option<SlotRef>, Plan) {
+        if in_force != job.namespace() {
+            // A reset came in between: what was computed before it must not be found after it.
+            return (None, Plan::Dropped);
+        }
+        let found = lock(&self.shared.index).find(0, key);
+        if let Some(found) = found {
+            self.shared.touch(std::iter::once(found));
+            *present += 1;
+            return (None, Plan::Present);
+        }
+        let reserved = self.slots.reserved(key);
+        let Some(at) = reserved.or_else(|| self.allocate(key, spare)) else { return (None, Plan::Dropped) };
+        let Some(segment) = self.slots.segment(at).cloned() else { return (None, Plan::Dropped) };
+        if !segment.is_ours() {
+            return (None, Plan::Dropped);
+        }
+        let odd = segment.invalidate(at.slot);
+        self.slots.set(at, Slot::Filling);
+        (Some(at), Plan::Copy(Place { segment, slot: at.slot, odd }))
+    }
+
+    /// A slot for `key`: free, from a new segment, or recycled.
+    fn allocate(&mut self, key: &BlockKey, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+        if let Some(at) = self.slots.take_free() {
+            return Some(at);
+        }
+        if self.grow()
+            && let Some(at) = self.slots.take_free()
+        {
+            return Some(at);
+        }
+        let at = self.slots.take_victim(key, spare)?;
+        Counters::add(&self.shared.counters.evicted_blocks, 1);
+        Some(at)
+    }
+
+    fn grow(&mut self) -> bool {
+        let now = Instant::now();
+        if now < self.grow_after {
+            return false;
+        }
+        let own_bytes = self.slots.bytes();
+        match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
+            Growth::Grown(segment) => {
+                let segment = Arc::new(segment);
+                populate(&self.shared, &segment);
+                self.slots.add(segment, now);
+                self.shared.measure();
+                true
+            }
+            Growth::Asked | Growth::Full => {
+                self.grow_after = now + GROWTH_PAUSE;
+                false
+            }
+            Growth::Refused(reason) => {
+                if self.complained.insert(reason.clone()) {
+                    tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
+                }
+                self.grow_after = now + REFUSED_PAUSE;
+                false
+            }
+        }
+    }
+
+    /// Sorts the slots of an ended job: committed ones hold their block, the others are free again.
+    fn ended(&mut self, id: JobId) {
+        let Some(begun) = self.jobs.remove(&id) else { return };
+        for (position, at) in begun.slots.into_iter().enumerate() {
+            let Some(at) = at else { continue };
+            if begun.job.stored(position) {
+                let key = begun.job.request().keys[position];
+                let depth = begun.job.request().first_depth + position as u32;
+                self.slots.set(at, Slot::Committed { key, depth });
+            } else {
+                self.free(at);
+            }
+        }
+        self.shared.directory.control.bump_changes();
+    }
+}
+
+/// Maps the pages of a new segment in the background: a first copy would pay a fault for each of them.
+fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
+    if !shared.directory.mapped_payload() {
+        return;
+    }
+    let segment = Arc::clone(segment);
+    let spawned = std::thread::Builder::new().name("kvlane-populate".into()).spawn(move || {
+        let (from, to) = (segment.header().data_offset() as usize, segment.header().file_bytes() as usize);
+        if let Err(error) = segment.mapping().populate_write(from..to) {
+            tracing::debug!(%error, "cannot populate a segment");
+        }
+    });
+    if let Err(error) = spawned {
+        tracing::debug!(%error, "cannot start a thread to populate a segment");
+    }
+}
