@@ -594,6 +594,7 @@ mod tests {
                             target.as_mut_ptr(),
                             LEN,
                             Some(&mut crc),
+                            NOTHING,
                         )
                     };
                     store_fence();
