@@ -1,0 +1,17 @@
+"""The kv-transfer-config of the tests: kvlane behind the name that manifests already use."""
+
+# Names that the plugin takes over or adds; the second way in is kv_connector_module_path.
+NAME = "ExampleConnector"
+OWN_NAME = "KvlaneFsConnector"
+MODULE = "kvlane.vllm"
+
+STORE_CAPACITY = "256MiB"
+
+
+def transfer_config(role, store, *, name=NAME, by_module_path=False, **options):
+    """kv-transfer-config as a dict. `role`: producer, consumer or both; `options` go to kv_connector_extra_config."""
+    extra = {"shared_storage_path": str(store)}
+    config = {"kv_connector": name, "kv_role": f"kv_{role}", "kv_connector_extra_config": extra}
+    if by_module_path:
+        config["kv_connector_module_path"] = MODULE
+    return config

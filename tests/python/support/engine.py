@@ -1,0 +1,155 @@
+"""Handles to processes that run vLLM engines in place (no HTTP), so that one test run can try many configurations."""
+
+import json
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+
+from support.places import log_path
+from support.vllm_environment import vllm_environment
+
+HERE = pathlib.Path(__file__).resolve().parent
+OPEN_LIMIT_S = 180
+RUN_LIMIT_S = 90
+# On top of the engine's own deadline: what a loaded machine may add before the answer is read.
+ANSWER_SLACK_S = 30
+
+
+class EngineError(RuntimeError):
+    """The engine process answered with an error, or did not answer."""
+
+
+class Engine:
+    """One process, at most one open engine at a time. Use as a context manager: leaving it ends the process."""
+
+    def __init__(self, name, cpus, ranks=1):
+        self.name = name
+        self._log_path = log_path(f"engine-{name}")
+        self._configuration = None
+        environment = vllm_environment(cpus, ranks)
+        # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment["PYTHONPATH"] = str(HERE.parent)
+        read_end, write_end = os.pipe()
+        with open(self._log_path, "a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine_process.py"), str(write_end)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write_end],
+                env=environment,
+                start_new_session=True,
+                text=True,
+            )
+        os.close(write_end)
+        self._answers = queue.SimpleQueue()
+        threading.Thread(target=self._read_answers, args=(read_end,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    @property
+    def pid(self):
+        """The engine process; its session holds the worker processes too."""
+        return self._process.pid
+
+    def open(self, settings, transfer=None):
+        """Opens an engine with these EngineArgs; does nothing if exactly this one is already open."""
+        self.begin_open(settings, transfer)
+        self.finish_open()
+
+    def begin_open(self, settings, transfer=None):
+        """The first half of `open`, so that two processes can start their engines at once."""
+        self._opening = None
+        if self._configuration != (settings, transfer):
+            self._configuration = None
+            self._opening = (settings, transfer)
+            self._send("open", settings=settings, transfer=transfer)
+
+    def finish_open(self):
+        if self._opening is not None:
+            self.free_blocks_at_start = self._receive(OPEN_LIMIT_S)["free_blocks"]
+            self._configuration = self._opening
+
+    def close(self):
+        """Closes the engine; the process stays."""
+        self._configuration = None
+        self._call("close")
+
+    def run(self, requests, limit_s=RUN_LIMIT_S):
+        """Runs requests together; returns per id: choices (tokens, logprobs, finish_reason), cached_tokens, ttft_s."""
+        self.begin_run(requests, limit_s)
+        return self.finish_run()
+
+    def begin_run(self, requests, limit_s=RUN_LIMIT_S):
+        self._run_limit_s = limit_s
+        self._send("run", requests=requests, deadline_s=limit_s)
+
+    def finish_run(self):
+        return self._receive(self._run_limit_s + ANSWER_SLACK_S)
+
+    def counters(self):
+        """vLLM's counters and gauges, by Prometheus name."""
+        return self._call("counters")
+
+    def free_blocks(self):
+        return self._call("free_blocks")
+
+    def settled_free_blocks(self, limit_s=15):
+        """Free blocks once every block of ended requests has come back, or after the limit."""
+        return self._call("settle", free_blocks=self.free_blocks_at_start, deadline_s=limit_s)
+
+    def reset_prefix_cache(self):
+        return self._call("reset_prefix_cache")
+
+    def stop(self):
+        """Ends the process and everything in its session."""
+        try:
+            self._process.stdin.close()
+            self._process.wait(20)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    def _call(self, job, **arguments):
+        self._send(job, **arguments)
+        return self._receive(ANSWER_SLACK_S)
+
+    def _send(self, job, **arguments):
+        try:
+            print(json.dumps({"job": job, **arguments}), file=self._process.stdin, flush=True)
+        except BrokenPipeError as error:
+            raise EngineError(f"engine process '{self.name}' is gone; its log: {self._log_path}") from error
+
+    def _receive(self, limit_s):
+        try:
+            line = self._answers.get(timeout=limit_s)
+        except queue.Empty:
+            self.stop()
+            raise EngineError(
+                f"engine process '{self.name}' did not answer within {limit_s} s and was killed; its log: {self._log_path}"
+            ) from None
+        if line is None:
+            raise EngineError(f"engine process '{self.name}' died; its log: {self._log_path}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"engine process '{self.name}': {answer['error']}; its log: {self._log_path}")
+        return answer["ok"]
+
+    def _read_answers(self, read_end):
+        with os.fdopen(read_end) as answers:
+            for line in answers:
+                self._answers.put(line)
+        self._answers.put(None)

@@ -1,0 +1,164 @@
+"""The inside of an engine process: opens vLLM engines one after another and answers jobs, one JSON object per line.
+
+Started by engine.py with the descriptor for answers as its argument; vLLM's own output stays on stdout. Jobs:
+open, run, counters, free_blocks, settle, reset_prefix_cache, close.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+
+
+class EngineHost:
+    """At most one open engine; a process is reused because the first engine costs its imports."""
+
+    def __init__(self):
+        self._engine = None
+
+    def open(self, settings, transfer):
+        from vllm.config import KVTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.close()
+        if transfer is not None:
+            settings = {**settings, "kv_transfer_config": KVTransferConfig(**transfer)}
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        return {"free_blocks": self.free_blocks()}
+
+    def close(self):
+        if self._engine is None:
+            return
+        from vllm.distributed import kv_transfer
+
+        self._engine.engine_core.shutdown()
+        # With the worker in this process nobody else drops its connector, and the next engine would inherit it.
+        kv_transfer.ensure_kv_transfer_shutdown()
+        self._engine = None
+        gc.collect()
+
+    def run(self, requests, deadline_s):
+        """Adds all requests at once and steps until every one has ended."""
+        started = time.perf_counter()
+        progress = {request["id"]: _Progress(request) for request in requests}
+        for request in requests:
+            prompt = {"prompt_token_ids": request["prompt"]}
+            if request.get("cache_salt") is not None:
+                prompt["cache_salt"] = request["cache_salt"]
+            self._engine.add_request(request["id"], prompt, _sampling(request))
+        steps = 0
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                progress[output.request_id].take(output, time.perf_counter() - started)
+            steps += 1
+            ending = [p.id for p in progress.values() if p.wants_abort(steps)]
+            if ending:
+                self._engine.abort_request(ending)
+            if time.perf_counter() - started > deadline_s:
+                stuck = [p.id for p in progress.values() if not p.finished]
+                self._engine.abort_request(stuck)
+                raise TimeoutError(f"{len(stuck)} requests did not end within {deadline_s} s: {stuck}")
+        return {request_id: p.result() for request_id, p in progress.items()}
+
+    def counters(self):
+        """vLLM's Prometheus counters and gauges of this engine, summed over their labels."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        values = {}
+        for metric in get_metrics_snapshot():
+            if hasattr(metric, "value"):
+                values[metric.name] = values.get(metric.name, 0) + metric.value
+        return values
+
+    def free_blocks(self):
+        return self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def settle(self, free_blocks, deadline_s):
+        """Steps without work until so many blocks are free again: an aborted load may hold its blocks for a while."""
+        deadline = time.perf_counter() + deadline_s
+        while self.free_blocks() != free_blocks and time.perf_counter() < deadline:
+            self._engine.step()
+            time.sleep(0.002)
+        return self.free_blocks()
+
+    def reset_prefix_cache(self):
+        return self._engine.reset_prefix_cache()
+
+    def _scheduler(self):
+        return self._engine.engine_core.engine_core.scheduler
+
+
+class _Progress:
+    def __init__(self, request):
+        self.id = request["id"]
+        self.finished = False
+        self._abort_after_tokens = request.get("abort_after_tokens")
+        self._abort_after_steps = request.get("abort_after_steps")
+        self._aborted = False
+        self._output = None
+        self._ttft_s = None
+
+    def take(self, output, now_s):
+        self._output = output
+        self.finished = output.finished
+        if self._ttft_s is None and any(choice.token_ids for choice in output.outputs):
+            self._ttft_s = now_s
+
+    def wants_abort(self, steps):
+        if self._aborted or self.finished:
+            return False
+        tokens = len(self._output.outputs[0].token_ids) if self._output else 0
+        self._aborted = (self._abort_after_tokens is not None and tokens >= self._abort_after_tokens) or (
+            self._abort_after_steps is not None and steps >= self._abort_after_steps
+        )
+        return self._aborted
+
+    def result(self):
+        choices = sorted(self._output.outputs, key=lambda choice: choice.index) if self._output else []
+        return {
+            "choices": [_choice(choice) for choice in choices],
+            "cached_tokens": self._output.num_cached_tokens if self._output else None,
+            "ttft_s": self._ttft_s,
+            "aborted": self._aborted,
+        }
+
+
+def _choice(choice):
+    tokens = list(choice.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, choice.logprobs or [], strict=True)]
+    return {"tokens": tokens, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _sampling(request):
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=request["max_tokens"],
+        temperature=request.get("temperature", 0.0),
+        seed=request.get("seed"),
+        n=request.get("n", 1),
+        logprobs=1,
+        ignore_eos=True,
+        extra_args=request.get("extra_args"),
+    )
+
+
+def main():
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    host = EngineHost()
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = {"ok": getattr(host, job.pop("job"))(**job)}
+        except BaseException as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+    host.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Reads the counters that a vLLM server exports."""
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+EXTERNAL_QUERIES = "vllm:external_prefix_cache_queries"
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
+
+
+def scrape(url):
+    """All samples of /metrics by name without `_total`, summed over their labels."""
+    values = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+        for sample in family.samples:
+            name = sample.name.removesuffix("_total")
+            values[name] = values.get(name, 0) + sample.value
+    return values
+
+
+def external_hits(url):
+    """Prompt tokens whose KV this server took from its connector since it started, by vLLM's own count."""
+    return int(scrape(url)[EXTERNAL_HITS])

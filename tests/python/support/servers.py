@@ -1,0 +1,104 @@
+"""Real processes behind HTTP: `vllm serve` and `kvlane proxy`, each in a session of its own, ended on exit."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+
+from support.client import MODEL_NAME
+from support.places import log_path
+from support.vllm_environment import vllm_environment
+
+VLLM_READY_LIMIT_S = 300
+PROXY_READY_LIMIT_S = 20
+STOP_LIMIT_S = 20
+
+
+def free_port():
+    """A port that was free a moment ago. vLLM cannot be given a bound socket, so a small race remains."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A process that listens on a port of this machine. Use as a context manager, or call stop()."""
+
+    def __init__(self, name, command, port, environment, ready_limit_s, health_path="/health"):
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_path = log_path(f"server-{name}")
+        self._health_url = self.url + health_path
+        self._started = time.monotonic()
+        self._ready_limit_s = ready_limit_s
+        with open(self.log_path, "w") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def is_running(self):
+        return self._process.poll() is None
+
+    def wait_until_ready(self, while_waiting=lambda waited_s: None):
+        """Returns the seconds since the start. `while_waiting` is called about twice a second."""
+        while (waited_s := time.monotonic() - self._started) < self._ready_limit_s and self.is_running():
+            try:
+                if httpx.get(self._health_url, timeout=2).status_code == 200:
+                    return waited_s
+            except httpx.HTTPError:
+                pass
+            while_waiting(waited_s)
+            time.sleep(0.5)
+        tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
+        state = "did not become ready in time" if self.is_running() else f"ended with {self._process.returncode}"
+        raise RuntimeError(f"server '{self.name}' {state}; end of {self.log_path}:\n{tail}")
+
+    def stop(self):
+        """Asks the server to end, then kills what is left in its session. Nothing outside the session is touched."""
+        if self.is_running():
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+
+def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None):
+    """Starts `vllm serve` on these CPUs; call wait_until_ready() next."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", "--enable-prompt-tokens-details", *arguments]
+    if transfer is not None:
+        command += ["--kv-transfer-config", json.dumps(transfer)]
+    full_environment = {**vllm_environment(cpus), **(environment or {})}
+    return Server(name, command, port, full_environment, VLLM_READY_LIMIT_S)
+
+
+def kvlane_proxy(prefill_url, decode_url):
+    """Starts kvlane's proxy in front of the two servers."""
+    port = free_port()
+    command = [str(pathlib.Path(sys.executable).with_name("kvlane")), "proxy"]
+    command += ["--prefill", prefill_url, "--decode", decode_url, "--kv-backend", "fs", "--port", str(port)]
+    return Server("proxy", command, port, dict(os.environ), PROXY_READY_LIMIT_S)
