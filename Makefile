@@ -65,10 +65,11 @@ $(VENV_PEERS)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
 target/make/wheel: $(WHEEL_SOURCES) | $(VENV)/.kvlane-ready
 	@mkdir -p $(@D) dist
 	@rm -f dist/kvlane-*.whl
+	@touch $@.started # the stamp's time is the start: a source saved during the build is newer
 	$(VENV)/bin/python python/third_party_licenses.py --output THIRD_PARTY_LICENSES
 	PATH="$(ROOT)/$(VENV)/bin:$$PATH" $(VENV)/bin/maturin build --release --locked --zig \
 	  --compatibility manylinux_2_28 --target $(MACHINE)-unknown-linux-gnu --out dist
-	@touch $@
+	@mv $@.started $@
 
 $(VENV)/.kvlane-wheel: target/make/wheel $(VENV)/.kvlane-ready
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --reinstall dist/kvlane-*.whl
