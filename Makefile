@@ -61,6 +61,11 @@ $(VENV_PEERS)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
 	tests/env/build.sh peers-fs
 	@touch $@
 
+# A stamp without its wheel is worth nothing.
+ifeq ($(wildcard dist/kvlane-*.whl),)
+$(shell rm -f target/make/wheel)
+endif
+
 # The one wheel of this project: what the demo and the tests install is what gets published.
 target/make/wheel: $(WHEEL_SOURCES) | $(VENV)/.kvlane-ready
 	@mkdir -p $(@D) dist
