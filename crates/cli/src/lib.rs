@@ -1,0 +1,106 @@
+//! The `kvlane` command as a library, so that the wheel and the cargo binary run the same code.
+//!
+//! One module per subcommand. Each gives back an [`Exit`]; only [`run`] turns it into a process status. What a person
+//! reads goes to standard output as text, or as one JSON document with `--json`; logs and errors go to standard error.
+
+#![forbid(unsafe_code)]
+
+mod exit;
+mod facts;
+mod logging;
+mod output;
+mod proxy;
+
+use std::ffi::OsString;
+
+use clap::{Parser, Subcommand};
+
+pub use exit::Exit;
+pub use facts::PythonFacts;
+pub use output::{Report, Table};
+
+/// Moves KV cache between vLLM servers at memory speed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "kvlane",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+struct Arguments {
+    #[command(flatten)]
+    logging: logging::LoggingArguments,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve OpenAI requests by a prefill and a decode server that hand over KV.
+    Proxy(proxy::ProxyArguments),
+}
+
+/// Runs the command. `arguments` begins with the program's name; `facts` is what only a Python caller knows.
+///
+/// Returns the process status: 0 all is well, 1 it did not work or a check found problems, 2 wrong usage.
+pub fn run<I, T>(arguments: I, facts: PythonFacts) -> i32
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    let exit = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => dispatch(arguments, &facts),
+        // Help and version are "errors" of clap's, printed to standard output with status 0.
+        Err(error) => {
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+            // Nowhere left to complain when even that cannot be written (a closed pipe).
+            let _written = error.print();
+            exit
+        }
+    };
+    exit.status()
+}
+
+fn dispatch(arguments: Arguments, _facts: &PythonFacts) -> Exit {
+    logging::init(&arguments.logging);
+    match arguments.command {
+        Command::Proxy(arguments) => proxy::run(arguments),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_status_tells_usage_errors_from_success() {
+        let run = |arguments: &[&str]| run(arguments.iter().copied(), PythonFacts::absent());
+        assert_eq!(run(&["kvlane", "--version"]), 0);
+        assert_eq!(run(&["kvlane", "proxy", "--help"]), 0);
+        assert_eq!(run(&["kvlane"]), 2);
+        assert_eq!(run(&["kvlane", "nonsense"]), 2);
+        assert_eq!(
+            run(&["kvlane", "proxy", "--prefill", "http://a:1"]),
+            2,
+            "decode is missing"
+        );
+        assert_eq!(
+            run(&[
+                "kvlane",
+                "proxy",
+                "--prefill",
+                "https://a:1",
+                "--decode",
+                "http://b:1"
+            ]),
+            2
+        );
+    }
+}

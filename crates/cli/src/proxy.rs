@@ -1,0 +1,157 @@
+//! `kvlane proxy`: arguments, runtime and signals around the proxy library.
+
+use std::io;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use kvlane_proxy::config::DEFAULT_KV_PORT;
+use kvlane_proxy::{KvBackend, ProxyConfig, ServeError, UpstreamAddress, serve};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::exit::Exit;
+
+/// Serve OpenAI requests by a prefill and a decode server that hand over KV.
+///
+/// Each request goes to a prefill server for its prompt and then to a decode server, whose answer is streamed back. A
+/// server is given as http://HOST:PORT, for the p2p backend optionally with the port of its connector: http://HOST:PORT=KV_PORT.
+#[derive(Args, Debug)]
+pub(crate) struct ProxyArguments {
+    /// Prefill server; repeat it, or separate by commas, for several.
+    #[arg(long, required = true, value_delimiter = ',', env = "KVLANE_PREFILL", value_name = "URL", value_parser = UpstreamAddress::parse)]
+    prefill: Vec<UpstreamAddress>,
+    /// Decode server; repeat it, or separate by commas, for several.
+    #[arg(long, required = true, value_delimiter = ',', env = "KVLANE_DECODE", value_name = "URL", value_parser = UpstreamAddress::parse)]
+    decode: Vec<UpstreamAddress>,
+    /// How KV moves between the servers: through a shared folder, or from server to server.
+    #[arg(long, env = "KVLANE_KV_BACKEND", value_name = "BACKEND")]
+    kv_backend: Backend,
+    /// Port of the p2p connectors on servers that do not name one.
+    #[arg(long, default_value_t = DEFAULT_KV_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    kv_port: u16,
+    /// Address to listen on.
+    #[arg(long, env = "KVLANE_HOST", default_value = "0.0.0.0")]
+    host: String,
+    /// Port to listen on; 0 lets the system choose, the log tells which.
+    #[arg(long, env = "KVLANE_PORT", default_value_t = 8080)]
+    port: u16,
+    /// Longest wait for a connection to a server [default: 2000].
+    #[arg(long, value_name = "MS", help_heading = "Bounds")]
+    connect_timeout_ms: Option<NonZeroU64>,
+    /// Longest wait for prefill; after it decode computes the prompt itself [default: 120000].
+    #[arg(long, value_name = "MS", help_heading = "Bounds")]
+    prefill_timeout_ms: Option<NonZeroU64>,
+    /// Longest wait for the head of decode's answer, which without streaming is the whole answer [default: 3600000].
+    #[arg(long, value_name = "MS", help_heading = "Bounds")]
+    first_byte_timeout_ms: Option<NonZeroU64>,
+    /// Longest silence within decode's answer [default: 300000].
+    #[arg(long, value_name = "MS", help_heading = "Bounds")]
+    idle_timeout_ms: Option<NonZeroU64>,
+    /// How long a stop waits for requests in flight [default: 30000].
+    #[arg(long, value_name = "MS", help_heading = "Bounds")]
+    drain_timeout_ms: Option<NonZeroU64>,
+    /// Largest request body [default: 33554432].
+    #[arg(long, value_name = "BYTES", help_heading = "Bounds")]
+    body_limit_bytes: Option<usize>,
+    /// Most requests in flight; further ones are answered with 503 [default: 4096].
+    #[arg(long, value_name = "COUNT", help_heading = "Bounds")]
+    in_flight_limit: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Backend {
+    /// Through a shared folder.
+    Fs,
+    /// From server to server.
+    P2p,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ProxyFailure {
+    #[error("cannot listen on {address}: {source}")]
+    Listen { address: String, source: io::Error },
+    #[error("the runtime cannot start: {0}")]
+    Runtime(io::Error),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// Serves until SIGTERM or SIGINT, then finishes what was begun.
+pub(crate) fn run(arguments: ProxyArguments) -> Exit {
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => report(runtime.block_on(listen_and_serve(arguments))),
+        Err(error) => report(Err(ProxyFailure::Runtime(error))),
+    }
+}
+
+async fn listen_and_serve(arguments: ProxyArguments) -> Result<(), ProxyFailure> {
+    // Before anything else, so that a signal during start is not lost.
+    let mut terminate = signal(SignalKind::terminate()).map_err(ProxyFailure::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ProxyFailure::Runtime)?;
+    let address = (arguments.host.clone(), arguments.port);
+    let failed = |source| ProxyFailure::Listen {
+        address: format!("{}:{}", address.0, address.1),
+        source,
+    };
+    let listener = TcpListener::bind((address.0.as_str(), address.1))
+        .await
+        .map_err(failed)?;
+    let local = listener.local_addr().map_err(failed)?;
+    let config = arguments.into_config();
+    let names = |servers: &[UpstreamAddress]| {
+        servers
+            .iter()
+            .map(UpstreamAddress::authority)
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    tracing::info!(
+        address = %local,
+        prefill = names(&config.prefill),
+        decode = names(&config.decode),
+        backend = ?config.backend,
+        "listening"
+    );
+    let shutdown = async move {
+        tokio::select! {
+            _signal = terminate.recv() => tracing::info!("SIGTERM"),
+            _signal = interrupt.recv() => tracing::info!("SIGINT"),
+        }
+    };
+    Ok(serve(listener, config, shutdown).await?)
+}
+
+fn report(result: Result<(), ProxyFailure>) -> Exit {
+    let Err(failure) = result else { return Exit::Ok };
+    tracing::error!("{failure}");
+    match failure {
+        ProxyFailure::Serve(ServeError::Config(_)) => Exit::Usage,
+        _ => Exit::Problem,
+    }
+}
+
+impl ProxyArguments {
+    fn into_config(self) -> ProxyConfig {
+        let backend = match self.kv_backend {
+            Backend::Fs => KvBackend::Fs,
+            Backend::P2p => KvBackend::P2p,
+        };
+        let mut config = ProxyConfig::new(self.prefill, self.decode, backend);
+        config.kv_port = self.kv_port;
+        for (given, setting) in [
+            (self.connect_timeout_ms, &mut config.connect_timeout),
+            (self.prefill_timeout_ms, &mut config.prefill_timeout),
+            (self.first_byte_timeout_ms, &mut config.first_byte_timeout),
+            (self.idle_timeout_ms, &mut config.idle_timeout),
+            (self.drain_timeout_ms, &mut config.drain_timeout),
+        ] {
+            if let Some(milliseconds) = given {
+                *setting = Duration::from_millis(milliseconds.get());
+            }
+        }
+        config.body_limit_bytes = self.body_limit_bytes.unwrap_or(config.body_limit_bytes);
+        config.in_flight_limit = self.in_flight_limit.unwrap_or(config.in_flight_limit);
+        config
+    }
+}

@@ -1,0 +1,82 @@
+//! Answers that come from the proxy itself, in OpenAI's error shape.
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+
+use crate::client::SendError;
+use crate::rewrite::BodyError;
+
+/// Why the proxy answers instead of a server.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProxyError {
+    #[error("{0}")]
+    BadBody(#[from] BodyError),
+    #[error("the request body could not be read: {0}")]
+    UnreadableBody(axum::Error),
+    #[error("the request body did not arrive within {0} ms")]
+    SlowBody(u128),
+    #[error("the request body is larger than {0} bytes")]
+    BodyTooLarge(usize),
+    #[error("{0} requests are in flight already")]
+    Overloaded(usize),
+    #[error("this path is not served here")]
+    UnknownPath,
+    #[error("this path does not take that method")]
+    MethodNotAllowed,
+    #[error("no decode server is configured")]
+    NoDecodeServer,
+    #[error("the decode server {address} {cause}")]
+    Decode { address: String, cause: SendError },
+}
+
+impl ProxyError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::BadBody(_) | Self::UnreadableBody(_) => StatusCode::BAD_REQUEST,
+            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Overloaded(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UnknownPath => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Decode {
+                cause: SendError::TimedOut(_),
+                ..
+            } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Decode { .. } | Self::NoDecodeServer => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Decode { .. } | Self::NoDecodeServer => "upstream_error",
+            Self::Overloaded(_) => "overloaded_error",
+            _ => "invalid_request_error",
+        }
+    }
+}
+
+impl IntoResponse for ProxyError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let stage = matches!(self, Self::Decode { .. }).then_some("decode");
+        let mut error = serde_json::json!({
+            "message": self.to_string(), "type": self.kind(), "param": null, "code": status.as_u16(),
+        });
+        if let Some(stage) = stage {
+            error["stage"] = stage.into();
+        }
+        let mut response = Response::new(Body::from(serde_json::json!({ "error": error }).to_string()));
+        *response.status_mut() = status;
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if matches!(self, Self::Overloaded(_)) {
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
