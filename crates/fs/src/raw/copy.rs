@@ -569,42 +569,48 @@ mod tests {
     #[test]
     fn a_checked_copy_of_changing_memory_delivers_exactly_the_bytes_of_its_checksum() {
         use std::sync::atomic::{AtomicBool, AtomicU64};
-        const LEN: usize = 8 * CHUNK_BYTES;
-        let words: Vec<AtomicU64> = (0..LEN / 8).map(|_| AtomicU64::new(0)).collect();
+        use std::time::{Duration, Instant};
+        const MIXES: u32 = 200;
+        let words: Vec<AtomicU64> = (0..CHUNK_BYTES / 8).map(|_| AtomicU64::new(0)).collect();
         let is_done = AtomicBool::new(false);
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut mixes = Vec::new();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut round = 1_u64;
-                while !is_done.load(Ordering::Relaxed) {
-                    words
-                        .iter()
-                        .for_each(|word| word.store(round.wrapping_mul(0x9e37_79b9), Ordering::Relaxed));
+                while !is_done.load(Ordering::Relaxed) && Instant::now() < end {
+                    words.iter().for_each(|word| word.store(round, Ordering::Relaxed));
                     round += 1;
                 }
             });
-            let mut target = vec![0; LEN];
+            let mut target = vec![0_u64; words.len()];
             for kernel in Kernel::available() {
-                for _ in 0..50 {
+                let mut kernel_mixes = 0;
+                while kernel_mixes < MIXES && Instant::now() < end {
                     let mut crc = LayerCrc::new(&[0; 32], 0);
-                    // SAFETY: the words are LEN bytes, and so is the target.
-                    unsafe {
-                        copy_run(
-                            kernel,
-                            words.as_ptr().cast(),
-                            target.as_mut_ptr(),
-                            LEN,
-                            Some(&mut crc),
-                            NOTHING,
-                        )
-                    };
+                    let (source, place) = (words.as_ptr().cast(), target.as_mut_ptr().cast());
+                    // SAFETY: both vectors have as many bytes as a chunk.
+                    unsafe { copy_run(kernel, source, place, CHUNK_BYTES, Some(&mut crc), NOTHING) };
                     store_fence();
                     let mut expected = LayerCrc::new(&[0; 32], 0);
-                    expected.update(&target);
-                    assert_eq!(crc.value(), expected.value(), "{kernel:?}");
+                    target
+                        .iter()
+                        .for_each(|word| expected.update(&word.to_ne_bytes()));
+                    let is_mix = target.iter().any(|word| *word != target[0]);
+                    kernel_mixes += u32::from(is_mix);
+                    if crc.value() != expected.value() {
+                        is_done.store(true, Ordering::Relaxed);
+                        panic!("{kernel:?} delivered other bytes than it checked");
+                    }
                 }
+                mixes.push(kernel_mixes);
             }
             is_done.store(true, Ordering::Relaxed);
         });
+        assert!(
+            mixes.iter().all(|&count| count > 0),
+            "the memory did not change during a copy: {mixes:?}"
+        );
     }
 
     proptest! {
