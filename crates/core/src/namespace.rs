@@ -117,3 +117,95 @@ impl NamespaceParts {
         NamespaceId(*hasher.finalize().as_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parts(facts: &[(&str, &str)]) -> NamespaceParts {
+        facts.iter().fold(NamespaceParts::new(), |parts, (name, value)| {
+            parts.with(*name, *value).expect("a new name")
+        })
+    }
+
+    #[test]
+    fn a_repeated_or_empty_name_is_refused_and_changes_nothing() {
+        let mut facts = parts(&[("weights", "a")]);
+        let before = facts.id();
+        assert!(facts.add("weights", "a").is_err());
+        assert!(facts.add("weights", "b").is_err());
+        assert!(facts.add("", "b").is_err());
+        assert_eq!(facts.id(), before);
+        assert_eq!(facts.iter().collect::<Vec<_>>(), [("weights", "a")]);
+    }
+
+    #[test]
+    fn names_and_values_do_not_run_into_each_other() {
+        let sets: [&[(&str, &str)]; 7] = [
+            &[],
+            &[("a", "bc")],
+            &[("ab", "c")],
+            &[("abc", "")],
+            &[("a", "b"), ("c", "")],
+            &[("a", ""), ("b", "c")],
+            &[("a", "bc"), ("d", "")],
+        ];
+        for (i, a) in sets.iter().enumerate() {
+            for (j, b) in sets.iter().enumerate() {
+                assert_eq!(parts(a).id() == parts(b).id(), i == j, "{a:?} and {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_have_ids_of_their_own() {
+        let id = parts(&[("weights", "a")]).id();
+        let other = parts(&[("weights", "b")]).id();
+        let mut ids = vec![id, other];
+        for epoch in [0, 1, 2, 255, 256, u64::MAX] {
+            ids.extend([id.with_epoch(epoch), other.with_epoch(epoch)]);
+        }
+        let count = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), count);
+        assert_eq!(id.with_epoch(7), id.with_epoch(7));
+    }
+
+    #[test]
+    fn ids_do_not_change_between_releases() {
+        let id = parts(&[("weights", "a"), ("rank", "0")]).id();
+        assert_eq!(
+            id.to_string(),
+            "d680bb14509b630a10d2d9f598eaedf99ad9d1fe6542a6aa31c64112cbfb3575"
+        );
+        assert_eq!(
+            id.with_epoch(1).to_string(),
+            "ec8b838e54bed111cd5343021f6a9cfdecc91c4deef317c12b3c01169071a1ec"
+        );
+        assert_eq!(FORMAT_VERSION, 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_of_facts_does_not_matter_but_every_value_does(
+            facts in prop::collection::btree_map(".{1,6}", ".{0,6}", 1..8),
+            shuffle in any::<u64>(),
+            changed in any::<prop::sample::Index>(),
+        ) {
+            let mut list: Vec<(String, String)> = facts.into_iter().collect();
+            let build = |list: &[(String, String)]| {
+                list.iter().try_fold(NamespaceParts::new(), |parts, (name, value)| parts.with(name, value)).map(|p| p.id())
+            };
+            let id = build(&list).expect("names differ");
+            let turn = shuffle as usize % list.len();
+            list.rotate_left(turn);
+            prop_assert_eq!(build(&list).expect("names differ"), id);
+            let changed = changed.index(list.len());
+            list[changed].1.push('x');
+            prop_assert_ne!(build(&list).expect("names differ"), id);
+        }
+    }
+}
