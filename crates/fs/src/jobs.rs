@@ -165,6 +165,11 @@ impl Jobs {
         }
     }
 
+    /// Whether `job` runs, or has ended and its completion was not delivered yet.
+    pub(crate) fn is_known(&self, job: JobId) -> bool {
+        lock(&self.live).contains_key(&job) || lock(&self.done).iter().any(|completion| completion.job == job)
+    }
+
     /// Whether `job` has ended with everything done and its completion was not delivered yet.
     pub(crate) fn ended_well(&self, job: JobId) -> bool {
         lock(&self.done).iter().any(|completion| completion.job == job && completion.outcome == Outcome::Done)

@@ -165,7 +165,8 @@ impl LoadJob {
         }
         let Some(shared) = self.shared.upgrade() else { return };
         let late = self.closed_because.get().copied().unwrap_or(MissReason::TimedOut);
-        let mut bad = std::mem::take(&mut *lock(&self.bad));
+        // Copied, not taken: whoever waits for a layer still looks at it.
+        let mut bad = lock(&self.bad).clone();
         for (position, left) in self.layers_left.iter().enumerate() {
             if left.load(Ordering::Acquire) != 0 {
                 bad.entry(position).or_insert(late);

@@ -1,7 +1,7 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::channel::Sender;
@@ -30,7 +30,7 @@ pub(crate) fn mark_now() -> u32 {
 pub(crate) struct Shared {
     pub(crate) directory: Directory,
     pub(crate) geometry: Geometry,
-    pub(crate) cache: HostCache,
+    pub(crate) cache: Arc<HostCache>,
     pub(crate) verify: bool,
     pub(crate) index: Mutex<Index>,
     pub(crate) jobs: Jobs,
@@ -52,7 +52,7 @@ impl Shared {
     pub(crate) fn new(
         directory: Directory,
         geometry: Geometry,
-        cache: HostCache,
+        cache: Arc<HostCache>,
         namespace: NamespaceId,
         verify: bool,
         jobs_in_flight: usize,

@@ -55,8 +55,10 @@ pub(crate) struct StoreJob {
     /// (block, layer) pairs that some thread has taken on.
     claimed: Vec<AtomicBool>,
     crcs: Vec<AtomicU32>,
-    /// Layers of each block that are not in its slot.
-    layers_left: Vec<AtomicU32>,
+    /// Blocks that `finish_store` has allowed to be committed.
+    allowed: Vec<AtomicBool>,
+    /// Layers of each block that are not in its slot, and one more until it may be committed.
+    parts_left: Vec<AtomicU32>,
     ended: Vec<AtomicU8>,
     blocks_left: AtomicUsize,
     closed_because: OnceLock<MissReason>,
@@ -76,7 +78,8 @@ impl StoreJob {
             next_block: AtomicUsize::new(0),
             claimed: (0..blocks * layers).map(|_| AtomicBool::new(false)).collect(),
             crcs: (0..blocks * layers).map(|_| AtomicU32::new(0)).collect(),
-            layers_left: (0..blocks).map(|_| AtomicU32::new(layers as u32)).collect(),
+            allowed: (0..blocks).map(|_| AtomicBool::new(false)).collect(),
+            parts_left: (0..blocks).map(|_| AtomicU32::new(layers as u32 + 1)).collect(),
             ended: (0..blocks).map(|_| AtomicU8::new(PENDING)).collect(),
             blocks_left: AtomicUsize::new(blocks),
             closed_because: OnceLock::new(),
@@ -150,7 +153,7 @@ impl StoreJob {
         }
         let started = Instant::now();
         for position in 0..self.request.keys.len() {
-            self.copy_block(&shared, position, layer..layer + 1);
+            self.copy_block(&shared, position, layer..layer + 1, false);
         }
         Counters::add_nanos(&shared.counters.store_nanos, started.elapsed());
     }
@@ -169,12 +172,12 @@ impl StoreJob {
                 self.close(MissReason::TimedOut);
                 break;
             }
-            self.copy_block(&shared, position, 0..layers);
+            self.copy_block(&shared, position, 0..layers, true);
         }
         Counters::add_nanos(&shared.counters.store_nanos, started.elapsed());
     }
 
-    fn copy_block(&self, shared: &Shared, position: usize, layers: std::ops::Range<usize>) {
+    fn copy_block(&self, shared: &Shared, position: usize, layers: std::ops::Range<usize>, allow: bool) {
         let Some(Plan::Copy(place)) = self.plans().get(position) else { return };
         let left = || self.release();
         let Some(_inside) = self.gate.enter(&left) else { return };
@@ -186,10 +189,10 @@ impl StoreJob {
         let mine: Vec<usize> = layers
             .filter(|layer| !self.claimed[position * count + layer].swap(true, Ordering::AcqRel))
             .collect();
-        if mine.is_empty() {
-            return;
-        }
-        let copied = if shared.directory.mapped_payload() {
+        let allows = u32::from(allow && !self.allowed[position].swap(true, Ordering::AcqRel));
+        let copied = if mine.is_empty() {
+            Ok(())
+        } else if shared.directory.mapped_payload() {
             self.copy_mapped(shared, position, place, &mine);
             Ok(())
         } else {
@@ -200,8 +203,8 @@ impl StoreJob {
             self.end_block(position, false);
             return;
         }
-        let before = self.layers_left[position].fetch_sub(mine.len() as u32, Ordering::AcqRel);
-        if before as usize == mine.len() {
+        let parts = mine.len() as u32 + allows;
+        if parts > 0 && self.parts_left[position].fetch_sub(parts, Ordering::AcqRel) == parts {
             self.commit(shared, position, place);
         }
     }

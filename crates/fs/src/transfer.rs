@@ -53,7 +53,7 @@ impl FsTransfer {
     pub fn open(
         path: &Path,
         namespace: NamespaceId,
-        cache: HostCache,
+        cache: impl Into<Arc<HostCache>>,
         options: &FsOptions,
         can_store: bool,
     ) -> Result<Self> {
@@ -64,6 +64,7 @@ impl FsTransfer {
         if can_store && !directory.writable {
             return Err(FsError::ReadOnly { path: path.into() });
         }
+        let cache = cache.into();
         let map = cache.map();
         let layer_bytes: Vec<u64> = (0..map.layer_count()).map(|layer| map.layer_bytes(layer) as u64).collect();
         if layer_bytes.is_empty() || layer_bytes.len() > crate::format::LAYERS_MAX as usize {
@@ -167,33 +168,6 @@ impl FsTransfer {
         self.process != std::process::id()
     }
 
-    /// Refuses requests that name something that is not there; nothing may be changed before this.
-    fn check(&self, keys: &[BlockKey], blocks: &[u32], unique_blocks: bool) -> kvlane_core::Result<()> {
-        let refuse = |argument, found: String, allowed: String| {
-            Err(kvlane_core::Error::InvalidArgument { argument, found, allowed })
-        };
-        if keys.is_empty() || keys.len() != blocks.len() {
-            return refuse(
-                "blocks",
-                format!("{} blocks for {} keys", blocks.len(), keys.len()),
-                "as many blocks as keys, at least one".into(),
-            );
-        }
-        let count = self.shared.cache.map().block_count();
-        if let Some(block) = blocks.iter().find(|block| **block >= count) {
-            return refuse("blocks", format!("block {block}"), format!("0 to {}", count - 1));
-        }
-        let mut seen = std::collections::HashSet::new();
-        if let Some(block) = blocks.iter().find(|block| unique_blocks && !seen.insert(**block)) {
-            return refuse("blocks", format!("block {block} twice"), "each block once".into());
-        }
-        let mut seen = std::collections::HashSet::new();
-        if let Some(key) = keys.iter().find(|key| !seen.insert(**key)) {
-            return refuse("keys", format!("key {key:?} twice"), "each key once".into());
-        }
-        Ok(())
-    }
-
     fn check_layer(&self, layer: usize) -> kvlane_core::Result<()> {
         let layers = self.shared.geometry.layer_bytes.len();
         if layer >= layers {
@@ -204,6 +178,10 @@ impl FsTransfer {
             });
         }
         Ok(())
+    }
+
+    fn check_job(&self, job: JobId) -> kvlane_core::Result<()> {
+        if self.shared.jobs.is_known(job) { Ok(()) } else { Err(kvlane_core::Error::UnknownJob(job.0)) }
     }
 
     fn miss_all(&self, id: JobId, blocks: usize, reason: MissReason) {
@@ -237,12 +215,16 @@ impl KvTransfer for FsTransfer {
     }
 
     fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
-        self.check(&request.keys, &request.blocks, false)?;
+        request.check(self.shared.cache.map())?;
         if !self.shared.can_store() {
             return Err(FsError::ReadOnly { path: self.shared.directory.path.clone() }.into());
         }
         let id = self.shared.jobs.next_id();
         let blocks = request.keys.len();
+        if blocks == 0 {
+            self.shared.jobs.finish(id, Outcome::Done);
+            return Ok(id);
+        }
         let namespace = {
             let mut index = lock(&self.shared.index);
             index.refresh(&self.shared.directory);
@@ -260,6 +242,7 @@ impl KvTransfer for FsTransfer {
 
     fn layer_ready(&self, job: JobId, layer: usize) -> kvlane_core::Result<()> {
         self.check_layer(layer)?;
+        self.check_job(job)?;
         // On a disk whole slots are written at the end; a message per layer would only cost time.
         if self.shared.directory.mapped_payload() {
             self.shared.tell_writer(Command::Layer(job, layer));
@@ -268,6 +251,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn finish_store(&self, job: JobId) -> kvlane_core::Result<()> {
+        self.check_job(job)?;
         self.shared.tell_writer(Command::Finish(job));
         Ok(())
     }
@@ -277,9 +261,13 @@ impl KvTransfer for FsTransfer {
     }
 
     fn load(&self, request: LoadRequest) -> kvlane_core::Result<JobId> {
-        self.check(&request.keys, &request.blocks, true)?;
+        request.check(self.shared.cache.map())?;
         let id = self.shared.jobs.next_id();
         let blocks = request.keys.len();
+        if blocks == 0 {
+            self.shared.jobs.finish(id, Outcome::Done);
+            return Ok(id);
+        }
         if self.is_forked() {
             self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);
@@ -308,7 +296,10 @@ impl KvTransfer for FsTransfer {
             Some(Job::Load(job)) => Ok(job.wait_layer(layer, deadline)),
             Some(Job::Store(_)) => Err(kvlane_core::Error::UnknownJob(job.0)),
             // It has ended, so its completion is there; a done job has all of its layers.
-            None => Ok(self.shared.jobs.ended_well(job)),
+            None => {
+                self.check_job(job)?;
+                Ok(self.shared.jobs.ended_well(job))
+            }
         }
     }
 
