@@ -38,18 +38,27 @@ pub(crate) fn open_trusted(folder: &File, name: &str, path: &Path, write: bool) 
         Ok(descriptor) => File::from(descriptor),
         Err(rustix::io::Errno::NOENT) => return Ok(None),
         Err(rustix::io::Errno::LOOP) => {
-            return Err(FsError::Untrusted { path: path.into(), problem: "is a symbolic link".into() });
+            return Err(FsError::Untrusted {
+                path: path.into(),
+                problem: "is a symbolic link".into(),
+            });
         }
         Err(errno) => return Err(FsError::io("open", path)(errno.into())),
     };
     let meta = file.metadata().map_err(FsError::io("inspect", path))?;
     if !meta.is_file() {
-        return Err(FsError::Untrusted { path: path.into(), problem: "is not a regular file".into() });
+        return Err(FsError::Untrusted {
+            path: path.into(),
+            problem: "is not a regular file".into(),
+        });
     }
     let own = rustix::process::geteuid().as_raw();
     if meta.uid() != own {
         let problem = format!("belongs to user {} and this process is user {own}", meta.uid());
-        return Err(FsError::Untrusted { path: path.into(), problem });
+        return Err(FsError::Untrusted {
+            path: path.into(),
+            problem,
+        });
     }
     Ok(Some(file))
 }
@@ -77,10 +86,16 @@ impl Control {
         };
         let mut head = [0; control::FIXED_BYTES];
         let length = file.metadata().map_err(FsError::io("inspect", &path))?.len();
-        let reject = |reject| FsError::Foreign { path: path.clone(), reject };
+        let reject = |reject| FsError::Foreign {
+            path: path.clone(),
+            reject,
+        };
         if length < control::FILE_BYTES {
             let expected = control::FILE_BYTES;
-            return Err(reject(format::Reject::Truncated { found: length, expected }));
+            return Err(reject(format::Reject::Truncated {
+                found: length,
+                expected,
+            }));
         }
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut head, 0).map_err(FsError::io("read", &path))?;
         let capacity_bytes = format::parse_control(&head).map_err(reject)?;
@@ -88,7 +103,11 @@ impl Control {
             && configured != capacity_bytes
         {
             let path = folder_path.into();
-            return Err(FsError::CapacityMismatch { path, configured, recorded: capacity_bytes });
+            return Err(FsError::CapacityMismatch {
+                path,
+                configured,
+                recorded: capacity_bytes,
+            });
         }
         let bytes = control::FILE_BYTES as usize;
         let view = if writable {
@@ -96,7 +115,12 @@ impl Control {
         } else {
             View::Read(ReadMapping::new(&file, bytes).map_err(FsError::io("map", &path))?)
         };
-        Ok(Some(Control { file, path, view, capacity_bytes }))
+        Ok(Some(Control {
+            file,
+            path,
+            view,
+            capacity_bytes,
+        }))
     }
 
     pub(crate) fn capacity_bytes(&self) -> u64 {
@@ -175,19 +199,33 @@ impl Control {
     /// Takes a place in the table of writers. Its lock lives as long as this open file.
     pub(crate) fn register_writer(&self, start_id: u64) -> Result<WriterPlace> {
         let View::Write(mapping) = &self.view else {
-            return Err(FsError::ReadOnly { path: self.path.clone() });
+            return Err(FsError::ReadOnly {
+                path: self.path.clone(),
+            });
         };
         for number in 0..control::WRITERS_MAX {
             let lock = OfdLock::byte(control::LOCK_WRITER as u32 + number);
-            if lock.try_lock(&self.file).map_err(FsError::io("lock", &self.path))? {
+            if lock
+                .try_lock(&self.file)
+                .map_err(FsError::io("lock", &self.path))?
+            {
                 let place = WriterPlace { number };
-                mapping.u64_at(place.offset(control::WRITER_BYTES_USED)).store(0, Ordering::Release);
-                mapping.u64_at(place.offset(control::WRITER_WANTS)).store(0, Ordering::Release);
-                mapping.u64_at(place.offset(control::WRITER_START_ID)).store(start_id, Ordering::Release);
+                mapping
+                    .u64_at(place.offset(control::WRITER_BYTES_USED))
+                    .store(0, Ordering::Release);
+                mapping
+                    .u64_at(place.offset(control::WRITER_WANTS))
+                    .store(0, Ordering::Release);
+                mapping
+                    .u64_at(place.offset(control::WRITER_START_ID))
+                    .store(start_id, Ordering::Release);
                 return Ok(place);
             }
         }
-        Err(FsError::TooManyWriters { path: self.path.clone(), limit: control::WRITERS_MAX })
+        Err(FsError::TooManyWriters {
+            path: self.path.clone(),
+            limit: control::WRITERS_MAX,
+        })
     }
 
     /// Gives the place back at an orderly end.
@@ -201,7 +239,9 @@ impl Control {
 
     fn set(&self, place: WriterPlace, field: u64, value: u64) {
         if let View::Write(mapping) = &self.view {
-            mapping.u64_at(place.offset(field)).store(value, Ordering::Release);
+            mapping
+                .u64_at(place.offset(field))
+                .store(value, Ordering::Release);
         }
     }
 
@@ -226,7 +266,6 @@ impl Control {
                     return None;
                 }
                 Some(WriterEntry {
-                    start_id,
                     own,
                     bytes_used: view.load_u64(place.offset(control::WRITER_BYTES_USED)),
                     wants_bytes: view.load_u64(place.offset(control::WRITER_WANTS)),
@@ -251,7 +290,6 @@ impl WriterPlace {
 /// What a live writer says of itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WriterEntry {
-    pub(crate) start_id: u64,
     pub(crate) own: bool,
     pub(crate) bytes_used: u64,
     pub(crate) wants_bytes: u64,
@@ -265,9 +303,15 @@ fn create(folder: &File, path: &Path, capacity_bytes: u64) -> Result<()> {
     let file = rustix::fs::openat(folder, &temporary, flags, mode)
         .map(File::from)
         .map_err(|errno| FsError::io("create", path)(errno.into()))?;
-    let written =
-        std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0).and_then(|()| {
-            match rustix::fs::linkat(folder, &temporary, folder, CONTROL_NAME, rustix::fs::AtFlags::empty()) {
+    let written = std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0)
+        .and_then(|()| {
+            match rustix::fs::linkat(
+                folder,
+                &temporary,
+                folder,
+                CONTROL_NAME,
+                rustix::fs::AtFlags::empty(),
+            ) {
                 Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
                 // File systems without hard links: a rename that does not replace, else one that might.
                 Err(_) => rustix::fs::renameat_with(
@@ -277,7 +321,13 @@ fn create(folder: &File, path: &Path, capacity_bytes: u64) -> Result<()> {
                     CONTROL_NAME,
                     rustix::fs::RenameFlags::NOREPLACE,
                 )
-                .or_else(|errno| if errno == rustix::io::Errno::EXIST { Ok(()) } else { Err(errno) })
+                .or_else(|errno| {
+                    if errno == rustix::io::Errno::EXIST {
+                        Ok(())
+                    } else {
+                        Err(errno)
+                    }
+                })
                 .map_err(Into::into),
             }
         });

@@ -53,7 +53,10 @@ impl Directory {
         let own = rustix::process::geteuid().as_raw();
         if meta.uid() != own && meta.uid() != 0 {
             let problem = format!("belongs to user {} and this process is user {own}", meta.uid());
-            return Err(FsError::Untrusted { path: path.into(), problem });
+            return Err(FsError::Untrusted {
+                path: path.into(),
+                problem,
+            });
         }
         if meta.mode() & 0o022 != 0 {
             tracing::warn!(
@@ -82,7 +85,14 @@ impl Directory {
             writable,
             "opened the KV store"
         );
-        Ok(Some(Directory { path: path.into(), folder, writable, choice, host_id: host_id(), control }))
+        Ok(Some(Directory {
+            path: path.into(),
+            folder,
+            writable,
+            choice,
+            host_id: host_id(),
+            control,
+        }))
     }
 
     /// Names and ids of the segments that are linked now.
@@ -144,13 +154,18 @@ fn segment_id(name: &str) -> Option<u64> {
 
 /// Milliseconds since 1970; two processes on one machine agree on it.
 pub(crate) fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
 /// A number that no other process has.
 pub(crate) fn random_u64() -> u64 {
     let mut bytes = [0; 8];
-    if !matches!(rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()), Ok(8)) {
+    if !matches!(
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()),
+        Ok(8)
+    ) {
         // Without the system's generator, time and process id still differ between processes.
         let mut hasher = blake3::Hasher::new();
         hasher.update(&std::process::id().to_le_bytes());

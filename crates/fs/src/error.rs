@@ -101,7 +101,10 @@ impl From<FsError> for kvlane_core::Error {
     fn from(error: FsError) -> Self {
         match error {
             FsError::Core(inner) => inner,
-            other => kvlane_core::Error::Backend { context: other.to_string(), source: Box::new(other) },
+            other => kvlane_core::Error::Backend {
+                context: other.to_string(),
+                source: Box::new(other),
+            },
         }
     }
 }

@@ -117,9 +117,13 @@ impl SegmentHeader {
     pub fn record_bytes(&self) -> u64 {
         align_up(RECORD_FIXED_BYTES as u64 + 4 * u64::from(self.layer_count), 64)
     }
+    /// Offset of the layer table: one u64 per layer, its payload bytes.
+    pub fn layers_offset(&self) -> u64 {
+        PAGE_BYTES
+    }
     /// Offset of the counter page.
     pub fn counters_offset(&self) -> u64 {
-        PAGE_BYTES
+        self.layers_offset() + align_up(8 * u64::from(self.layer_count), PAGE_BYTES)
     }
     /// Offset of the last-used marks, one u32 per slot, on pages of their own.
     pub fn marks_offset(&self) -> u64 {
@@ -135,7 +139,10 @@ impl SegmentHeader {
     }
     /// Offset of slot 0.
     pub fn data_offset(&self) -> u64 {
-        align_up(self.records_offset() + self.record_bytes() * u64::from(self.slot_count), PAGE_BYTES)
+        align_up(
+            self.records_offset() + self.record_bytes() * u64::from(self.slot_count),
+            PAGE_BYTES,
+        )
     }
     /// Size of the whole file.
     pub fn file_bytes(&self) -> u64 {
@@ -158,7 +165,7 @@ impl SegmentHeader {
         self.data_offset() + self.slot_bytes * u64::from(slot)
     }
 
-    /// The first page of the file.
+    /// The first page of the file; the layer table follows it.
     pub fn encode(&self) -> Vec<u8> {
         let mut page = Vec::with_capacity(PAGE_BYTES as usize);
         page.extend_from_slice(&SEGMENT_MAGIC);
@@ -206,7 +213,10 @@ fn array_at<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
 
 fn check_magic(bytes: &[u8], magic: [u8; 8], needed: usize) -> Result<(), Reject> {
     if bytes.len() < needed {
-        return Err(Reject::Truncated { found: bytes.len() as u64, expected: needed as u64 });
+        return Err(Reject::Truncated {
+            found: bytes.len() as u64,
+            expected: needed as u64,
+        });
     }
     let found = array_at::<8>(bytes, 0);
     if found != magic {
@@ -214,7 +224,10 @@ fn check_magic(bytes: &[u8], magic: [u8; 8], needed: usize) -> Result<(), Reject
     }
     let version = u32_at(bytes, 8);
     if version != FORMAT_VERSION {
-        return Err(Reject::Version { found: version, expected: FORMAT_VERSION });
+        return Err(Reject::Version {
+            found: version,
+            expected: FORMAT_VERSION,
+        });
     }
     Ok(())
 }
@@ -270,6 +283,43 @@ pub fn parse_segment_header(bytes: &[u8]) -> Result<SegmentHeader, Reject> {
         }
     }
     Ok(header)
+}
+
+/// Name of a geometry: blake3 of the layers' payload bytes.
+pub fn geometry_id(layer_bytes: &[u64]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("kvlane 1 segment geometry");
+    for bytes in layer_bytes {
+        hasher.update(&bytes.to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The layer table.
+pub fn encode_layers(layer_bytes: &[u64]) -> Vec<u8> {
+    layer_bytes.iter().flat_map(|bytes| bytes.to_le_bytes()).collect()
+}
+
+/// Reads the layer table of a segment; the header's geometry is its checksum.
+pub fn parse_layers(bytes: &[u8], header: &SegmentHeader) -> Result<Vec<u64>, Reject> {
+    let needed = 8 * header.layer_count as usize;
+    if bytes.len() < needed {
+        return Err(Reject::Truncated {
+            found: bytes.len() as u64,
+            expected: needed as u64,
+        });
+    }
+    let layers: Vec<u64> = bytes[..needed]
+        .chunks_exact(8)
+        .map(|word| u64_at(word, 0))
+        .collect();
+    let sum = layers.iter().try_fold(0u64, |sum, &bytes| sum.checked_add(bytes));
+    if sum != Some(header.payload_bytes) || geometry_id(&layers) != header.geometry {
+        return Err(Reject::Field {
+            field: "layer table",
+            found: sum.unwrap_or(u64::MAX),
+        });
+    }
+    Ok(layers)
 }
 
 /// What a slot holds.
@@ -341,11 +391,17 @@ impl SlotRecord {
 pub fn parse_slot_record(bytes: &[u8], layer_count: u32) -> Result<SlotRecord, Reject> {
     let needed = RECORD_FIXED_BYTES + 4 * layer_count as usize;
     if bytes.len() < needed {
-        return Err(Reject::Truncated { found: bytes.len() as u64, expected: needed as u64 });
+        return Err(Reject::Truncated {
+            found: bytes.len() as u64,
+            expected: needed as u64,
+        });
     }
     let crc_count = u32_at(bytes, 112);
     if crc_count != 0 && crc_count != layer_count {
-        return Err(Reject::Field { field: "crc_count", found: crc_count.into() });
+        return Err(Reject::Field {
+            field: "crc_count",
+            found: crc_count.into(),
+        });
     }
     let table = &bytes[RECORD_FIXED_BYTES..RECORD_FIXED_BYTES + 4 * crc_count as usize];
     let (found, expected) = (structure_crc(&[&bytes[..116], table]), u32_at(bytes, 116));
@@ -356,14 +412,25 @@ pub fn parse_slot_record(bytes: &[u8], layer_count: u32) -> Result<SlotRecord, R
         0 => SlotState::Free,
         1 => SlotState::Reserved,
         2 => SlotState::Committed,
-        other => return Err(Reject::Field { field: "state", found: other.into() }),
+        other => {
+            return Err(Reject::Field {
+                field: "state",
+                found: other.into(),
+            });
+        }
     };
     if (state == SlotState::Committed) != (crc_count != 0) {
-        return Err(Reject::Field { field: "crc_count", found: crc_count.into() });
+        return Err(Reject::Field {
+            field: "crc_count",
+            found: crc_count.into(),
+        });
     }
     let sequence = u64_at(bytes, 0);
     if sequence % 2 != 0 {
-        return Err(Reject::Field { field: "sequence", found: sequence });
+        return Err(Reject::Field {
+            field: "sequence",
+            found: sequence,
+        });
     }
     Ok(SlotRecord {
         sequence,

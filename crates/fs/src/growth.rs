@@ -78,7 +78,12 @@ fn grow_locked(
                 )));
             }
             control.set_wants(place, 0);
-            return match OwnedSegment::create(directory, &header, shared.start_id) {
+            return match OwnedSegment::create(
+                directory,
+                &header,
+                &shared.geometry.layer_bytes,
+                shared.start_id,
+            ) {
                 Ok(segment) => {
                     control.set_bytes_used(place, own_bytes + header.file_bytes());
                     Ok(Growth::Grown(segment))
@@ -111,17 +116,31 @@ fn grow_locked(
 }
 
 /// Whether this writer has more than its share while somebody else waits for some.
-pub(crate) fn should_give_back(directory: &Directory, place: crate::control::WriterPlace, own_bytes: u64) -> bool {
+pub(crate) fn should_give_back(
+    directory: &Directory,
+    place: crate::control::WriterPlace,
+    own_bytes: u64,
+) -> bool {
     let writers = directory.control.live_writers(Some(place));
-    let waiting = writers.iter().filter(|writer| !writer.own && writer.wants_bytes > 0).count();
+    let waiting = writers
+        .iter()
+        .filter(|writer| !writer.own && writer.wants_bytes > 0)
+        .count();
     if waiting == 0 {
         return false;
     }
     let share = directory.control.capacity_bytes() / writers.len().max(1) as u64;
     let most = writers.iter().map(|writer| writer.bytes_used).max().unwrap_or(0);
     // Giving back stops as soon as there is room for those who wait; only whoever has most gives.
-    let needed: u64 = writers.iter().filter(|writer| !writer.own).map(|writer| writer.wants_bytes).sum();
-    let left = directory.control.capacity_bytes().saturating_sub(directory.used_bytes().unwrap_or(u64::MAX));
+    let needed: u64 = writers
+        .iter()
+        .filter(|writer| !writer.own)
+        .map(|writer| writer.wants_bytes)
+        .sum();
+    let left = directory
+        .control
+        .capacity_bytes()
+        .saturating_sub(directory.used_bytes().unwrap_or(u64::MAX));
     own_bytes > share && own_bytes >= most && left < needed
 }
 
@@ -144,7 +163,10 @@ fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
         if let Ok(Some(view)) = SegmentView::open(directory, &name)
             && !view.owner_lives()
         {
-            let used = (0..view.header.slot_count).map(|slot| view.mark(slot)).max().unwrap_or(0);
+            let used = (0..view.header.slot_count)
+                .map(|slot| view.mark(slot))
+                .max()
+                .unwrap_or(0);
             ages.insert(name, used);
         }
     }
@@ -152,7 +174,10 @@ fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     order.sort();
     for (_, name) in order {
         if segment::remove_orphan(directory, &name)? {
-            tracing::info!(segment = name, "removed a segment of another model that nobody owns");
+            tracing::info!(
+                segment = name,
+                "removed a segment of another model that nobody owns"
+            );
             return Ok(true);
         }
     }

@@ -141,7 +141,9 @@ impl Index {
         }
         let changes = control.changes();
         let generation = control.generation();
-        let due = self.checked.is_none_or(|checked| checked.elapsed() > FULL_CHECK_INTERVAL);
+        let due = self
+            .checked
+            .is_none_or(|checked| checked.elapsed() > FULL_CHECK_INTERVAL);
         if self.changes == Some(changes) && self.generation == Some(generation) && !due {
             return;
         }
@@ -191,8 +193,12 @@ impl Index {
                 self.drop_segment(number as u32);
             }
         }
-        let known: HashSet<u64> =
-            self.segments.iter().flatten().map(|tracked| tracked.view.header.segment_id).collect();
+        let known: HashSet<u64> = self
+            .segments
+            .iter()
+            .flatten()
+            .map(|tracked| tracked.view.header.segment_id)
+            .collect();
         self.rejected.retain(|id| linked.contains(id));
         for (id, name) in names {
             if known.contains(&id) || self.rejected.contains(&id) {
@@ -230,7 +236,9 @@ impl Index {
     }
 
     fn drop_segment(&mut self, number: u32) {
-        let slots = self.segments[number as usize].as_ref().map_or(0, |tracked| tracked.entries.len());
+        let slots = self.segments[number as usize]
+            .as_ref()
+            .map_or(0, |tracked| tracked.entries.len());
         for slot in 0..slots {
             self.remove(number, slot as u32);
         }
@@ -238,7 +246,9 @@ impl Index {
     }
 
     fn rescan(&mut self, number: u32) {
-        let Some(tracked) = &mut self.segments[number as usize] else { return };
+        let Some(tracked) = &mut self.segments[number as usize] else {
+            return;
+        };
         let changes = tracked.view.changes();
         if changes == tracked.changes {
             return;
@@ -261,7 +271,9 @@ impl Index {
         let at = slot as usize;
         if sequence % 2 == 1 {
             // A promised slot that is being filled is still promised.
-            let promised = self.entry_of(number, slot).is_some_and(|entry| !entry.committed());
+            let promised = self
+                .entry_of(number, slot)
+                .is_some_and(|entry| !entry.committed());
             if !promised {
                 self.remove(number, slot);
             }
@@ -279,7 +291,11 @@ impl Index {
         if let Some(tracked) = &mut self.segments[number as usize] {
             tracked.sequences[at] = sequence;
         }
-        let Some(table) = self.tables.iter().position(|table| table.effective == record.namespace) else {
+        let Some(table) = self
+            .tables
+            .iter()
+            .position(|table| table.effective == record.namespace)
+        else {
             return;
         };
         let deadline_unix_ms = match record.state {
@@ -287,16 +303,31 @@ impl Index {
             SlotState::Reserved => record.deadline_unix_ms.max(1),
             SlotState::Committed => 0,
         };
-        let entry = Entry { segment: number, slot, sequence, deadline_unix_ms };
+        let entry = Entry {
+            segment: number,
+            slot,
+            sequence,
+            deadline_unix_ms,
+        };
         self.insert(table as u32, record.key, entry);
     }
 
     fn entry_of(&self, number: u32, slot: u32) -> Option<Entry> {
         let (table, key) = self.segments[number as usize].as_ref()?.entries[slot as usize]?;
         let here = |entry: &&Entry| entry.segment == number && entry.slot == slot;
-        self.tables[table as usize].blocks.get(&key).filter(here).copied().or_else(|| {
-            self.others.get(&key)?.iter().map(|(_, entry)| entry).find(here).copied()
-        })
+        self.tables[table as usize]
+            .blocks
+            .get(&key)
+            .filter(here)
+            .copied()
+            .or_else(|| {
+                self.others
+                    .get(&key)?
+                    .iter()
+                    .map(|(_, entry)| entry)
+                    .find(here)
+                    .copied()
+            })
     }
 
     fn insert(&mut self, table: u32, key: BlockKey, entry: Entry) {
@@ -320,8 +351,12 @@ impl Index {
     }
 
     fn remove(&mut self, number: u32, slot: u32) {
-        let Some(tracked) = &mut self.segments[number as usize] else { return };
-        let Some((table, key)) = tracked.entries[slot as usize].take() else { return };
+        let Some(tracked) = &mut self.segments[number as usize] else {
+            return;
+        };
+        let Some((table, key)) = tracked.entries[slot as usize].take() else {
+            return;
+        };
         let here = |entry: &Entry| entry.segment == number && entry.slot == slot;
         let mut rest = self.others.remove(&key).unwrap_or_default();
         rest.retain(|(_, entry)| !here(entry));
@@ -341,15 +376,24 @@ impl Index {
 
     /// The committed block with this key. [`refresh`](Self::refresh) first.
     pub(crate) fn find(&self, table: usize, key: &BlockKey) -> Option<Found> {
-        let entry = self.tables[table].blocks.get(key).filter(|entry| entry.committed())?;
+        let entry = self.tables[table]
+            .blocks
+            .get(key)
+            .filter(|entry| entry.committed())?;
         let tracked = self.segments[entry.segment as usize].as_ref()?;
-        Some(Found { view: Arc::clone(&tracked.view), slot: entry.slot, sequence: entry.sequence })
+        Some(Found {
+            view: Arc::clone(&tracked.view),
+            slot: entry.slot,
+            sequence: entry.sequence,
+        })
     }
 
     /// Forgets a block that turned out to be bad, until its slot changes.
     pub(crate) fn forget(&mut self, found: &Found) {
         let number = self.segments.iter().position(|tracked| {
-            tracked.as_ref().is_some_and(|tracked| Arc::ptr_eq(&tracked.view, &found.view))
+            tracked
+                .as_ref()
+                .is_some_and(|tracked| Arc::ptr_eq(&tracked.view, &found.view))
         });
         let Some(number) = number else { return };
         let same = self
@@ -365,13 +409,23 @@ impl Index {
         if self.tables.is_empty() {
             return Availability::default();
         }
-        let mut ready = if cursor.removals == self.removals { cursor.ready_blocks.min(chain.len()) } else { 0 };
+        let mut ready = if cursor.removals == self.removals {
+            cursor.ready_blocks.min(chain.len())
+        } else {
+            0
+        };
         while ready < chain.len()
-            && self.tables.iter().all(|table| table.blocks.get(&chain[ready]).is_some_and(Entry::committed))
+            && self
+                .tables
+                .iter()
+                .all(|table| table.blocks.get(&chain[ready]).is_some_and(Entry::committed))
         {
             ready += 1;
         }
-        *cursor = LookupCursor { ready_blocks: ready, removals: self.removals };
+        *cursor = LookupCursor {
+            ready_blocks: ready,
+            removals: self.removals,
+        };
         let mut pending = ready;
         if pending < chain.len() {
             let now_ms = unix_ms();
@@ -379,12 +433,17 @@ impl Index {
                 pending += 1;
             }
         }
-        Availability { ready_blocks: ready, pending_blocks: pending - ready }
+        Availability {
+            ready_blocks: ready,
+            pending_blocks: pending - ready,
+        }
     }
 
     fn promised_or_ready(&mut self, key: &BlockKey, now_ms: u64) -> bool {
         for table in 0..self.tables.len() {
-            let Some(entry) = self.tables[table].blocks.get(key).copied() else { return false };
+            let Some(entry) = self.tables[table].blocks.get(key).copied() else {
+                return false;
+            };
             if entry.committed() {
                 continue;
             }
@@ -396,8 +455,13 @@ impl Index {
     }
 
     fn owner_lives(&mut self, number: u32) -> bool {
-        let Some(tracked) = &mut self.segments[number as usize] else { return false };
-        if tracked.owner_checked.is_none_or(|checked| checked.elapsed() > OWNER_CHECK_INTERVAL) {
+        let Some(tracked) = &mut self.segments[number as usize] else {
+            return false;
+        };
+        if tracked
+            .owner_checked
+            .is_none_or(|checked| checked.elapsed() > OWNER_CHECK_INTERVAL)
+        {
             tracked.owner_lives = tracked.view.owner_lives();
             tracked.owner_checked = Some(Instant::now());
         }

@@ -172,7 +172,9 @@ impl Jobs {
 
     /// Whether `job` has ended with everything done and its completion was not delivered yet.
     pub(crate) fn ended_well(&self, job: JobId) -> bool {
-        lock(&self.done).iter().any(|completion| completion.job == job && completion.outcome == Outcome::Done)
+        lock(&self.done)
+            .iter()
+            .any(|completion| completion.job == job && completion.outcome == Outcome::Done)
     }
 
     /// Refuses new jobs and ends the live ones.

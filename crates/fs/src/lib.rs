@@ -18,12 +18,16 @@ pub mod format;
 mod gate;
 mod growth;
 mod index;
+pub mod inspect;
 mod jobs;
 mod load;
 mod medium;
 mod memory_limit;
 mod options;
-#[allow(unsafe_code, reason = "the one place where addresses and mappings are handled")]
+#[allow(
+    unsafe_code,
+    reason = "the one place where addresses and mappings are handled"
+)]
 pub mod raw;
 mod reader;
 mod segment;

@@ -44,7 +44,12 @@ pub(crate) struct LoadJob {
 }
 
 impl LoadJob {
-    pub(crate) fn new(shared: &Arc<Shared>, id: JobId, request: LoadRequest, found: Vec<Option<Found>>) -> Arc<Self> {
+    pub(crate) fn new(
+        shared: &Arc<Shared>,
+        id: JobId,
+        request: LoadRequest,
+        found: Vec<Option<Found>>,
+    ) -> Arc<Self> {
         let layers = shared.geometry.layer_bytes.len();
         let blocks = found.len();
         let bad = found
@@ -114,7 +119,9 @@ impl LoadJob {
 
     /// What a loading thread does for this job: items until there are none.
     pub(crate) fn run(&self, bounce: &mut Bounce) {
-        let Some(shared) = self.shared.upgrade() else { return };
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
         let started = Instant::now();
         let layers = shared.geometry.layer_bytes.len();
         let blocks = self.found.len();
@@ -163,7 +170,9 @@ impl LoadJob {
         if self.completed.swap(true, Ordering::AcqRel) {
             return;
         }
-        let Some(shared) = self.shared.upgrade() else { return };
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
         let late = self.closed_because.get().copied().unwrap_or(MissReason::TimedOut);
         // Copied, not taken: whoever waits for a layer still looks at it.
         let mut bad = lock(&self.bad).clone();
@@ -177,12 +186,22 @@ impl LoadJob {
         }
         let loaded = (self.found.len() - bad.len()) as u64;
         Counters::add(&shared.counters.loaded_blocks, loaded);
-        Counters::add(&shared.counters.loaded_bytes, loaded * shared.geometry.payload_bytes);
-        let touched = self.found.iter().enumerate().filter(|(position, _)| !bad.contains_key(position));
+        Counters::add(
+            &shared.counters.loaded_bytes,
+            loaded * shared.geometry.payload_bytes,
+        );
+        let touched = self
+            .found
+            .iter()
+            .enumerate()
+            .filter(|(position, _)| !bad.contains_key(position));
         shared.touch(touched.filter_map(|(_, found)| found.clone()));
         let outcome = match bad.values().next() {
             None => Outcome::Done,
-            Some(&reason) => Outcome::Miss { positions: bad.keys().copied().collect(), reason },
+            Some(&reason) => Outcome::Miss {
+                positions: bad.keys().copied().collect(),
+                reason,
+            },
         };
         shared.jobs.finish(self.id, outcome);
         drop(lock(&self.progress));
@@ -196,7 +215,9 @@ impl LoadJob {
         layers: std::ops::Range<usize>,
         bounce: &mut Bounce,
     ) -> Result<(), MissReason> {
-        let Some(found) = &self.found[position] else { return Err(MissReason::Absent) };
+        let Some(found) = &self.found[position] else {
+            return Err(MissReason::Absent);
+        };
         let record = self.records[position].get_or_init(|| {
             let record = found.view.record(found.slot, found.sequence).ok()?;
             let right = record.state == SlotState::Committed
@@ -205,9 +226,17 @@ impl LoadJob {
                 && record.layer_crcs.len() == shared.geometry.layer_bytes.len();
             right.then_some(record)
         });
-        let Some(record) = record else { return Err(MissReason::Recycled) };
+        let Some(record) = record else {
+            return Err(MissReason::Recycled);
+        };
         let block = self.request.blocks[position];
-        let part = Part { shared, found, record, block, layers };
+        let part = Part {
+            shared,
+            found,
+            record,
+            block,
+            layers,
+        };
         let copied = if shared.directory.mapped_payload() {
             self.copy_mapped(&part)
         } else {
@@ -239,7 +268,9 @@ impl LoadJob {
                 let bytes = part.shared.geometry.layer_bytes[layer] as usize;
                 let source = mapping.source(offset as usize, bytes);
                 let mut crc = part.crc(layer);
-                part.shared.cache.copy_layer_in(layer, part.block, source, crc.as_mut());
+                part.shared
+                    .cache
+                    .copy_layer_in(layer, part.block, source, crc.as_mut());
                 whole &= part.matches(layer, crc);
                 offset += bytes as u64;
             }
@@ -252,14 +283,20 @@ impl LoadJob {
     /// Straight from the page cache where the pages are resident, through the bounce buffer where not: only a read
     /// that cannot block may know the address of the paged cache.
     fn copy_read(&self, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
-        let direct = self.enter(|| self.read_resident(part)).unwrap_or(Some(Err(self.closing_reason())));
+        let direct = self
+            .enter(|| self.read_resident(part))
+            .unwrap_or(Some(Err(self.closing_reason())));
         if let Some(result) = direct {
             return result;
         }
         if !self.readahead.swap(true, Ordering::Relaxed) {
             self.start_readahead(part.shared);
         }
-        let bytes: u64 = part.layers.clone().map(|layer| part.shared.geometry.layer_bytes[layer]).sum();
+        let bytes: u64 = part
+            .layers
+            .clone()
+            .map(|layer| part.shared.geometry.layer_bytes[layer])
+            .sum();
         let buffer = bounce.buffer(bytes as usize);
         let offset = part.layer_offset(part.layers.start);
         if let Err(error) = buffer.pread_into(&part.found.view.file, offset, bytes as usize) {
@@ -272,7 +309,12 @@ impl LoadJob {
             for layer in part.layers.clone() {
                 let bytes = part.shared.geometry.layer_bytes[layer] as usize;
                 let mut crc = part.crc(layer);
-                part.shared.cache.copy_layer_in(layer, part.block, buffer[at..at + bytes].into(), crc.as_mut());
+                part.shared.cache.copy_layer_in(
+                    layer,
+                    part.block,
+                    buffer[at..at + bytes].into(),
+                    crc.as_mut(),
+                );
                 whole &= part.matches(layer, crc);
                 at += bytes;
             }
@@ -319,7 +361,10 @@ impl LoadJob {
     }
 
     fn closing_reason(&self) -> MissReason {
-        self.closed_because.get().copied().unwrap_or(MissReason::Cancelled)
+        self.closed_because
+            .get()
+            .copied()
+            .unwrap_or(MissReason::Cancelled)
     }
 }
 
@@ -339,7 +384,9 @@ impl Part<'_> {
     }
 
     fn crc(&self, layer: usize) -> Option<LayerCrc> {
-        self.shared.verify.then(|| LayerCrc::new(&self.record.key.0, layer as u32))
+        self.shared
+            .verify
+            .then(|| LayerCrc::new(&self.record.key.0, layer as u32))
     }
 
     fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {

@@ -37,11 +37,14 @@ pub struct MediumChoice {
 }
 
 /// Chooses the way for the folder `path`, unless `forced` says which.
-pub fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice> {
+pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice> {
     let stat = rustix::fs::fstatfs(folder)
         .map_err(|errno| FsError::io("ask for the file system of", path)(errno.into()))?;
     // The field is signed or narrower on some targets; the magics fit in 32 bits.
-    #[allow(clippy::unnecessary_cast, reason = "the type of f_type differs between targets")]
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "the type of f_type differs between targets"
+    )]
     let magic = (stat.f_type as u64) & 0xffff_ffff;
     let (name, medium, reason) = match magic {
         TMPFS => ("tmpfs", Medium::Memory, "it lives in memory"),
@@ -52,7 +55,11 @@ pub fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice
         BTRFS => ("btrfs", Medium::Disk, "it is a local disk"),
         F2FS => ("f2fs", Medium::Disk, "it is a local disk"),
         ZFS => ("zfs", Medium::Disk, "it is a local disk"),
-        OVERLAY => ("overlay", Medium::Network, "mappings of overlay files may part from their file"),
+        OVERLAY => (
+            "overlay",
+            Medium::Network,
+            "mappings of overlay files may part from their file",
+        ),
         NFS => ("nfs", Medium::Network, "it is a network file system"),
         FUSE => ("fuse", Medium::Network, "its coherence is unknown"),
         CIFS | SMB2 => ("smb", Medium::Network, "it is a network file system"),
@@ -60,14 +67,26 @@ pub fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice
         LUSTRE => ("lustre", Medium::Network, "it is a network file system"),
         _ => ("", Medium::Network, "the file system is unknown"),
     };
-    let file_system = if name.is_empty() { format!("{magic:#x}") } else { name.to_owned() };
+    let file_system = if name.is_empty() {
+        format!("{magic:#x}")
+    } else {
+        name.to_owned()
+    };
     let (medium, reason) = match forced {
         Medium::Auto => (medium, reason),
         other => (other, "the option `medium` says so"),
     };
-    #[allow(clippy::unnecessary_cast, reason = "the type of f_bsize differs between targets")]
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "the type of f_bsize differs between targets"
+    )]
     let free_bytes = stat.f_bavail as u64 * stat.f_bsize as u64;
-    Ok(MediumChoice { file_system, medium, reason, free_bytes })
+    Ok(MediumChoice {
+        file_system,
+        medium,
+        reason,
+        free_bytes,
+    })
 }
 
 #[cfg(test)]
@@ -79,7 +98,10 @@ mod tests {
         let path = Path::new("/dev/shm");
         let Ok(folder) = File::open(path) else { return };
         let choice = choose(&folder, path, Medium::Auto).unwrap();
-        assert_eq!((choice.file_system.as_str(), choice.medium), ("tmpfs", Medium::Memory));
+        assert_eq!(
+            (choice.file_system.as_str(), choice.medium),
+            ("tmpfs", Medium::Memory)
+        );
         assert_eq!(choose(&folder, path, Medium::Disk).unwrap().medium, Medium::Disk);
     }
 }

@@ -50,7 +50,9 @@ fn headroom_below(root: &Path) -> Option<u64> {
 fn memory_mounts(mounts: &str, version_two: bool) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for line in mounts.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
         let fields: Vec<&str> = left.split(' ').collect();
         let mut kind = right.split(' ');
         let (file_system, options) = (kind.next().unwrap_or(""), kind.nth(1).unwrap_or(""));
@@ -70,7 +72,11 @@ fn left_in(folder: &Path, version_two: bool) -> Option<u64> {
     let (limit_name, usage_name, inactive) = if version_two {
         ("memory.max", "memory.current", "inactive_file")
     } else {
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        )
     };
     let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     // "max", or version one's huge number, is no limit.
@@ -80,7 +86,8 @@ fn left_in(folder: &Path, version_two: bool) -> Option<u64> {
     let reclaimable = fs::read_to_string(folder.join("memory.stat"))
         .ok()
         .and_then(|text| {
-            text.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse::<u64>().ok())
+            text.lines()
+                .find_map(|line| line.strip_prefix(inactive)?.trim().parse::<u64>().ok())
         })
         .unwrap_or(0);
     Some(limit.saturating_sub(usage.saturating_sub(reclaimable)))
@@ -101,13 +108,24 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         write(root, "proc/self/cgroup", "0::/pod/box\n");
-        write(root, "proc/self/mountinfo", "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+        write(
+            root,
+            "proc/self/mountinfo",
+            "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        );
         write(root, "sys/fs/cgroup/pod/memory.max", "1073741824\n");
         write(root, "sys/fs/cgroup/pod/memory.current", "536870912\n");
-        write(root, "sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 104857600\n");
+        write(
+            root,
+            "sys/fs/cgroup/pod/memory.stat",
+            "anon 1\ninactive_file 104857600\n",
+        );
         write(root, "sys/fs/cgroup/pod/box/memory.max", "max\n");
         write(root, "sys/fs/cgroup/pod/box/memory.current", "1\n");
-        assert_eq!(headroom_below(root), Some((512 << 20) + 104_857_600 - MARGIN_BYTES));
+        assert_eq!(
+            headroom_below(root),
+            Some((512 << 20) + 104_857_600 - MARGIN_BYTES)
+        );
     }
 
     #[test]
@@ -115,12 +133,28 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         write(root, "proc/self/cgroup", "4:memory:/box\n1:cpu:/\n0::/\n");
-        write(root, "proc/self/mountinfo", "31 24 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n");
-        write(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+        write(
+            root,
+            "proc/self/mountinfo",
+            "31 24 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
+        );
+        write(
+            root,
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "9223372036854771712\n",
+        );
         write(root, "sys/fs/cgroup/memory/memory.usage_in_bytes", "1\n");
         assert_eq!(headroom_below(root), None);
-        write(root, "sys/fs/cgroup/memory/box/memory.limit_in_bytes", "209715200\n");
-        write(root, "sys/fs/cgroup/memory/box/memory.usage_in_bytes", "104857600\n");
+        write(
+            root,
+            "sys/fs/cgroup/memory/box/memory.limit_in_bytes",
+            "209715200\n",
+        );
+        write(
+            root,
+            "sys/fs/cgroup/memory/box/memory.usage_in_bytes",
+            "104857600\n",
+        );
         assert_eq!(headroom_below(root), Some(104_857_600 - MARGIN_BYTES));
     }
 }

@@ -103,7 +103,11 @@ impl FsOptions {
     /// Refuses values that cannot work.
     pub fn check(&self) -> Result<()> {
         let refuse = |option, found: String, allowed: &str| {
-            Err(FsError::Option { option, found, allowed: allowed.to_owned() })
+            Err(FsError::Option {
+                option,
+                found,
+                allowed: allowed.to_owned(),
+            })
         };
         if let Some(threads) = self.io_threads
             && !(1..=64).contains(&threads)

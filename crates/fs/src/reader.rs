@@ -36,12 +36,16 @@ impl FsReader {
     /// # Errors
     /// The folder exists but cannot be used.
     pub fn open(path: &Path, namespaces: Vec<NamespaceId>, options: &FsOptions) -> Result<Self> {
-        let opened = Directory::open(path, options, false)?.map(|directory| (directory, Index::new(&namespaces)));
+        let opened =
+            Directory::open(path, options, false)?.map(|directory| (directory, Index::new(&namespaces)));
         Ok(FsReader {
             path: path.into(),
             options: options.clone(),
             namespaces,
-            state: Mutex::new(State { opened, tried: Instant::now() }),
+            state: Mutex::new(State {
+                opened,
+                tried: Instant::now(),
+            }),
         })
     }
 
@@ -56,20 +60,31 @@ impl FsReader {
                 Err(error) => tracing::warn!(%error, "cannot open the KV store"),
             }
         }
-        let Some((directory, index)) = &mut state.opened else { return Availability::default() };
+        let Some((directory, index)) = &mut state.opened else {
+            return Availability::default();
+        };
         index.refresh(directory);
         index.availability(chain, cursor)
     }
 
     /// Starts a new epoch; `false` if the folder is read-only or not there.
     pub fn reset(&self) -> bool {
-        lock(&self.state).opened.as_ref().is_some_and(|(directory, _)| directory.control.bump_epoch())
+        lock(&self.state)
+            .opened
+            .as_ref()
+            .is_some_and(|(directory, _)| directory.control.bump_epoch())
     }
 
     /// (used, limit) bytes of the folder. Lists it: not for every step of an engine.
     pub fn usage_bytes(&self) -> (u64, u64) {
-        lock(&self.state).opened.as_ref().map_or((0, 0), |(directory, _)| {
-            (directory.used_bytes().unwrap_or(0), directory.control.capacity_bytes())
-        })
+        lock(&self.state)
+            .opened
+            .as_ref()
+            .map_or((0, 0), |(directory, _)| {
+                (
+                    directory.used_bytes().unwrap_or(0),
+                    directory.control.capacity_bytes(),
+                )
+            })
     }
 }

@@ -31,17 +31,28 @@ impl SegmentView {
     /// Opens and checks a segment. `Ok(None)`: it was removed meanwhile.
     pub(crate) fn open(directory: &Directory, name: &str) -> Result<Option<Self>> {
         let path = directory.path.join(name);
-        let Some(file) = open_trusted(&directory.folder, name, &path, false)? else { return Ok(None) };
+        let Some(file) = open_trusted(&directory.folder, name, &path, false)? else {
+            return Ok(None);
+        };
         Self::from_file(directory, file, path).map(Some)
     }
 
     fn from_file(directory: &Directory, file: File, path: PathBuf) -> Result<Self> {
         let header = read_header(&file, &path)?;
         // Disk payload never goes through the mapping, so only the tables are mapped there.
-        let mapped = if directory.mapped_payload() { header.file_bytes() } else { header.data_offset() };
+        let mapped = if directory.mapped_payload() {
+            header.file_bytes()
+        } else {
+            header.data_offset()
+        };
         let mapping = ReadMapping::new(&file, mapped as usize).map_err(FsError::io("map", &path))?;
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
-        Ok(SegmentView { header, path, file, mapping })
+        Ok(SegmentView {
+            header,
+            path,
+            file,
+            mapping,
+        })
     }
 
     pub(crate) fn mapping(&self) -> &ReadMapping {
@@ -50,7 +61,8 @@ impl SegmentView {
 
     /// Grows with every change of any slot.
     pub(crate) fn changes(&self) -> u64 {
-        self.mapping.load_u64((self.header.counters_offset() + counters::CHANGES) as usize)
+        self.mapping
+            .load_u64((self.header.counters_offset() + counters::CHANGES) as usize)
     }
 
     /// The slot's sequence word: odd while it is being written.
@@ -65,18 +77,31 @@ impl SegmentView {
 
     /// Start id of the owner.
     pub(crate) fn owner(&self) -> u64 {
-        self.mapping.load_u64((self.header.counters_offset() + counters::OWNER) as usize)
+        self.mapping
+            .load_u64((self.header.counters_offset() + counters::OWNER) as usize)
     }
 
     /// The slot's record, if it is whole and belongs to `sequence`.
     pub(crate) fn record(&self, slot: u32, sequence: u64) -> Result<SlotRecord, Reject> {
         let mut bytes = vec![0; RECORD_FIXED_BYTES + 4 * self.header.layer_count as usize];
-        self.mapping.read_bytes(self.header.record_offset(slot) as usize, &mut bytes);
+        self.mapping
+            .read_bytes(self.header.record_offset(slot) as usize, &mut bytes);
         let record = format::parse_slot_record(&bytes, self.header.layer_count)?;
         if record.sequence != sequence {
-            return Err(Reject::Field { field: "sequence", found: record.sequence });
+            return Err(Reject::Field {
+                field: "sequence",
+                found: record.sequence,
+            });
         }
         Ok(record)
+    }
+
+    /// The payload bytes of each layer.
+    pub(crate) fn layer_bytes(&self) -> Result<Vec<u64>, Reject> {
+        let mut bytes = vec![0; 8 * self.header.layer_count as usize];
+        self.mapping
+            .read_bytes(self.header.layers_offset() as usize, &mut bytes);
+        format::parse_layers(&bytes, &self.header)
     }
 
     /// Whether the process that owns the segment lives.
@@ -88,16 +113,25 @@ impl SegmentView {
 /// Reads and checks a file's header and length.
 pub(crate) fn read_header(file: &File, path: &std::path::Path) -> Result<SegmentHeader> {
     let length = file.metadata().map_err(FsError::io("inspect", path))?.len();
-    let reject = |reject| FsError::Foreign { path: path.into(), reject };
+    let reject = |reject| FsError::Foreign {
+        path: path.into(),
+        reject,
+    };
     let expected = SEGMENT_HEADER_BYTES as u64;
     if length < expected {
-        return Err(reject(Reject::Truncated { found: length, expected }));
+        return Err(reject(Reject::Truncated {
+            found: length,
+            expected,
+        }));
     }
     let mut head = [0; SEGMENT_HEADER_BYTES];
     std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).map_err(FsError::io("read", path))?;
     let header = format::parse_segment_header(&head).map_err(reject)?;
     if length < header.file_bytes() {
-        return Err(reject(Reject::Truncated { found: length, expected: header.file_bytes() }));
+        return Err(reject(Reject::Truncated {
+            found: length,
+            expected: header.file_bytes(),
+        }));
     }
     Ok(header)
 }
@@ -126,14 +160,10 @@ pub(crate) struct Geometry {
 impl Geometry {
     pub(crate) fn new(layer_bytes: Vec<u64>) -> Self {
         let payload_bytes: u64 = layer_bytes.iter().sum();
-        let mut hasher = blake3::Hasher::new_derive_key("kvlane 1 segment geometry");
-        for bytes in &layer_bytes {
-            hasher.update(&bytes.to_le_bytes());
-        }
         Geometry {
             payload_bytes,
             slot_bytes: payload_bytes.div_ceil(PAGE_BYTES) * PAGE_BYTES,
-            id: *hasher.finalize().as_bytes(),
+            id: format::geometry_id(&layer_bytes),
             layer_bytes,
         }
     }
@@ -146,7 +176,12 @@ impl Geometry {
     }
 
     /// Header of a new segment of about `target_bytes`; `None` if not even one slot fits into `limit_bytes`.
-    pub(crate) fn header(&self, target_bytes: u64, limit_bytes: u64, host_id: [u8; 16]) -> Option<SegmentHeader> {
+    pub(crate) fn header(
+        &self,
+        target_bytes: u64,
+        limit_bytes: u64,
+        host_id: [u8; 16],
+    ) -> Option<SegmentHeader> {
         let mut header = SegmentHeader {
             segment_id: random_u64(),
             created_unix_ms: unix_ms(),
@@ -169,12 +204,18 @@ impl Geometry {
 
 impl OwnedSegment {
     /// Makes a segment: allocated, locked and headed before its name appears.
-    pub(crate) fn create(directory: &Directory, header: &SegmentHeader, start_id: u64) -> Result<Self> {
+    pub(crate) fn create(
+        directory: &Directory,
+        header: &SegmentHeader,
+        layer_bytes: &[u64],
+        start_id: u64,
+    ) -> Result<Self> {
         let name = segment_name(header.segment_id);
         let path = directory.path.join(&name);
         let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
-        let filled = fill(&file, header, &path, start_id)
-            .and_then(|()| publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path)));
+        let filled = fill(&file, header, layer_bytes, &path, start_id).and_then(|()| {
+            publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path))
+        });
         if let Err(error) = filled {
             if let Some(temporary) = &temporary {
                 let _ = rustix::fs::unlinkat(&directory.folder, temporary, AtFlags::empty());
@@ -189,9 +230,16 @@ impl OwnedSegment {
     }
 
     /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
-    pub(crate) fn adopt(directory: &Directory, name: &str, geometry: &Geometry, start_id: u64) -> Result<Option<Self>> {
+    pub(crate) fn adopt(
+        directory: &Directory,
+        name: &str,
+        geometry: &Geometry,
+        start_id: u64,
+    ) -> Result<Option<Self>> {
         let path = directory.path.join(name);
-        let Some(file) = open_trusted(&directory.folder, name, &path, true)? else { return Ok(None) };
+        let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
+            return Ok(None);
+        };
         let header = read_header(&file, &path)?;
         let foreign_host =
             directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id;
@@ -205,19 +253,30 @@ impl OwnedSegment {
         if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
             return Ok(None);
         }
-        let Some(segment) = Self::finish_open(directory, file, name, start_id)? else { return Ok(None) };
+        let Some(segment) = Self::finish_open(directory, file, name, start_id)? else {
+            return Ok(None);
+        };
         segment.set_owner(start_id);
         Ok(Some(segment))
     }
 
     fn finish_open(directory: &Directory, file: File, name: &str, start_id: u64) -> Result<Option<Self>> {
         let path = directory.path.join(name);
-        let Some(view) = SegmentView::open(directory, name)? else { return Ok(None) };
+        let Some(view) = SegmentView::open(directory, name)? else {
+            return Ok(None);
+        };
         let mapping =
             WriteMapping::new(&file, view.mapping.len()).map_err(FsError::io("map for writing", &path))?;
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
         let process = std::process::id();
-        Ok(Some(OwnedSegment { view, file, mapping, start_id, process, lost: AtomicBool::new(false) }))
+        Ok(Some(OwnedSegment {
+            view,
+            file,
+            mapping,
+            start_id,
+            process,
+            lost: AtomicBool::new(false),
+        }))
     }
 
     pub(crate) fn header(&self) -> &SegmentHeader {
@@ -230,7 +289,9 @@ impl OwnedSegment {
 
     fn set_owner(&self, start_id: u64) {
         let offset = self.header().counters_offset() + counters::OWNER;
-        self.mapping.u64_at(offset as usize).store(start_id, Ordering::Release);
+        self.mapping
+            .u64_at(offset as usize)
+            .store(start_id, Ordering::Release);
     }
 
     /// Whether writing is still allowed: not in a forked child, and not after somebody else took the segment over.
@@ -266,7 +327,8 @@ impl OwnedSegment {
         // Payload before record before sequence: non-temporal stores are not ordered by a release store alone.
         store_fence();
         let bytes = record.encode(self.header().record_bytes() as usize);
-        self.mapping.write_bytes(self.header().record_offset(slot) as usize, &bytes);
+        self.mapping
+            .write_bytes(self.header().record_offset(slot) as usize, &bytes);
         store_fence();
         fence(Ordering::Release);
         self.mapping
@@ -277,11 +339,15 @@ impl OwnedSegment {
 
     pub(crate) fn bump_changes(&self) {
         let offset = self.header().counters_offset() + counters::CHANGES;
-        self.mapping.u64_at(offset as usize).fetch_add(1, Ordering::AcqRel);
+        self.mapping
+            .u64_at(offset as usize)
+            .fetch_add(1, Ordering::AcqRel);
     }
 
     pub(crate) fn set_mark(&self, slot: u32, mark: u32) {
-        self.mapping.u32_at(self.header().mark_offset(slot) as usize).fetch_max(mark, Ordering::Relaxed);
+        self.mapping
+            .u32_at(self.header().mark_offset(slot) as usize)
+            .fetch_max(mark, Ordering::Relaxed);
     }
 
     /// Empties the segment, gives its space back and removes its name. Readers that still have it mapped find nothing
@@ -290,7 +356,11 @@ impl OwnedSegment {
         for slot in 0..self.header().slot_count {
             self.invalidate(slot);
         }
-        let _ = rustix::fs::unlinkat(&directory.folder, &segment_name(self.header().segment_id), AtFlags::empty());
+        let _ = rustix::fs::unlinkat(
+            &directory.folder,
+            &segment_name(self.header().segment_id),
+            AtFlags::empty(),
+        );
         directory.control.bump_generation();
         directory.control.bump_changes();
         punch_payload(&self.file, self.header());
@@ -300,7 +370,9 @@ impl OwnedSegment {
 /// Removes a segment that nobody owns, of whatever geometry. `false`: it is owned or not there.
 pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
     let path = directory.path.join(name);
-    let Some(file) = open_trusted(&directory.folder, name, &path, true)? else { return Ok(false) };
+    let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
+        return Ok(false);
+    };
     if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
         return Ok(false);
     }
@@ -351,7 +423,13 @@ fn create_unnamed(directory: &Directory, name: &str) -> std::io::Result<(File, O
     }
 }
 
-fn fill(file: &File, header: &SegmentHeader, path: &std::path::Path, start_id: u64) -> Result<()> {
+fn fill(
+    file: &File,
+    header: &SegmentHeader,
+    layer_bytes: &[u64],
+    path: &std::path::Path,
+    start_id: u64,
+) -> Result<()> {
     use std::os::unix::fs::FileExt;
     if !OWNER_LOCK.try_lock(file).map_err(FsError::io("lock", path))? {
         return Err(FsError::io("lock", path)(std::io::ErrorKind::WouldBlock.into()));
@@ -363,6 +441,7 @@ fn fill(file: &File, header: &SegmentHeader, path: &std::path::Path, start_id: u
     }
     let owner = header.counters_offset() + counters::OWNER;
     file.write_all_at(&header.encode(), 0)
+        .and_then(|()| file.write_all_at(&format::encode_layers(layer_bytes), header.layers_offset()))
         .and_then(|()| file.write_all_at(&start_id.to_le_bytes(), owner))
         .map_err(FsError::io("write", path))
 }
@@ -372,8 +451,14 @@ fn publish(directory: &Directory, file: &File, temporary: Option<&str>, name: &s
     let folder = &directory.folder;
     match temporary {
         Some(temporary) => {
-            rustix::fs::renameat_with(folder, temporary, folder, name, rustix::fs::RenameFlags::NOREPLACE)
-                .or_else(|_| rustix::fs::renameat(folder, temporary, folder, name))?;
+            rustix::fs::renameat_with(
+                folder,
+                temporary,
+                folder,
+                name,
+                rustix::fs::RenameFlags::NOREPLACE,
+            )
+            .or_else(|_| rustix::fs::renameat(folder, temporary, folder, name))?;
         }
         None => {
             let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -1,8 +1,8 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crossbeam::channel::Sender;
 use kvlane_core::NamespaceId;
@@ -48,7 +48,10 @@ struct Touched {
 }
 
 impl Shared {
-    #[allow(clippy::too_many_arguments, reason = "one caller, which has just made all of them")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one caller, which has just made all of them"
+    )]
     pub(crate) fn new(
         directory: Directory,
         geometry: Geometry,
@@ -76,7 +79,9 @@ impl Shared {
 
     /// `false`: this transfer cannot store, or its writer thread is gone.
     pub(crate) fn tell_writer(&self, command: Command) -> bool {
-        self.writer.as_ref().is_some_and(|writer| writer.send(command).is_ok())
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| writer.send(command).is_ok())
     }
 
     pub(crate) fn can_store(&self) -> bool {
@@ -111,7 +116,8 @@ impl Shared {
             }
             if opened.as_ref().is_none_or(|(open, _)| *open != id) {
                 let name = crate::directory::segment_name(id);
-                let file = crate::control::open_trusted(&self.directory.folder, &name, &found.view.path, true);
+                let file =
+                    crate::control::open_trusted(&self.directory.folder, &name, &found.view.path, true);
                 opened = Some((id, file.ok().flatten()));
             }
             if let Some((_, Some(file))) = &opened {
@@ -132,7 +138,10 @@ impl Shared {
         let mut stats = self.counters.snapshot();
         stats.used_bytes = self.used_bytes.load(Ordering::Relaxed);
         stats.limit_bytes = self.directory.control.capacity_bytes();
-        stats.segments = self.index.try_lock().map_or(0, |index| index.segment_count() as u64);
+        stats.segments = self
+            .index
+            .try_lock()
+            .map_or(0, |index| index.segment_count() as u64);
         stats
     }
 }

@@ -54,18 +54,29 @@ pub(crate) struct Slots {
 impl Slots {
     /// Takes a segment in; an adopted one brings its blocks along.
     pub(crate) fn add(&mut self, segment: Arc<OwnedSegment>, now: Instant) {
-        let number = self.segments.iter().position(Option::is_none).unwrap_or(self.segments.len());
+        let number = self
+            .segments
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.segments.len());
         let count = segment.header().slot_count;
         let mut slots = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
             let state = if sequence % 2 == 1 {
-                Slot::Quarantined { until: now + QUARANTINE }
+                Slot::Quarantined {
+                    until: now + QUARANTINE,
+                }
             } else if sequence == 0 {
                 Slot::Free
             } else {
                 match segment.view.record(slot, sequence) {
-                    Ok(SlotRecord { state: SlotState::Committed, key, depth, .. }) => Slot::Committed { key, depth },
+                    Ok(SlotRecord {
+                        state: SlotState::Committed,
+                        key,
+                        depth,
+                        ..
+                    }) => Slot::Committed { key, depth },
                     _ => {
                         // A promise of a writer that is gone, or damaged: nobody shall find it.
                         segment.invalidate(slot);
@@ -78,7 +89,10 @@ impl Slots {
         // Popped from the end: the first slots are used first, so that a young segment is filled from its start.
         for slot in (0..count).rev() {
             if slots[slot as usize] == Slot::Free {
-                self.free.push(SlotRef { segment: number, slot });
+                self.free.push(SlotRef {
+                    segment: number,
+                    slot,
+                });
             }
         }
         let owned = Some(Owned { segment, slots });
@@ -99,10 +113,6 @@ impl Slots {
 
     pub(crate) fn bytes(&self) -> u64 {
         self.segments().map(|segment| segment.header().file_bytes()).sum()
-    }
-
-    pub(crate) fn free_count(&self) -> usize {
-        self.free.len()
     }
 
     pub(crate) fn set(&mut self, at: SlotRef, state: Slot) {
@@ -154,7 +164,9 @@ impl Slots {
     /// A slot that holds nothing.
     pub(crate) fn take_free(&mut self) -> Option<SlotRef> {
         while let Some(at) = self.free.pop() {
-            let state = self.segments[at.segment].as_ref().map(|owned| owned.slots[at.slot as usize]);
+            let state = self.segments[at.segment]
+                .as_ref()
+                .map(|owned| owned.slots[at.slot as usize]);
             if state == Some(Slot::Free) {
                 return Some(at);
             }
@@ -168,8 +180,12 @@ impl Slots {
             let mut kept = Vec::new();
             let mut taken = None;
             while let Some((at, mark)) = self.victims.pop_front() {
-                let Some(owned) = &self.segments[at.segment] else { continue };
-                let Slot::Committed { key, .. } = owned.slots[at.slot as usize] else { continue };
+                let Some(owned) = &self.segments[at.segment] else {
+                    continue;
+                };
+                let Slot::Committed { key, .. } = owned.slots[at.slot as usize] else {
+                    continue;
+                };
                 if owned.segment.view.mark(at.slot) != mark {
                     continue;
                 }
@@ -204,7 +220,10 @@ impl Slots {
                     && (own_chain.is_none() || self.chain_of.get(key).copied() != own_chain)
                 {
                     let slot = slot as u32;
-                    let at = SlotRef { segment: number, slot };
+                    let at = SlotRef {
+                        segment: number,
+                        slot,
+                    };
                     candidates.push((owned.segment.view.mark(slot), std::cmp::Reverse(*depth), at));
                 }
             }
@@ -228,9 +247,14 @@ impl Slots {
         for (number, owned) in self.segments.iter().enumerate() {
             let Some(owned) = owned else { continue };
             for (slot, state) in owned.slots.iter().enumerate() {
-                let (Slot::Reserved { until, .. } | Slot::Quarantined { until }) = state else { continue };
+                let (Slot::Reserved { until, .. } | Slot::Quarantined { until }) = state else {
+                    continue;
+                };
                 if *until <= now {
-                    found.push(SlotRef { segment: number, slot: slot as u32 });
+                    found.push(SlotRef {
+                        segment: number,
+                        slot: slot as u32,
+                    });
                 }
             }
         }
@@ -246,7 +270,10 @@ impl Slots {
             if owned.slots.iter().any(busy) {
                 continue;
             }
-            let used = (0..owned.slots.len()).map(|slot| owned.segment.view.mark(slot as u32)).max().unwrap_or(0);
+            let used = (0..owned.slots.len())
+                .map(|slot| owned.segment.view.mark(slot as u32))
+                .max()
+                .unwrap_or(0);
             if coldest.is_none_or(|(other, _)| used < other) {
                 coldest = Some((used, number));
             }

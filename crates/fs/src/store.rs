@@ -67,7 +67,12 @@ pub(crate) struct StoreJob {
 }
 
 impl StoreJob {
-    pub(crate) fn new(shared: &Arc<Shared>, id: JobId, request: StoreRequest, namespace: NamespaceId) -> Arc<Self> {
+    pub(crate) fn new(
+        shared: &Arc<Shared>,
+        id: JobId,
+        request: StoreRequest,
+        namespace: NamespaceId,
+    ) -> Arc<Self> {
         let (blocks, layers) = (request.keys.len(), shared.geometry.layer_bytes.len());
         Arc::new(StoreJob {
             id,
@@ -147,7 +152,9 @@ impl StoreJob {
 
     /// Copies one layer of all blocks, early. On a disk whole slots are written, so it waits for the rest there.
     pub(crate) fn run_layer(&self, layer: usize) {
-        let Some(shared) = self.shared.upgrade() else { return };
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
         if !shared.directory.mapped_payload() {
             return;
         }
@@ -160,7 +167,9 @@ impl StoreJob {
 
     /// Copies what is left of the blocks, one after the other; several threads share the job.
     pub(crate) fn run_rest(&self) {
-        let Some(shared) = self.shared.upgrade() else { return };
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
         let started = Instant::now();
         let layers = shared.geometry.layer_bytes.len();
         loop {
@@ -178,9 +187,13 @@ impl StoreJob {
     }
 
     fn copy_block(&self, shared: &Shared, position: usize, layers: std::ops::Range<usize>, allow: bool) {
-        let Some(Plan::Copy(place)) = self.plans().get(position) else { return };
+        let Some(Plan::Copy(place)) = self.plans().get(position) else {
+            return;
+        };
         let left = || self.release();
-        let Some(_inside) = self.gate.enter(&left) else { return };
+        let Some(_inside) = self.gate.enter(&left) else {
+            return;
+        };
         if !place.segment.is_ours() {
             self.end_block(position, false);
             return;
@@ -219,7 +232,9 @@ impl StoreJob {
             let bytes = shared.geometry.layer_bytes[layer];
             let target = place.segment.mapping().target(offset as usize, bytes as usize);
             let mut crc = LayerCrc::new(&self.request.keys[position].0, layer as u32);
-            shared.cache.copy_layer_out(layer, self.request.blocks[position], target, Some(&mut crc));
+            shared
+                .cache
+                .copy_layer_out(layer, self.request.blocks[position], target, Some(&mut crc));
             self.crcs[position * count + layer].store(crc.value(), Ordering::Release);
             offset += bytes;
             next = layer + 1;
@@ -242,7 +257,11 @@ impl StoreJob {
             let gathered = runs.len_bytes() as u64;
             let last = layer + 1 == count;
             if last || (gathered >= WRITE_BYTES && gathered.is_multiple_of(crate::format::PAGE_BYTES)) {
-                let padding = if last { geometry.slot_bytes - geometry.payload_bytes } else { 0 };
+                let padding = if last {
+                    geometry.slot_bytes - geometry.payload_bytes
+                } else {
+                    0
+                };
                 pwritev_all(&place.segment.file, offset, &runs, padding as usize)?;
                 offset += gathered;
                 runs.clear();
@@ -282,7 +301,8 @@ impl StoreJob {
 
     fn end_block(&self, position: usize, stored: bool) {
         let state = if stored { STORED } else { FAILED };
-        let first = self.ended[position].compare_exchange(PENDING, state, Ordering::AcqRel, Ordering::Acquire);
+        let first =
+            self.ended[position].compare_exchange(PENDING, state, Ordering::AcqRel, Ordering::Acquire);
         if first.is_ok() && self.blocks_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             // Everything has ended by itself; closing lets the last thread out release the slots.
             let empty = self.gate.close();
@@ -297,13 +317,23 @@ impl StoreJob {
         if self.completed.swap(true, Ordering::AcqRel) {
             return;
         }
-        let Some(shared) = self.shared.upgrade() else { return };
-        let positions: Vec<usize> = (0..self.ended.len()).filter(|&position| !self.stored(position)).collect();
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        let positions: Vec<usize> = (0..self.ended.len())
+            .filter(|&position| !self.stored(position))
+            .collect();
         let outcome = if positions.is_empty() {
             Outcome::Done
         } else {
-            let dropped = positions.iter().any(|&position| matches!(self.plans().get(position), Some(Plan::Dropped)));
-            let otherwise = if dropped { MissReason::Dropped } else { MissReason::Io };
+            let dropped = positions
+                .iter()
+                .any(|&position| matches!(self.plans().get(position), Some(Plan::Dropped)));
+            let otherwise = if dropped {
+                MissReason::Dropped
+            } else {
+                MissReason::Io
+            };
             let reason = self.closed_because.get().copied().unwrap_or(otherwise);
             shared.counters.miss(reason, positions.len() as u64);
             Outcome::Miss { positions, reason }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use kvlane_core::{
-    Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome, PagedMemory,
-    StoreRequest,
+    Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
+    PagedMemory, StoreRequest,
 };
 
 use crate::counters::FsStats;
@@ -66,7 +66,9 @@ impl FsTransfer {
         }
         let cache = cache.into();
         let map = cache.map();
-        let layer_bytes: Vec<u64> = (0..map.layer_count()).map(|layer| map.layer_bytes(layer) as u64).collect();
+        let layer_bytes: Vec<u64> = (0..map.layer_count())
+            .map(|layer| map.layer_bytes(layer) as u64)
+            .collect();
         if layer_bytes.is_empty() || layer_bytes.len() > crate::format::LAYERS_MAX as usize {
             return Err(FsError::Option {
                 option: "layers of the cache",
@@ -76,7 +78,11 @@ impl FsTransfer {
         }
         let geometry = Geometry::new(layer_bytes);
         let start_id = random_u64();
-        let place = if can_store { Some(directory.control.register_writer(start_id)?) } else { None };
+        let place = if can_store {
+            Some(directory.control.register_writer(start_id)?)
+        } else {
+            None
+        };
         let target_bytes = options.segment_target_bytes(directory.control.capacity_bytes());
         let (command_sender, commands) = unbounded();
         let shared = Arc::new(Shared::new(
@@ -94,25 +100,39 @@ impl FsTransfer {
         let mut handles = Vec::new();
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
             let handle = std::thread::Builder::new().name(name).spawn(body);
-            handle.map(|handle| handles.push(handle)).map_err(FsError::io("start a thread for", path))
+            handle
+                .map(|handle| handles.push(handle))
+                .map_err(FsError::io("start a thread for", path))
         };
         if let Some(place) = place {
             let (task_sender, tasks) = unbounded();
             for number in 0..threads {
                 let (tasks, stop) = (tasks.clone(), Arc::clone(&abandoned));
-                spawn(format!("kvlane-store-{number}"), Box::new(move || store_thread(&tasks, &stop)))?;
+                spawn(
+                    format!("kvlane-store-{number}"),
+                    Box::new(move || store_thread(&tasks, &stop)),
+                )?;
             }
             let writer = Writer::new(Arc::clone(&shared), place, target_bytes, task_sender, threads);
             let stop = Arc::clone(&abandoned);
-            spawn("kvlane-writer".into(), Box::new(move || writer.run(&commands, &stop)))?;
+            spawn(
+                "kvlane-writer".into(),
+                Box::new(move || writer.run(&commands, &stop)),
+            )?;
         } else {
             let (keeper, stop) = (Arc::clone(&shared), Arc::clone(&abandoned));
-            spawn("kvlane-keeper".into(), Box::new(move || keeper_thread(&keeper, &stop)))?;
+            spawn(
+                "kvlane-keeper".into(),
+                Box::new(move || keeper_thread(&keeper, &stop)),
+            )?;
         }
         let (load_sender, loads) = unbounded();
         for number in 0..threads {
             let (loads, stop) = (loads.clone(), Arc::clone(&abandoned));
-            spawn(format!("kvlane-load-{number}"), Box::new(move || load_thread(&loads, &stop)))?;
+            spawn(
+                format!("kvlane-load-{number}"),
+                Box::new(move || load_thread(&loads, &stop)),
+            )?;
         }
         Ok(FsTransfer {
             shared,
@@ -181,12 +201,22 @@ impl FsTransfer {
     }
 
     fn check_job(&self, job: JobId) -> kvlane_core::Result<()> {
-        if self.shared.jobs.is_known(job) { Ok(()) } else { Err(kvlane_core::Error::UnknownJob(job.0)) }
+        if self.shared.jobs.is_known(job) {
+            Ok(())
+        } else {
+            Err(kvlane_core::Error::UnknownJob(job.0))
+        }
     }
 
     fn miss_all(&self, id: JobId, blocks: usize, reason: MissReason) {
         self.shared.counters.miss(reason, blocks as u64);
-        self.shared.jobs.finish(id, Outcome::Miss { positions: (0..blocks).collect(), reason });
+        self.shared.jobs.finish(
+            id,
+            Outcome::Miss {
+                positions: (0..blocks).collect(),
+                reason,
+            },
+        );
     }
 }
 
@@ -203,7 +233,11 @@ impl KvTransfer for FsTransfer {
             return Ok(());
         }
         let deadline = deadline.min(Instant::now() + RESERVATION_MAX);
-        self.shared.tell_writer(Command::Reserve { keys: chain.to_vec(), first_depth, deadline });
+        self.shared.tell_writer(Command::Reserve {
+            keys: chain.to_vec(),
+            first_depth,
+            deadline,
+        });
         Ok(())
     }
 
@@ -217,7 +251,10 @@ impl KvTransfer for FsTransfer {
     fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
         request.check(self.shared.cache.map())?;
         if !self.shared.can_store() {
-            return Err(FsError::ReadOnly { path: self.shared.directory.path.clone() }.into());
+            return Err(FsError::ReadOnly {
+                path: self.shared.directory.path.clone(),
+            }
+            .into());
         }
         let id = self.shared.jobs.next_id();
         let blocks = request.keys.len();
@@ -304,7 +341,10 @@ impl KvTransfer for FsTransfer {
     }
 
     fn wait(&self, job: JobId, deadline: Instant) -> kvlane_core::Result<Option<Completion>> {
-        self.shared.jobs.wait(job, deadline).map_err(|()| kvlane_core::Error::UnknownJob(job.0))
+        self.shared
+            .jobs
+            .wait(job, deadline)
+            .map_err(|()| kvlane_core::Error::UnknownJob(job.0))
     }
 
     fn poll(&self, done: &mut Vec<Completion>) {
@@ -321,7 +361,10 @@ impl KvTransfer for FsTransfer {
 
     fn reset(&self) -> kvlane_core::Result<()> {
         if !self.shared.directory.control.bump_epoch() {
-            return Err(FsError::ReadOnly { path: self.shared.directory.path.clone() }.into());
+            return Err(FsError::ReadOnly {
+                path: self.shared.directory.path.clone(),
+            }
+            .into());
         }
         Ok(())
     }

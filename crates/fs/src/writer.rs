@@ -31,7 +31,11 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Promise these keys until the deadline.
-    Reserve { keys: Vec<BlockKey>, first_depth: u32, deadline: Instant },
+    Reserve {
+        keys: Vec<BlockKey>,
+        first_depth: u32,
+        deadline: Instant,
+    },
     /// Take the promises of these keys back.
     Withdraw { keys: Vec<BlockKey> },
     /// Decide where the job's blocks go.
@@ -113,7 +117,10 @@ impl Writer {
             self.tick();
         }
         self.shared.write_marks();
-        for at in self.slots.overdue(Instant::now() + crate::options::RESERVATION_MAX) {
+        for at in self
+            .slots
+            .overdue(Instant::now() + crate::options::RESERVATION_MAX)
+        {
             self.free(at);
         }
         self.shared.directory.control.bump_changes();
@@ -128,7 +135,11 @@ impl Writer {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Reserve { keys, first_depth, deadline } => self.reserve(&keys, first_depth, deadline),
+            Command::Reserve {
+                keys,
+                first_depth,
+                deadline,
+            } => self.reserve(&keys, first_depth, deadline),
             Command::Withdraw { keys } => self.withdraw(&keys),
             Command::Begin(job) => self.begin(job),
             Command::Layer(id, layer) => {
@@ -169,11 +180,18 @@ impl Writer {
     }
 
     fn give_back(&mut self) {
-        let Some(number) = self.slots.coldest() else { return };
-        let Some(segment) = self.slots.remove(number) else { return };
+        let Some(number) = self.slots.coldest() else {
+            return;
+        };
+        let Some(segment) = self.slots.remove(number) else {
+            return;
+        };
         segment.retire(&self.shared.directory);
         Counters::add(&self.shared.counters.returned_segments, 1);
-        self.shared.directory.control.set_bytes_used(self.place, self.slots.bytes());
+        self.shared
+            .directory
+            .control
+            .set_bytes_used(self.place, self.slots.bytes());
         self.shared.measure();
         tracing::info!(path = %segment.view.path.display(), "gave a segment back for another writer");
     }
@@ -202,7 +220,9 @@ impl Writer {
                     None => break,
                 },
             };
-            let Some(segment) = self.slots.segment(at).cloned() else { continue };
+            let Some(segment) = self.slots.segment(at).cloned() else {
+                continue;
+            };
             let odd = segment.invalidate(at.slot);
             let mut record = SlotRecord {
                 sequence: 0,
@@ -217,7 +237,13 @@ impl Writer {
                 layer_crcs: Vec::new(),
             };
             segment.publish(at.slot, odd, &mut record);
-            self.slots.set(at, Slot::Reserved { key: *key, until: deadline });
+            self.slots.set(
+                at,
+                Slot::Reserved {
+                    key: *key,
+                    until: deadline,
+                },
+            );
             promised = true;
         }
         if promised {
@@ -275,7 +301,13 @@ impl Writer {
         }
         Counters::add(&self.shared.counters.present_blocks, present);
         self.shared.directory.control.bump_changes();
-        self.jobs.insert(job.id(), Begun { job: Arc::clone(&job), slots: places });
+        self.jobs.insert(
+            job.id(),
+            Begun {
+                job: Arc::clone(&job),
+                slots: places,
+            },
+        );
         job.set_plans(plans);
     }
 
@@ -298,14 +330,25 @@ impl Writer {
             return (None, Plan::Present);
         }
         let reserved = self.slots.reserved(key);
-        let Some(at) = reserved.or_else(|| self.allocate(key, spare)) else { return (None, Plan::Dropped) };
-        let Some(segment) = self.slots.segment(at).cloned() else { return (None, Plan::Dropped) };
+        let Some(at) = reserved.or_else(|| self.allocate(key, spare)) else {
+            return (None, Plan::Dropped);
+        };
+        let Some(segment) = self.slots.segment(at).cloned() else {
+            return (None, Plan::Dropped);
+        };
         if !segment.is_ours() {
             return (None, Plan::Dropped);
         }
         let odd = segment.invalidate(at.slot);
         self.slots.set(at, Slot::Filling);
-        (Some(at), Plan::Copy(Place { segment, slot: at.slot, odd }))
+        (
+            Some(at),
+            Plan::Copy(Place {
+                segment,
+                slot: at.slot,
+                odd,
+            }),
+        )
     }
 
     /// A slot for `key`: free, from a new segment, or recycled.
@@ -353,7 +396,9 @@ impl Writer {
 
     /// Sorts the slots of an ended job: committed ones hold their block, the others are free again.
     fn ended(&mut self, id: JobId) {
-        let Some(begun) = self.jobs.remove(&id) else { return };
+        let Some(begun) = self.jobs.remove(&id) else {
+            return;
+        };
         for (position, at) in begun.slots.into_iter().enumerate() {
             let Some(at) = at else { continue };
             if begun.job.stored(position) {
@@ -374,12 +419,17 @@ fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
         return;
     }
     let segment = Arc::clone(segment);
-    let spawned = std::thread::Builder::new().name("kvlane-populate".into()).spawn(move || {
-        let (from, to) = (segment.header().data_offset() as usize, segment.header().file_bytes() as usize);
-        if let Err(error) = segment.mapping().populate_write(from..to) {
-            tracing::debug!(%error, "cannot populate a segment");
-        }
-    });
+    let spawned = std::thread::Builder::new()
+        .name("kvlane-populate".into())
+        .spawn(move || {
+            let (from, to) = (
+                segment.header().data_offset() as usize,
+                segment.header().file_bytes() as usize,
+            );
+            if let Err(error) = segment.mapping().populate_write(from..to) {
+                tracing::debug!(%error, "cannot populate a segment");
+            }
+        });
     if let Err(error) = spawned {
         tracing::debug!(%error, "cannot start a thread to populate a segment");
     }
