@@ -155,3 +155,85 @@ impl ProxyArguments {
         config
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Alone {
+        #[command(flatten)]
+        proxy: ProxyArguments,
+    }
+
+    fn config(more: &[&str]) -> ProxyConfig {
+        let needed = [
+            "proxy",
+            "--prefill",
+            "http://a:1,http://b:2",
+            "--decode",
+            "http://c:3",
+            "--kv-backend",
+            "p2p",
+        ];
+        Alone::try_parse_from(needed.iter().chain(more))
+            .unwrap()
+            .proxy
+            .into_config()
+    }
+
+    #[test]
+    fn the_defaults_that_help_names_are_the_librarys() {
+        use clap::CommandFactory;
+        let help = Alone::command().render_long_help().to_string();
+        let config = config(&[]);
+        let milliseconds = [
+            config.connect_timeout,
+            config.prefill_timeout,
+            config.first_byte_timeout,
+            config.idle_timeout,
+            config.drain_timeout,
+        ]
+        .map(|wait| wait.as_millis().to_string());
+        let counts = [config.body_limit_bytes, config.in_flight_limit].map(|count| count.to_string());
+        let named: Vec<&str> = help
+            .split("[default: ")
+            .skip(1)
+            .filter_map(|rest| rest.split_once(']'))
+            .map(|(value, _)| value)
+            .filter(|value| !["0.0.0.0", "8080", "14579"].contains(value))
+            .collect();
+        let expected: Vec<&str> = milliseconds.iter().chain(&counts).map(String::as_str).collect();
+        assert_eq!(named, expected);
+    }
+
+    #[test]
+    fn every_option_reaches_its_setting() {
+        let config = config(&[
+            "--kv-port=1",
+            "--connect-timeout-ms=2",
+            "--prefill-timeout-ms=3",
+            "--first-byte-timeout-ms=4",
+            "--idle-timeout-ms=5",
+            "--drain-timeout-ms=6",
+            "--body-limit-bytes=7",
+            "--in-flight-limit=8",
+        ]);
+        assert_eq!(
+            (config.prefill.len(), config.decode.len(), config.backend),
+            (2, 1, KvBackend::P2p)
+        );
+        let waits = [
+            config.connect_timeout,
+            config.prefill_timeout,
+            config.first_byte_timeout,
+            config.idle_timeout,
+            config.drain_timeout,
+        ];
+        assert_eq!(config.kv_port, 1);
+        assert_eq!(waits.map(|wait| wait.as_millis()), [2, 3, 4, 5, 6]);
+        assert_eq!((config.body_limit_bytes, config.in_flight_limit), (7, 8));
+    }
+}
