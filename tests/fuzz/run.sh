@@ -28,7 +28,7 @@ rm -rf target/fuzz/corpus/* target/fuzz/artifacts/*
 status=0
 cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz/build segment_format target/fuzz/corpus -- \
   -seed="$seed" -max_total_time="$seconds" -max_len=16384 -print_final_stats=1 \
-  -artifact_prefix="$PWD/target/fuzz/artifacts/" 2>&1 | tee target/fuzz/output.txt | grep -vE '^#[0-9]' || status=$?
+  -artifact_prefix="$PWD/target/fuzz/artifacts/" 2>&1 | tee target/fuzz/output.txt | grep -vE '^#[0-9]|NEW_FUNC|NEW_PC|Recommended dictionary|^"' || status=$?
 
 executed=$(sed -n 's/^stat::number_of_executed_units: *//p' target/fuzz/output.txt)
 if [ "$status" -eq 0 ] && [ "${executed:-0}" -lt 1000 ]; then
