@@ -1,6 +1,7 @@
 //! `Chain`: the chain hashes of one request.
 
-use kvlane_core::ChainRoot;
+use kvlane_core::{BlockKey, ChainRoot};
+use kvlane_fs::LookupCursor;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -11,12 +12,17 @@ use crate::ints::u32_items;
 #[pyclass(module = "kvlane._native")]
 pub(crate) struct Chain {
     inner: kvlane_core::Chain,
+    /// Where the last look-up of this chain stopped, and the number of the reader that was asked.
+    cursor: (u64, LookupCursor),
 }
 
 impl Chain {
-    /// The keys of all full blocks.
-    pub(crate) fn block_keys(&self) -> &[kvlane_core::BlockKey] {
-        self.inner.keys()
+    /// The keys of all full blocks, and what reader `number` remembers of the chain.
+    pub(crate) fn keys_and_cursor(&mut self, number: u64) -> (&[BlockKey], &mut LookupCursor) {
+        if self.cursor.0 != number {
+            self.cursor = (number, LookupCursor::default());
+        }
+        (self.inner.keys(), &mut self.cursor.1)
     }
 }
 
@@ -24,7 +30,12 @@ impl Chain {
 impl Chain {
     #[new]
     #[pyo3(signature = (block_tokens, *, cache_salt = None, lora = None))]
-    fn new(py: Python<'_>, block_tokens: u32, cache_salt: Option<String>, lora: Option<Vec<u8>>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        block_tokens: u32,
+        cache_salt: Option<String>,
+        lora: Option<Vec<u8>>,
+    ) -> PyResult<Self> {
         guard(py, || {
             let mut root = ChainRoot::new(block_tokens).map_err(|error| core_error(py, &error))?;
             if let Some(salt) = cache_salt {
@@ -33,20 +44,33 @@ impl Chain {
             if let Some(identity) = lora {
                 root = root.with_lora(identity);
             }
-            Ok(Self { inner: kvlane_core::Chain::new(&root) })
+            Ok(Self {
+                inner: kvlane_core::Chain::new(&root),
+                cursor: (0, LookupCursor::default()),
+            })
         })
     }
 
     /// Appends ``token_ids[start:]`` and returns the number of full blocks so far.
     #[pyo3(signature = (token_ids, start = 0))]
     fn extend(&mut self, token_ids: &Bound<'_, PyAny>, start: usize) -> PyResult<usize> {
-        guard(token_ids.py(), || Ok(self.inner.extend(u32_items(token_ids, start)?)))
+        guard(token_ids.py(), || {
+            Ok(self.inner.extend(u32_items(token_ids, start)?))
+        })
     }
 
     /// Declares a multimodal item; must precede the ``extend`` that covers its first token.
-    fn add_image(&mut self, py: Python<'_>, start_token: u64, length_tokens: u64, identifier: String) -> PyResult<()> {
+    fn add_image(
+        &mut self,
+        py: Python<'_>,
+        start_token: u64,
+        length_tokens: u64,
+        identifier: String,
+    ) -> PyResult<()> {
         guard(py, || {
-            self.inner.add_image(start_token, length_tokens, identifier).map_err(|error| core_error(py, &error))
+            self.inner
+                .add_image(start_token, length_tokens, identifier)
+                .map_err(|error| core_error(py, &error))
         })
     }
 
@@ -61,13 +85,21 @@ impl Chain {
     }
 
     /// The keys of a span of blocks, 32 bytes each, concatenated.
-    fn keys<'py>(&self, py: Python<'py>, first_block: usize, block_count: usize) -> PyResult<Bound<'py, PyBytes>> {
+    fn keys<'py>(
+        &self,
+        py: Python<'py>,
+        first_block: usize,
+        block_count: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let keys = first_block
             .checked_add(block_count)
             .and_then(|end| self.inner.keys().get(first_block..end))
             .ok_or_else(|| {
                 let known = self.inner.block_count();
-                config_error(py, format!("blocks {first_block} + {block_count} are not all known, the chain has {known}"))
+                config_error(
+                    py,
+                    format!("blocks {first_block} + {block_count} are not all known, the chain has {known}"),
+                )
             })?;
         PyBytes::new_with(py, keys.len() * 32, |target| {
             for (place, key) in target.chunks_exact_mut(32).zip(keys) {

@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use kvlane_fs::FsError;
 use pyo3::exceptions::{PyException, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -44,11 +45,29 @@ pub(crate) fn store_error(py: Python<'_>, errno: Option<i32>, message: impl Into
     }
 }
 
-/// Converts an error of the core.
+/// Converts an error of the core: all of them refuse an argument.
 pub(crate) fn core_error(py: Python<'_>, error: &kvlane_core::Error) -> PyErr {
+    config_error(py, with_sources(error))
+}
+
+/// Converts an error of the filesystem backend.
+pub(crate) fn fs_error(py: Python<'_>, error: &FsError) -> PyErr {
     match error {
-        kvlane_core::Error::Backend { .. } => store_error(py, errno_of(error), with_sources(error)),
-        other => config_error(py, with_sources(other)),
+        FsError::Option { .. } | FsError::CapacityMismatch { .. } | FsError::Core(_) => {
+            config_error(py, with_sources(error))
+        }
+        other => store_error(py, other.errno(), with_sources(other)),
+    }
+}
+
+/// Converts an error that came through the transfer trait.
+pub(crate) fn transfer_error(py: Python<'_>, error: &kvlane_core::Error) -> PyErr {
+    match error {
+        kvlane_core::Error::Backend { source, .. } => match source.downcast_ref::<FsError>() {
+            Some(inner) => fs_error(py, inner),
+            None => store_error(py, errno_of(error), with_sources(error)),
+        },
+        other => core_error(py, other),
     }
 }
 
@@ -66,7 +85,11 @@ pub(crate) fn guard<T>(py: Python<'_>, work: impl FnOnce() -> PyResult<T>) -> Py
                 .map(|text| (*text).to_owned())
                 .or_else(|| panic.downcast_ref::<String>().cloned())
                 .unwrap_or_else(|| "without a message".to_owned());
-            Err(store_error(py, None, format!("internal error in kvlane, please report it: {what}")))
+            Err(store_error(
+                py,
+                None,
+                format!("internal error in kvlane, please report it: {what}"),
+            ))
         }
     }
 }
@@ -90,7 +113,10 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
 fn errno_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     let mut next = Some(error);
     while let Some(current) = next {
-        if let Some(errno) = current.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error) {
+        if let Some(errno) = current
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::raw_os_error)
+        {
             return Some(errno);
         }
         next = current.source();
@@ -100,7 +126,12 @@ fn errno_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
 
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
     CLASSES.get_or_try_init(py, || {
-        let base = class(py, "KvlaneError", "Base of kvlane's exceptions.", &[py.get_type::<PyException>()])?;
+        let base = class(
+            py,
+            "KvlaneError",
+            "Base of kvlane's exceptions.",
+            &[py.get_type::<PyException>()],
+        )?;
         let config = class(
             py,
             "ConfigError",
@@ -113,7 +144,11 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
             "The shared folder cannot be used; carries errno where there is one.",
             &[base.clone(), py.get_type::<PyOSError>()],
         )?;
-        Ok(Classes { base: base.unbind(), config: config.unbind(), store: store.unbind() })
+        Ok(Classes {
+            base: base.unbind(),
+            config: config.unbind(),
+            store: store.unbind(),
+        })
     })
 }
 
@@ -127,6 +162,8 @@ fn class<'py>(
     let namespace = PyDict::new(py);
     namespace.set_item("__module__", "kvlane._native")?;
     namespace.set_item("__doc__", doc)?;
-    let made = py.get_type::<PyType>().call1((name, PyTuple::new(py, bases)?, namespace))?;
+    let made = py
+        .get_type::<PyType>()
+        .call1((name, PyTuple::new(py, bases)?, namespace))?;
     Ok(made.cast_into::<PyType>()?)
 }

@@ -50,7 +50,10 @@ fn list_items(list: &Bound<'_, PyList>, start: usize) -> PyResult<Vec<u32>> {
             Err(_) => {
                 // -1 may also mean that the number does not fit a C long; the exception that this sets is replaced.
                 let _ = PyErr::take(py);
-                return Err(PyOverflowError::new_err(format!("item {index} is not in 0 to {}", u32::MAX)));
+                return Err(PyOverflowError::new_err(format!(
+                    "item {index} is not in 0 to {}",
+                    u32::MAX
+                )));
             }
         }
     }

@@ -28,17 +28,34 @@ type Tensor = (String, u64, String, u32, Vec<u64>, Vec<i64>);
 impl Layout {
     #[new]
     #[pyo3(signature = (tensors, block_count, block_dim = None))]
-    fn new(py: Python<'_>, tensors: Vec<Tensor>, block_count: u32, block_dim: Option<usize>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        tensors: Vec<Tensor>,
+        block_count: u32,
+        block_dim: Option<usize>,
+    ) -> PyResult<Self> {
         guard(py, || {
             let views = tensors
                 .into_iter()
                 .map(|(name, address, device, element_bytes, shape, strides)| {
-                    let device = parse_device(&device)
-                        .ok_or_else(|| config_error(py, format!("tensor '{name}' is on '{device}', allowed: cpu, cuda:N")))?;
-                    Ok(TensorView { name, address, device, element_bytes, shape, strides })
+                    let device = parse_device(&device).ok_or_else(|| {
+                        config_error(
+                            py,
+                            format!("tensor '{name}' is on '{device}', allowed: cpu, cuda:N"),
+                        )
+                    })?;
+                    Ok(TensorView {
+                        name,
+                        address,
+                        device,
+                        element_bytes,
+                        shape,
+                        strides,
+                    })
                 })
                 .collect::<PyResult<Vec<_>>>()?;
-            let map = BlockMap::from_tensors(views, block_count, block_dim).map_err(|error| core_error(py, &error))?;
+            let map = BlockMap::from_tensors(views, block_count, block_dim)
+                .map_err(|error| core_error(py, &error))?;
             Ok(Self { map: Arc::new(map) })
         })
     }

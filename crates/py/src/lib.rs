@@ -4,7 +4,9 @@
 //! waits or touches a file runs without it; and a panic becomes an exception that names itself an internal error.
 
 mod chain;
+mod cli;
 mod error;
+mod fs;
 mod ints;
 mod layout;
 
@@ -16,6 +18,10 @@ mod _native {
 
     #[pymodule_export]
     use crate::chain::Chain;
+    #[pymodule_export]
+    use crate::cli::run_cli;
+    #[pymodule_export]
+    use crate::fs::{FsReader, FsWorker};
     #[pymodule_export]
     use crate::layout::{Layout, namespace_id};
 

@@ -47,7 +47,10 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
     draft = getattr(speculative, "draft_model_config", None)
     if draft is not None and getattr(speculative, "method", None) not in ("ngram", "suffix"):
         # The draft model has KV layers of its own in the same blocks.
-        facts += [("draft method", str(speculative.method)), ("draft config", canonical_json(config_dict(draft.hf_config)))]
+        facts += [
+            ("draft method", str(speculative.method)),
+            ("draft config", canonical_json(config_dict(draft.hf_config))),
+        ]
         facts += _prefixed("draft weights", weight_facts(draft, vllm_config.load_config, None))
     return facts
 

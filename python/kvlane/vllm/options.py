@@ -74,7 +74,9 @@ def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
         )
     options = Options(**{name: _READERS[name](name, value) for name, value in given.items()})
     if options.layerwise_load and not options.sync_load:
-        raise ConfigError("layerwise_load is True while sync_load is False, allowed: both True, or layerwise_load False")
+        raise ConfigError(
+            "layerwise_load is True while sync_load is False, allowed: both True, or layerwise_load False"
+        )
     return options
 
 

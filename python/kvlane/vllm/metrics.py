@@ -1,0 +1,123 @@
+"""Figures of the transfer: vLLM's periodic log line and Prometheus."""
+
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+#: Values that are a state and not a count: workers report the same folder, so the largest one holds.
+GAUGES = ("used_bytes", "limit_bytes")
+
+#: Prometheus name, what it counts, its label, and the stat behind each value of that label.
+COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "vllm:kvlane_transfer_bytes",
+        "Bytes of KV moved between the cache and the shared folder.",
+        "direction",
+        {"store": "stored_bytes", "load": "loaded_bytes"},
+    ),
+    (
+        "vllm:kvlane_transfer_seconds",
+        "Time that copying threads spent, summed over threads.",
+        "direction",
+        {"store": "store_seconds", "load": "load_seconds"},
+    ),
+    (
+        "vllm:kvlane_lookup_blocks",
+        "Blocks of prompts that were asked for, by outcome.",
+        "outcome",
+        {
+            "hit": "hit_blocks",
+            "absent": "miss_blocks_absent",
+            "timeout": "miss_blocks_timeout",
+            "not_open": "miss_blocks_not_open",
+        },
+    ),
+    (
+        "vllm:kvlane_failed_blocks",
+        "Blocks that were not moved, by reason.",
+        "reason",
+        {
+            "absent": "absent_blocks",
+            "recycled": "recycled_blocks",
+            "corrupt": "corrupt_blocks",
+            "timeout": "timed_out_blocks",
+            "cancelled": "cancelled_blocks",
+            "io": "io_failed_blocks",
+            "dropped": "dropped_blocks",
+        },
+    ),
+    (
+        "vllm:kvlane_events",
+        "Requests that recompute after a failed load, and blocks evicted to make room.",
+        "event",
+        {"recomputed_request": "recomputed_requests", "evicted_block": "evicted_blocks"},
+    ),
+)
+
+
+class KvlaneStats(KVConnectorStats):
+    """Counters since the last report, by name."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, value in other.data.items():
+            known = self.data.get(name, 0)
+            self.data[name] = max(known, value) if name in GAUGES else known + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        shown: dict[str, int | float] = {}
+        for name, value in sorted(self.data.items()):
+            shown[name] = round(value, 3)
+        for direction, amount in (("store", "stored_bytes"), ("load", "loaded_bytes")):
+            seconds = self.data.get(f"{direction}_seconds", 0)
+            if seconds > 0:
+                shown[f"{direction}_GBps"] = round(self.data.get(amount, 0) / seconds / 1e9, 2)
+        return shown
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class KvlanePromMetrics(KVConnectorPromMetrics):
+    """Prometheus metrics of one front end, one series per engine."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        # (engine, stat) -> series. Made once: looking a series up by labels takes a lock.
+        self._counters: dict[tuple[int, str], Any] = {}
+        self._gauges: dict[tuple[int, str], Any] = {}
+        for name, text, label, stats in COUNTERS:
+            counter = metric_types[Counter](name=name, documentation=text, labelnames=[*labelnames, label])
+            for engine, values in per_engine_labelvalues.items():
+                for label_value, stat in stats.items():
+                    self._counters[engine, stat] = counter.labels(*values, label_value)
+        texts = {"used_bytes": "Bytes that segments take.", "limit_bytes": "Bytes that segments may take."}
+        for stat in GAUGES:
+            gauge = metric_types[Gauge](
+                name=f"vllm:kvlane_{stat}",
+                documentation=texts[stat],
+                labelnames=labelnames,
+                multiprocess_mode="mostrecent",
+            )
+            for engine, values in per_engine_labelvalues.items():
+                self._gauges[engine, stat] = gauge.labels(*values)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for stat, value in transfer_stats_data.items():
+            gauge = self._gauges.get((engine_idx, stat))
+            if gauge is not None:
+                gauge.set(value)
+                continue
+            counter = self._counters.get((engine_idx, stat))
+            if counter is not None and value > 0:
+                counter.inc(value)

@@ -1,0 +1,315 @@
+"""The worker half: moves blocks between one worker's KV tensors and the folder.
+
+All hooks run on the worker's main thread. Stores end inside the step that computed them, within a bound; loads run
+between steps and are reported when they ended.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from kvlane._native import ConfigError, Layout
+from kvlane.vllm.metadata import IDLE, LoadJob, StepMetadata
+from kvlane.vllm.options import Options
+
+logger = logging.getLogger("vllm.kvlane")
+
+#: A store is registered before the forward pass, which may take long; `store_timeout_ms` counts from its end.
+STORE_DEADLINE_MS = 600_000
+
+#: How much longer than its own deadline a load is waited for: it ends only when no thread can write any more.
+FENCE_MS = 5_000
+
+#: vLLM 0.15 frees the blocks of an aborted load when we say so, and may stop stepping: so it is worth a short wait.
+ABORT_WAIT_MS = 50
+
+
+class Store(Protocol):
+    """What the worker half needs of `kvlane._native.FsWorker`."""
+
+    def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
+    def withdraw(self, keys: bytes) -> None: ...
+    def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
+    def layer_ready(self, job: int, layer: int) -> None: ...
+    def finish_store(self, job: int) -> None: ...
+    def load(self, keys: bytes, block_ids: Sequence[int], timeout_ms: int, layer_major: bool = False) -> int: ...
+    def wait_layer(self, job: int, layer: int, timeout_ms: int) -> bool: ...
+    def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None: ...
+    def poll(self) -> list[tuple[int, list[int], str]] | None: ...
+    def cancel(self, job: int) -> None: ...
+    def stats(self) -> dict[str, float] | None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSettings:
+    """Facts about the engine that the worker half depends on."""
+
+    #: Layer hooks run once per layer and step, with all of the step's tokens.
+    whole_layers: bool = True
+    #: Layer hooks run in every step with a synchronous load, so that a load may be waited for layer by layer.
+    layerwise_load: bool = False
+    #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
+    holds_aborted_loads: bool = True
+
+
+@dataclasses.dataclass
+class _Load:
+    request_id: str
+    block_ids: list[int]
+    deadline_s: float
+    aborted: bool = False
+
+
+class WorkerHalf:
+    """Carries out what the scheduler half planned."""
+
+    def __init__(self, options: Options, settings: WorkerSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options = options
+        self._settings = settings
+        self._clock = clock
+        self._store: Store | None = None
+        self._layer_index: Callable[[str], int | None] = lambda name: None
+        self._step: StepMetadata = IDLE
+        #: Stores of this step, until they were waited for.
+        self.step_stores: list[int] = []
+        self._saved_layers: set[int] = set()
+        #: Synchronous loads of this step, until they ended.
+        self.step_loads: dict[int, _Load] = {}
+        #: Asynchronous loads that run.
+        self._loads: dict[int, _Load] = {}
+        self._job_of_request: dict[str, int] = {}
+        #: Cancelled stores whose completion nobody needs; it is taken by a later poll.
+        self._forgotten: set[int] = set()
+        self._received: set[str] = set()
+        self._sent: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._busy = False
+
+    def open(self, store: Store, layout: Layout) -> None:
+        """From now on jobs are carried out."""
+        self._store = store
+        self._layer_index = layout.layer_index
+
+    # ---- the hooks of a step, in their order
+
+    def begin_step(self, step: StepMetadata) -> None:
+        """Before the forward pass: promises, and the registration of stores so that layers can leave early."""
+        self._step = step
+        if step.is_idle:
+            return
+        self._busy = True
+        for request_id in step.aborted_loads:
+            self._abort_load(request_id)
+        if self._store is None:
+            return
+        for keys in step.withdrawals:
+            self._try("withdraw", self._store.withdraw, keys)
+        for promise in step.reservations:
+            self._try("reserve", self._store.reserve, promise.keys, promise.first_depth, promise.timeout_ms)
+        self._saved_layers.clear()
+        for job in step.stores:
+            number = self._try(
+                "begin_store", self._store.begin_store, job.keys, job.block_ids, job.first_depth, STORE_DEADLINE_MS
+            )
+            if number is not None:
+                self.step_stores.append(number)
+
+    def start_loads(self) -> None:
+        """Starts the step's loads. Synchronous ones have ended when this returns, unless layers are waited for."""
+        loads = self._step.loads
+        if not loads:
+            return
+        self._step = dataclasses.replace(self._step, loads=[])  # a second call in a step starts nothing
+        for load in loads:
+            self._start_load(load)
+        if self._options.sync_load and not self._settings.layerwise_load:
+            self._finish_step_loads()
+
+    def wait_for_layer(self, name: str) -> None:
+        """Waits until a layer of the step's synchronous loads is there."""
+        layer = self._layer_index(name)
+        if layer is None or self._store is None:
+            return
+        for job, load in list(self.step_loads.items()):
+            remaining_ms = max(int((load.deadline_s - self._clock()) * 1000), 0)
+            if not self._try("wait_layer", self._store.wait_layer, job, layer, remaining_ms):
+                # The rest of this pass is wasted; waiting for every other layer too would only make it longer.
+                self._finish_load(job, load)
+
+    def layer_saved(self, name: str) -> None:
+        """A layer's KV of this step is complete, so copying it can begin while the next layers compute."""
+        if not self._settings.whole_layers or self._store is None:
+            return
+        layer = self._layer_index(name)
+        if layer is None or layer in self._saved_layers:
+            return
+        self._saved_layers.add(layer)
+        for job in self.step_stores:
+            self._try("layer_ready", self._store.layer_ready, job, layer)
+
+    def finish_stores(self) -> None:
+        """After the forward pass: everything is copied out, or given up after `store_timeout_ms`."""
+        jobs, self.step_stores = self.step_stores, []
+        if self._store is None:
+            return
+        if self.step_loads:
+            self._finish_step_loads()
+        deadline_s = self._clock() + self._options.store_timeout_ms / 1000
+        for job in jobs:
+            self._try("finish_store", self._store.finish_store, job)
+        for job in jobs:
+            remaining_ms = max(int((deadline_s - self._clock()) * 1000), 0)
+            if self._try("wait", self._store.wait, job, remaining_ms) is None:
+                # From here on vLLM may reuse the blocks; a cancelled store never becomes visible.
+                self._try("cancel", self._store.cancel, job)
+                self._forgotten.add(job)
+
+    def finished(self) -> tuple[set[str] | None, set[str] | None]:
+        """Requests that may be freed after an aborted load, and requests whose load ended. Each is reported once."""
+        if self._loads or self._forgotten:
+            self._poll()
+        if not (self._sent or self._received):
+            return None, None
+        sent, self._sent = self._sent, set()
+        received, self._received = self._received, set()
+        return sent or None, received or None
+
+    def bad_blocks(self) -> set[int]:
+        """Blocks whose load failed since the last call."""
+        if not self._bad_blocks:
+            return set()
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def end_step(self) -> None:
+        """The step is over. Stores that nobody finished must not read blocks any more."""
+        self._step = IDLE
+        if self.step_stores:
+            self.finish_stores()
+
+    def take_counters(self) -> dict[str, float]:
+        """Counts since the last call, empty if nothing happened."""
+        if not self._busy or self._store is None:
+            return {}
+        self._busy = bool(self._loads or self._forgotten)
+        return self._store.stats() or {}
+
+    def close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    # ---- loads
+
+    def _start_load(self, load: LoadJob) -> None:
+        entry = _Load(load.request_id, load.block_ids, self._clock() + self._options.load_timeout_ms / 1000)
+        job = None
+        if self._store is not None and len(load.keys) == 32 * len(load.block_ids):
+            layer_major = self._options.sync_load and self._settings.layerwise_load
+            timeout_ms = self._options.load_timeout_ms
+            job = self._try("load", self._store.load, load.keys, load.block_ids, timeout_ms, layer_major)
+        if job is None:
+            self._load_ended(entry, list(range(len(load.block_ids))))
+        elif self._options.sync_load:
+            self.step_loads[job] = entry
+        else:
+            self._loads[job] = entry
+            self._job_of_request[load.request_id] = job
+
+    def _abort_load(self, request_id: str) -> None:
+        job = self._job_of_request.get(request_id)
+        if job is None or self._store is None:
+            # It was reported already. vLLM 0.15 waits for a word that the blocks are free; newer versions must not
+            # hear of the request again.
+            if not self._settings.holds_aborted_loads:
+                self._sent.add(request_id)
+            return
+        self._loads[job].aborted = True
+        self._try("cancel", self._store.cancel, job)
+        if not self._settings.holds_aborted_loads:
+            ended = self._try("wait", self._store.wait, job, ABORT_WAIT_MS)
+            if ended is not None:
+                self._load_ended(self._loads.pop(job), ended[0])
+
+    def _poll(self) -> None:
+        assert self._store is not None
+        for job, positions, reason in self._try("poll", self._store.poll) or ():
+            load = self._loads.pop(job, None)
+            if load is not None:
+                self._load_ended(load, positions, reason)
+            else:
+                self._forgotten.discard(job)
+
+    def _load_ended(self, load: _Load, positions: Sequence[int], reason: str = "refused") -> None:
+        self._job_of_request.pop(load.request_id, None)
+        if positions and not load.aborted:
+            self._bad_blocks.update(load.block_ids[position] for position in positions)
+            logger.warning(
+                "kvlane: %d of %d blocks of request %s did not load (%s)",
+                len(positions), len(load.block_ids), load.request_id, reason,
+            )  # fmt: skip
+        if self._options.sync_load:
+            return
+        if load.aborted and not self._settings.holds_aborted_loads:
+            self._sent.add(load.request_id)
+        else:
+            self._received.add(load.request_id)
+
+    def _finish_step_loads(self) -> None:
+        for job, load in list(self.step_loads.items()):
+            self._finish_load(job, load)
+
+    def _finish_load(self, job: int, load: _Load) -> None:
+        assert self._store is not None
+        self.step_loads.pop(job, None)
+        remaining_ms = max(int((load.deadline_s - self._clock()) * 1000), 0)
+        ended = self._try("wait", self._store.wait, job, remaining_ms)
+        if ended is None:
+            self._try("cancel", self._store.cancel, job)
+            ended = self._try("wait", self._store.wait, job, FENCE_MS)
+        if ended is None:
+            self._forgotten.add(job)
+            ended = (list(range(len(load.block_ids))), "timed out")
+        self._load_ended(load, *ended)
+
+    def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls into the native module; an error there means miss or no store, never a dead engine."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            _log_once(what, error)
+            return None
+
+
+def describe_tensors(kv_caches: Mapping[str, Any]) -> list[tuple[str, int, str, int, list[int], list[int]]]:
+    """vLLM's KV tensors as `Layout` takes them; a cache that cannot be moved is refused by its layer's name."""
+    described = []
+    for name, tensor in kv_caches.items():
+        if isinstance(tensor, (list, tuple)):
+            raise ConfigError(
+                f"layer '{name}' has {len(tensor)} state tensors in place of a KV cache (a Mamba or hybrid model), "
+                "allowed: models whose layers all have one attention KV cache"
+            )
+        if tensor.device.type != "cpu":
+            raise ConfigError(
+                f"layer '{name}' has its KV cache on '{tensor.device}', allowed: cpu. "
+                "This build moves the KV of servers that run on the CPU"
+            )
+        shape, strides = list(tensor.shape), list(tensor.stride())
+        described.append((name, tensor.data_ptr(), "cpu", tensor.element_size(), shape, strides))
+    return described
+
+
+_logged: set[str] = set()
+
+
+def _log_once(what: str, error: Exception) -> None:
+    line = f"{what}: {type(error).__name__}: {error}"
+    if what not in _logged:
+        _logged.add(what)
+        logger.error("kvlane: %s; such errors cost a recompute and are logged once", line)
+    else:
+        logger.debug("kvlane: %s", line)
