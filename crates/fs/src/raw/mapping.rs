@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -19,7 +20,18 @@ use super::{ByteSource, ByteTarget, PAGE_BYTES};
 /// A shared mapping of a file, for reading.
 #[derive(Debug)]
 pub struct ReadMapping {
-    raw: MmapRaw,
+    raw: ManuallyDrop<MmapRaw>,
+    process: u32,
+}
+
+impl Drop for ReadMapping {
+    fn drop(&mut self) {
+        // In a forked child a mapping that stays out of children is not there, and something else may lie in its place.
+        if self.process == std::process::id() {
+            // SAFETY: dropped here only, and not used afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.raw) };
+        }
+    }
 }
 
 impl ReadMapping {
@@ -27,7 +39,8 @@ impl ReadMapping {
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
         check_file_length(file, len)?;
         Ok(Self {
-            raw: MmapOptions::new().len(len).map_raw_read_only(file)?,
+            raw: ManuallyDrop::new(MmapOptions::new().len(len).map_raw_read_only(file)?),
+            process: std::process::id(),
         })
     }
 
@@ -153,7 +166,8 @@ impl WriteMapping {
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
         check_file_length(file, len)?;
         Ok(Self(ReadMapping {
-            raw: MmapOptions::new().len(len).map_raw(file)?,
+            raw: ManuallyDrop::new(MmapOptions::new().len(len).map_raw(file)?),
+            process: std::process::id(),
         }))
     }
 

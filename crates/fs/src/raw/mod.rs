@@ -19,6 +19,7 @@
 
 mod aligned_buffer;
 mod copy;
+mod fork_guard;
 mod host_cache;
 mod mapping;
 mod ofd_lock;
@@ -26,6 +27,7 @@ mod vectored;
 
 pub use aligned_buffer::AlignedBuffer;
 pub use copy::{ByteSource, ByteTarget, Kernel, LayerCrc, store_fence};
+pub use fork_guard::ForkGuard;
 pub use host_cache::{HostCache, Runs};
 pub use mapping::{ReadMapping, WriteMapping};
 pub use ofd_lock::OfdLock;
