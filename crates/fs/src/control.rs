@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{FsError, Result};
 use crate::format::{self, control};
-use crate::raw::{OfdLock, ReadMapping, WriteMapping};
+use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping};
 
 /// Name of the control file.
 pub(crate) const CONTROL_NAME: &str = "control";
@@ -18,6 +18,8 @@ pub(crate) const CONTROL_NAME: &str = "control";
 /// The mapped control file.
 #[derive(Debug)]
 pub(crate) struct Control {
+    // In front of `file`, so that it is dropped first.
+    _fork_guard: ForkGuard,
     file: File,
     path: PathBuf,
     view: View,
@@ -116,6 +118,7 @@ impl Control {
             View::Read(ReadMapping::new(&file, bytes).map_err(FsError::io("map", &path))?)
         };
         Ok(Some(Control {
+            _fork_guard: ForkGuard::new(&file),
             file,
             path,
             view,

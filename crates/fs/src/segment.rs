@@ -13,7 +13,7 @@ use crate::error::{FsError, Result};
 use crate::format::{
     self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, counters,
 };
-use crate::raw::{OfdLock, ReadMapping, WriteMapping, store_fence};
+use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
 /// The lock that says that a segment's writer lives.
 const OWNER_LOCK: OfdLock = OfdLock::byte(0);
@@ -46,7 +46,6 @@ impl SegmentView {
             header.data_offset()
         };
         let mapping = ReadMapping::new(&file, mapped as usize).map_err(FsError::io("map", &path))?;
-        mapping.dont_fork().map_err(FsError::io("map", &path))?;
         Ok(SegmentView {
             header,
             path,
@@ -140,6 +139,8 @@ pub(crate) fn read_header(file: &File, path: &std::path::Path) -> Result<Segment
 #[derive(Debug)]
 pub(crate) struct OwnedSegment {
     pub(crate) view: SegmentView,
+    // In front of `file`, so that it is dropped first.
+    _fork_guard: ForkGuard,
     /// Open for writing; carries the owner lock.
     pub(crate) file: File,
     mapping: WriteMapping,
@@ -271,6 +272,7 @@ impl OwnedSegment {
         let process = std::process::id();
         Ok(Some(OwnedSegment {
             view,
+            _fork_guard: ForkGuard::new(&file),
             file,
             mapping,
             start_id,

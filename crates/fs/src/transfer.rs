@@ -156,6 +156,9 @@ impl FsTransfer {
 
     /// How many leading blocks of a chain can be had, continuing from what `cursor` remembers of the same chain.
     pub fn lookup_from(&self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
+        if self.is_forked() {
+            return Availability::default();
+        }
         let mut index = lock(&self.shared.index);
         index.refresh(&self.shared.directory);
         index.availability(chain, cursor)
@@ -348,6 +351,9 @@ impl KvTransfer for FsTransfer {
     }
 
     fn poll(&self, done: &mut Vec<Completion>) {
+        if self.is_forked() {
+            return;
+        }
         self.shared.jobs.poll(done);
     }
 
