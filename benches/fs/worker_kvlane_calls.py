@@ -38,11 +38,8 @@ class System:
     def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
         os.sched_setaffinity(0, cores[:1])
         self._cores, self._folder = cores, Path(folders["tmpfs"], "calls")
-        self._folder.mkdir()
-        self._engine = None
         self._prompt = np.random.default_rng(22).integers(0, VOCABULARY, PROMPT_TOKENS).tolist()
-        self._store_prompt()
-        self._reader = _native.FsReader(str(self._folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
+        self._reader = self._writer = self._engine = None
 
     def cases(self) -> list[tuple[str, str, int]]:
         return [(case, "memory", 1) for case in CALLS]
@@ -51,6 +48,9 @@ class System:
         return {"kvlane": _native.__version__}
 
     def turn(self, case: str, medium: str, threads: int, round_number: int) -> Sample:
+        if self._reader is None and case != "idle-step":
+            self._store_prompt()
+            self._reader = _native.FsReader(str(self._folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
         measure = {
             "lookup": self._lookup,
             "keys-first": self._keys_first,
@@ -60,25 +60,25 @@ class System:
         return Sample(statistics.median(measure() for _ in range(CALLS[case])), [])
 
     def close(self) -> None:
-        if self._engine:
-            self._engine.close()
-        self._reader.close()
-        self._writer.close()
+        for opened in (self._engine, self._reader, self._writer):
+            if opened is not None:
+                opened.close()
 
     def _store_prompt(self) -> None:
         """Commit all blocks of the prompt. The writer stays: a folder in use has live writers."""
-        cache = anonymous(SMALL_BLOCK_BYTES * BLOCKS)
+        self._folder.mkdir()
+        cache = anonymous(SMALL_BLOCK_BYTES * STORE_BLOCKS)
         cache[:] = 1
-        shape, strides = [BLOCKS, SMALL_BLOCK_BYTES], [SMALL_BLOCK_BYTES, 1]
-        layout = _native.Layout([("layer", cache.ctypes.data, "cpu", 1, shape, strides)], BLOCKS, 0)
+        shape, strides = [STORE_BLOCKS, SMALL_BLOCK_BYTES], [SMALL_BLOCK_BYTES, 1]
+        layout = _native.Layout([("layer", cache.ctypes.data, "cpu", 1, shape, strides)], STORE_BLOCKS, 0)
         options = {"io_threads": 1, "capacity_bytes": CAPACITY_BYTES}
         with threads_on(self._cores, 1):
             self._writer = _native.FsWorker(str(self._folder), NAMESPACE, layout, cache, options)
         chain = _native.Chain(BLOCK_TOKENS)
         chain.extend(self._prompt)
         for first in range(0, PROMPT_BLOCKS, STORE_BLOCKS):
-            sources = [block % BLOCKS for block in range(STORE_BLOCKS)]
-            job = self._writer.begin_store(chain.keys(first, STORE_BLOCKS), sources, first, TIMEOUT_MS)
+            keys = chain.keys(first, STORE_BLOCKS)
+            job = self._writer.begin_store(keys, list(range(STORE_BLOCKS)), first, TIMEOUT_MS)
             self._writer.finish_store(job)
             if self._writer.wait(job, TIMEOUT_MS) != ([], "done"):
                 raise RuntimeError(f"storing blocks {first} to {first + STORE_BLOCKS} of the prompt failed")
