@@ -38,7 +38,7 @@ pub struct Peer {
 }
 
 /// No claim waits so long unless it fails.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A deadline that only a failure reaches.
 pub fn far() -> Instant {
