@@ -35,7 +35,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct FsTransfer {
     shared: Arc<Shared>,
-    loads: Option<Sender<Arc<LoadJob>>>,
+    loads: std::sync::Mutex<Option<Sender<Arc<LoadJob>>>>,
     threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
     load_threads: usize,
     abandoned: Arc<AtomicBool>,
@@ -136,7 +136,7 @@ impl FsTransfer {
         }
         Ok(FsTransfer {
             shared,
-            loads: Some(load_sender),
+            loads: std::sync::Mutex::new(Some(load_sender)),
             threads: std::sync::Mutex::new(handles),
             load_threads: threads,
             abandoned,
@@ -173,8 +173,13 @@ impl FsTransfer {
             return;
         }
         self.shared.tell_writer(Command::Stop);
+        // Without a sender, the loading threads end at once.
+        *lock(&self.loads) = None;
         let handles = std::mem::take(&mut *lock(&self.threads));
         let deadline = Instant::now() + CLOSE_PATIENCE;
+        for handle in &handles {
+            handle.thread().unpark();
+        }
         for handle in handles {
             while !handle.is_finished() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(1));
@@ -226,7 +231,6 @@ impl FsTransfer {
 impl Drop for FsTransfer {
     fn drop(&mut self) {
         self.close();
-        self.loads = None;
     }
 }
 
@@ -322,7 +326,7 @@ impl KvTransfer for FsTransfer {
             self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);
         }
-        if let Some(loads) = &self.loads {
+        if let Some(loads) = &*lock(&self.loads) {
             for _ in 0..self.load_threads.min(job.block_count()) {
                 let _ = loads.send(Arc::clone(&job));
             }
@@ -409,6 +413,6 @@ fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
             lock(&shared.index).refresh(&shared.directory);
             written = Some(Instant::now());
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::park_timeout(Duration::from_millis(100));
     }
 }
