@@ -65,9 +65,10 @@ async fn a_prefill_that_never_answers_costs_no_request() {
 }
 
 #[tokio::test]
-async fn a_prefill_whose_answer_stalls_after_its_head_costs_no_request() {
+async fn a_prefill_whose_answer_stalls_half_way_costs_no_request() {
     let (prefill, decode) = (StreamingMock::start().await, Mock::completing().await);
-    let (_feed, _gone) = prefill.next_body();
+    let (feed, _gone) = prefill.next_body();
+    feed.send(Ok(Bytes::from_static(b"{"))).unwrap();
     let mut settings = config(&prefill.mock, &decode);
     settings.prefill_timeout = Duration::from_millis(50);
     falls_back(settings, &decode, "timeout").await;
