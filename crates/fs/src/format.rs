@@ -80,11 +80,11 @@ pub enum Reject {
 
 /// CRC-32 (ISO-HDLC, the polynomial of zlib) of a structure's own bytes.
 pub fn structure_crc(parts: &[&[u8]]) -> u32 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32IsoHdlc);
+    let mut hasher = crc32fast::Hasher::new();
     for part in parts {
-        digest.update(part);
+        hasher.update(part);
     }
-    digest.finalize() as u32
+    hasher.finalize()
 }
 
 /// The immutable first page of a segment.
@@ -261,7 +261,7 @@ pub fn parse_segment_header(bytes: &[u8]) -> Result<SegmentHeader, Reject> {
         return field("layer_count", header.layer_count.into());
     }
     if header.slot_bytes == 0
-        || header.slot_bytes % PAGE_BYTES != 0
+        || !header.slot_bytes.is_multiple_of(PAGE_BYTES)
         || header.slot_bytes > SEGMENT_BYTES_MAX / u64::from(header.slot_count)
     {
         return field("slot_bytes", header.slot_bytes);
@@ -426,7 +426,7 @@ pub fn parse_slot_record(bytes: &[u8], layer_count: u32) -> Result<SlotRecord, R
         });
     }
     let sequence = u64_at(bytes, 0);
-    if sequence % 2 != 0 {
+    if !sequence.is_multiple_of(2) {
         return Err(Reject::Field {
             field: "sequence",
             found: sequence,

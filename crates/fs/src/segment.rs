@@ -360,7 +360,7 @@ impl OwnedSegment {
         }
         let _ = rustix::fs::unlinkat(
             &directory.folder,
-            &segment_name(self.header().segment_id),
+            segment_name(self.header().segment_id),
             AtFlags::empty(),
         );
         directory.control.bump_generation();
