@@ -43,7 +43,7 @@ async fn falls_back(settings: ProxyConfig, decode: &Mock, reason: &str) {
 #[tokio::test]
 async fn a_prefill_that_cannot_be_reached_costs_no_request() {
     let decode = Mock::completing().await;
-    let settings = ProxyConfig::new(vec![dead_address().await], vec![decode.url()], KvBackend::Fs);
+    let settings = ProxyConfig::new(vec![dead_address()], vec![decode.url()], KvBackend::Fs);
     falls_back(settings, &decode, "unreachable").await;
 }
 
@@ -87,7 +87,7 @@ async fn a_prefill_that_breaks_off_costs_no_request() {
 async fn another_prefill_takes_over_from_one_that_cannot_be_reached() {
     let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
     let mut settings = config(&prefill, &decode);
-    settings.prefill = vec![dead_address().await, prefill.url(), dead_address().await];
+    settings.prefill = vec![dead_address(), prefill.url(), dead_address()];
     let proxy = Running::start(settings).await;
     for _ in 0..6 {
         assert_eq!(proxy.complete("{}").await.headers()["x-kvlane-prefill"], "done");
@@ -107,7 +107,7 @@ async fn another_prefill_takes_over_from_one_that_cannot_be_reached() {
 async fn another_decode_takes_over_from_one_that_cannot_be_reached() {
     let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
     let mut settings = config(&prefill, &decode);
-    settings.decode.push(dead_address().await);
+    settings.decode.push(dead_address());
     let proxy = Running::start(settings).await;
     for _ in 0..6 {
         assert_eq!(proxy.complete("{}").await.status(), StatusCode::OK);
@@ -149,7 +149,7 @@ async fn decodes_status_body_and_headers_are_the_answer() {
 #[tokio::test]
 async fn a_decode_that_cannot_be_reached_is_a_502() {
     let prefill = Mock::completing().await;
-    let settings = ProxyConfig::new(vec![prefill.url()], vec![dead_address().await], KvBackend::Fs);
+    let settings = ProxyConfig::new(vec![prefill.url()], vec![dead_address()], KvBackend::Fs);
     let proxy = Running::start(settings).await;
     for path in ["/v1/completions", "/v1/embeddings"] {
         let response = proxy.send(post(path, "{}")).await;
@@ -305,7 +305,7 @@ async fn paths_and_methods_that_are_not_served_say_so() {
 async fn health_is_that_of_the_servers() {
     let up = Mock::start(async |_call| Response::new(Body::empty())).await;
     let sick = fixed(500, "{}").await;
-    let dead = dead_address().await;
+    let dead = dead_address();
     for (prefill, decode, status, word) in [
         (vec![up.url()], vec![up.url()], 200, "ok"),
         (vec![dead.clone()], vec![up.url()], 200, "degraded"),
@@ -326,7 +326,7 @@ async fn health_is_that_of_the_servers() {
 
 #[tokio::test]
 async fn a_proxy_that_could_serve_nothing_does_not_start() {
-    let server = dead_address().await;
+    let server = dead_address();
     let refused = |settings| Proxy::new(settings).err();
     let no_decode = ProxyConfig::new(vec![server.clone()], vec![], KvBackend::Fs);
     assert!(matches!(

@@ -25,7 +25,7 @@ use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::TokioExecutor;
 use kvlane_proxy::{KvBackend, ProxyConfig, ServeError, UpstreamAddress, serve};
 use serde_json::Value;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -134,10 +134,14 @@ pub fn url(address: SocketAddr) -> UpstreamAddress {
     UpstreamAddress::parse(&format!("http://{address}")).unwrap()
 }
 
-/// An address on which nothing listens.
-pub async fn dead_address() -> UpstreamAddress {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    url(listener.local_addr().unwrap())
+/// An address on which nothing listens. Its port stays taken while the tests run: given back, it could become another
+/// test's server.
+pub fn dead_address() -> UpstreamAddress {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = url(socket.local_addr().unwrap());
+    std::mem::forget(socket);
+    address
 }
 
 /// A running proxy.
