@@ -4,7 +4,6 @@ vLLM calls `register` once in every process, before the first look-up of a conne
 nothing is imported that is not needed, nothing is started.
 """
 
-import logging
 import os
 
 #: Connector names that kvlane answers to: taken over where vLLM knows them, added where it does not.
@@ -16,9 +15,10 @@ _MODULE = "kvlane.vllm"
 def register() -> None:
     """Registers kvlane's connectors with vLLM. ``KVLANE_PLUGIN=0`` in the environment turns it off."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.logger import init_logger
 
     # A name below vLLM's own logger: it has the handlers, other libraries' loggers have none.
-    logger = logging.getLogger("vllm.kvlane")
+    logger = init_logger("vllm.kvlane")
     if not enabled():
         logger.info("kvlane: KVLANE_PLUGIN=0, so vLLM's own connectors stay")
         return
