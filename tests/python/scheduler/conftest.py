@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# A few hundred numbers per step: a second thread only waits for the first, and spins while it does.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(params=[False, True], ids=["Scheduler", "AsyncScheduler"])

@@ -39,8 +39,11 @@ ABORT_HOLDS_BLOCKS = "delay_free_blocks" in inspect.signature(Scheduler._free_re
 
 
 class PaperEngine:
-    """One engine; `role` is producer, consumer, or None for no connector at all. `answers` holds what each request got,
-    `ended` why it ended."""
+    """One engine; `role` is producer, consumer, both, or None for no connector at all.
+
+    Kept per request: `answers` (its tokens), `ended` (why), `loads` and `loaded_tokens` (what vLLM agreed to load),
+    `preemptions`, `seconds` (from its arrival to its last token).
+    """
 
     def __init__(
         self,
@@ -80,7 +83,9 @@ class PaperEngine:
         self._block_hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         self._asynchronous = asynchronous
         self._in_flight = collections.deque()
-        self.answers, self.ended = {}, {}
+        self.answers, self.ended, self.seconds = {}, {}, {}
+        self._arrived_s = {}
+        self._watch_connector()
         self.steps = 0
         self.free_blocks_at_start = self.free_blocks()
 
@@ -105,6 +110,7 @@ class PaperEngine:
         if "eos_token_id" in inspect.signature(Request.__init__).parameters:
             arguments["eos_token_id"] = None
         self.answers[request_id] = []
+        self._arrived_s[request_id] = time.monotonic()
         self.scheduler.add_request(Request(**arguments))
 
     def abort(self, request_id):
@@ -143,8 +149,12 @@ class PaperEngine:
     def settle(self, limit_s=RUN_LIMIT_S):
         """Steps without work until all blocks are free, as an engine does while it waits for aborted loads."""
         deadline = time.monotonic() + limit_s
-        while self._in_flight or (self.free_blocks() != self.free_blocks_at_start and time.monotonic() < deadline):
+        while self._in_flight:
+            self._deliver()
+        while self.free_blocks() != self.free_blocks_at_start and time.monotonic() < deadline:
             self.step()
+            while self._in_flight:
+                self._deliver()
             time.sleep(0.001)
         return self.free_blocks()
 
@@ -166,6 +176,30 @@ class PaperEngine:
                 self.answers[output.request_id] += output.new_token_ids
                 if output.finish_reason is not None:
                     self.ended.setdefault(output.request_id, str(output.finish_reason))
+                    self.seconds[output.request_id] = time.monotonic() - self._arrived_s[output.request_id]
+
+    def _watch_connector(self):
+        """Counts what vLLM and the connector agree on, and checks what vLLM itself only checks on some paths."""
+        self.loads, self.loaded_tokens = collections.Counter(), collections.Counter()
+        self.preemptions = collections.Counter()
+        preempt = self.scheduler._preempt_request
+
+        def counted_preempt(request, *arguments, **named):
+            self.preemptions[request.request_id] += 1
+            return preempt(request, *arguments, **named)
+
+        self.scheduler._preempt_request = counted_preempt
+        if self.connector is None:
+            return
+        allocated = self.connector.update_state_after_alloc
+
+        def counted_alloc(request, blocks, external_tokens):
+            if external_tokens:
+                self.loads[request.request_id] += 1
+                self.loaded_tokens[request.request_id] += external_tokens
+            return allocated(request, blocks, external_tokens)
+
+        self.connector.update_state_after_alloc = counted_alloc
 
     def _shake_hands(self):
         metadata = self.worker.get_handshake_metadata()

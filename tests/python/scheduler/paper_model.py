@@ -49,14 +49,14 @@ class PaperCache:
             self.tensors = {name: storage[layer] for layer, name in enumerate(LAYER_NAMES)}
 
     def write(self, layer, block_ids, start, entries):
-        rows = _rows(layer, entries)
-        for index, row in enumerate(rows):
-            block = block_ids[(start + index) // self.block_tokens]
-            slot = (start + index) % self.block_tokens
-            if self._keys_outermost:
-                self._tensor(layer)[:, block, :, slot, :] = row.view(2, HEADS, HEAD_DIM)
-            else:
-                self._tensor(layer)[block, :, slot, :] = row.view(HEADS, 2 * HEAD_DIM)
+        positions = range(start, start + len(entries))
+        blocks = [block_ids[position // self.block_tokens] for position in positions]
+        slots = [position % self.block_tokens for position in positions]
+        tensor, rows = self._tensor(layer), _rows(layer, entries)
+        if self._keys_outermost:
+            tensor[:, blocks, :, slots] = rows.view(-1, 2, HEADS, HEAD_DIM)
+        else:
+            tensor[blocks, :, slots] = rows.view(-1, HEADS, 2 * HEAD_DIM)
 
     def context(self, block_ids, count):
         """What attention over the first `count` tokens sees."""

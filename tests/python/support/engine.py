@@ -48,6 +48,7 @@ class Engine:
             )
         os.close(write_end)
         self._answers = queue.SimpleQueue()
+        self._jobs_sent = 0
         threading.Thread(target=self._read_answers, args=(read_end,), daemon=True).start()
 
     def __enter__(self):
@@ -128,22 +129,29 @@ class Engine:
         return self._receive(ANSWER_SLACK_S)
 
     def _send(self, job, **arguments):
+        self._jobs_sent += 1
         try:
-            print(json.dumps({"job": job, **arguments}), file=self._process.stdin, flush=True)
+            line = json.dumps({"number": self._jobs_sent, "job": job, **arguments})
+            print(line, file=self._process.stdin, flush=True)
         except BrokenPipeError as error:
             raise EngineError(f"engine process '{self.name}' is gone; its log: {self._log_path}") from error
 
     def _receive(self, limit_s):
-        try:
-            line = self._answers.get(timeout=limit_s)
-        except queue.Empty:
-            self.stop()
-            raise EngineError(
-                f"engine process '{self.name}' did not answer within {limit_s} s and was killed; its log: {self._log_path}"
-            ) from None
-        if line is None:
-            raise EngineError(f"engine process '{self.name}' died; its log: {self._log_path}")
-        answer = json.loads(line)
+        """The answer to the job sent last. An older one belongs to a test that failed before it took it."""
+        answer = {"number": 0}
+        while answer["number"] != self._jobs_sent:
+            try:
+                line = self._answers.get(timeout=limit_s)
+            except queue.Empty:
+                self.stop()
+                raise EngineError(
+                    f"engine process '{self.name}' did not answer within {limit_s} s and was killed; "
+                    f"its log: {self._log_path}"
+                ) from None
+            if line is None:
+                self._answers.put(None)
+                raise EngineError(f"engine process '{self.name}' died; its log: {self._log_path}")
+            answer = json.loads(line)
         if "error" in answer:
             raise EngineError(f"engine process '{self.name}': {answer['error']}; its log: {self._log_path}")
         return answer["ok"]

@@ -98,11 +98,14 @@ class _Progress:
         self._abort_after_tokens = request.get("abort_after_tokens")
         self._abort_after_steps = request.get("abort_after_steps")
         self._aborted = False
-        self._output = None
+        self._cached_tokens = None
+        self._choices = {}
         self._ttft_s = None
 
     def take(self, output, now_s):
-        self._output = output
+        self._cached_tokens = output.num_cached_tokens
+        # With n > 1 an output carries only the choices that changed.
+        self._choices.update((choice.index, choice) for choice in output.outputs)
         self.finished = output.finished
         if self._ttft_s is None and any(choice.token_ids for choice in output.outputs):
             self._ttft_s = now_s
@@ -110,17 +113,16 @@ class _Progress:
     def wants_abort(self, steps):
         if self._aborted or self.finished:
             return False
-        tokens = len(self._output.outputs[0].token_ids) if self._output else 0
+        tokens = max((len(choice.token_ids) for choice in self._choices.values()), default=0)
         self._aborted = (self._abort_after_tokens is not None and tokens >= self._abort_after_tokens) or (
             self._abort_after_steps is not None and steps >= self._abort_after_steps
         )
         return self._aborted
 
     def result(self):
-        choices = sorted(self._output.outputs, key=lambda choice: choice.index) if self._output else []
         return {
-            "choices": [_choice(choice) for choice in choices],
-            "cached_tokens": self._output.num_cached_tokens if self._output else None,
+            "choices": [_choice(self._choices[index]) for index in sorted(self._choices)],
+            "cached_tokens": self._cached_tokens,
             "ttft_s": self._ttft_s,
             "aborted": self._aborted,
         }
@@ -151,12 +153,13 @@ def main():
     host = EngineHost()
     for line in sys.stdin:
         job = json.loads(line)
+        number = job.pop("number")
         try:
             answer = {"ok": getattr(host, job.pop("job"))(**job)}
         except BaseException as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps({"number": number, **answer}), file=answers, flush=True)
     host.close()
 
 
