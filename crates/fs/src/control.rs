@@ -66,18 +66,20 @@ pub(crate) fn open_trusted(folder: &File, name: &str, path: &Path, write: bool) 
 }
 
 impl Control {
-    /// Opens the control file, or creates it with the capacity that `choose_capacity` names.
+    /// Opens the control file, or creates it with the capacity that `choose_capacity` names if `create_missing`. `Ok(None)`: it
+    /// is not there and is not to be created or cannot be.
     pub(crate) fn open(
         folder: &File,
         folder_path: &Path,
         writable: bool,
+        create_missing: bool,
         configured: Option<u64>,
         choose_capacity: impl FnOnce() -> u64,
     ) -> Result<Option<Self>> {
         let path = folder_path.join(CONTROL_NAME);
         let mut found = open_trusted(folder, CONTROL_NAME, &path, writable)?;
         if found.is_none() {
-            if !writable {
+            if !writable || !create_missing {
                 return Ok(None);
             }
             create(folder, &path, configured.unwrap_or_else(choose_capacity))?;

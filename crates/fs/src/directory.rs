@@ -73,7 +73,8 @@ impl Directory {
         .is_ok();
         let choice = medium::choose(&folder, path, options.medium)?;
         let capacity = || default_capacity_bytes(&choice);
-        let Some(control) = Control::open(&folder, path, writable, options.capacity_bytes, capacity)? else {
+        let Some(control) = Control::open(&folder, path, writable, create, options.capacity_bytes, capacity)?
+        else {
             return Ok(None);
         };
         tracing::info!(

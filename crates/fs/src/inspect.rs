@@ -1,10 +1,13 @@
-//! Looking into a folder from outside: what `kvlane store` shows. Works on live and on idle folders.
+//! Looking into a folder from outside: what `kvlane store` shows. Works on live and on idle folders, and creates nothing.
 
-use std::collections::{BTreeMap, HashMap};
+mod explain;
+mod folder;
+
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use kvlane_core::{BlockKey, NamespaceId};
+use kvlane_core::NamespaceId;
 use serde::Serialize;
 
 use crate::directory::{Directory, unix_ms};
@@ -14,6 +17,9 @@ use crate::options::FsOptions;
 use crate::raw::LayerCrc;
 use crate::segment::{self, SegmentView};
 use crate::shared::MARK_MS;
+
+pub use explain::{BlockInfo, Explanation, Presence, explain};
+pub use folder::{FolderInfo, folder};
 
 /// A folder as a whole.
 #[derive(Debug, Clone, Serialize)]
@@ -36,9 +42,19 @@ pub struct StoreInfo {
     /// Number of resets so far.
     pub epoch: u64,
     /// Writers that live now.
-    pub live_writers: usize,
+    pub writers: Vec<WriterInfo>,
     /// The segments.
     pub segments: Vec<SegmentInfo>,
+}
+
+/// A writer that lives now, as it says of itself.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct WriterInfo {
+    /// Bytes of its segments.
+    pub used_bytes: u64,
+    /// Bytes that it asks the others to give back.
+    pub wanted_bytes: u64,
 }
 
 /// One segment.
@@ -118,20 +134,6 @@ pub struct GcReport {
     pub freed_bytes: u64,
 }
 
-/// What a folder has of a chain, in one namespace.
-#[derive(Debug, Clone, Serialize)]
-#[non_exhaustive]
-pub struct Explanation {
-    /// The namespace with its epoch, 64 hex digits, as records carry it.
-    pub namespace: String,
-    /// Leading blocks that can be had.
-    pub ready_blocks: usize,
-    /// Blocks of the chain that are there at all.
-    pub present_blocks: usize,
-    /// Why the block behind the ready ones cannot be had; `None` if all can.
-    pub first_miss: Option<String>,
-}
-
 fn open(path: &Path) -> Result<Directory> {
     Directory::open(path, &FsOptions::default(), false)?
         .ok_or_else(|| FsError::io("open", path)(std::io::ErrorKind::NotFound.into()))
@@ -160,7 +162,15 @@ pub fn list(path: &Path) -> Result<StoreInfo> {
         capacity_bytes: directory.control.capacity_bytes(),
         used_bytes: directory.used_bytes()?,
         epoch: directory.control.epoch(),
-        live_writers: directory.control.live_writers(None).len(),
+        writers: directory
+            .control
+            .live_writers(None)
+            .iter()
+            .map(|writer| WriterInfo {
+                used_bytes: writer.bytes_used,
+                wanted_bytes: writer.wants_bytes,
+            })
+            .collect(),
         segments,
     })
 }
@@ -374,68 +384,6 @@ pub fn gc(path: &Path, unused_ms: u64, dry_run: bool) -> Result<GcReport> {
     Ok(report)
 }
 
-/// Says for each namespace in the folder how much of `chain` it has, and why the first miss is one.
-///
-/// # Errors
-/// There is no store at `path`, or it cannot be read.
-pub fn explain(path: &Path, chain: &[BlockKey]) -> Result<Vec<Explanation>> {
-    let directory = open(path)?;
-    let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
-    let mut seen: BTreeMap<[u8; 32], HashMap<usize, (SlotRecord, bool)>> = BTreeMap::new();
-    for (_, name) in directory.segment_names()? {
-        let Ok(Some(view)) = SegmentView::open(&directory, &name) else {
-            continue;
-        };
-        let alive = view.owner_lives();
-        for slot in 0..view.header.slot_count {
-            if let SlotView::Whole(record) = state(&view, slot)
-                && record.state != SlotState::Free
-            {
-                let blocks = seen.entry(record.namespace.0).or_default();
-                if let Some(&at) = wanted.get(&record.key)
-                    && blocks
-                        .get(&at)
-                        .is_none_or(|(other, _)| other.state != SlotState::Committed)
-                {
-                    blocks.insert(at, (record, alive));
-                }
-            }
-        }
-    }
-    let now_ms = unix_ms();
-    let explain_one = |(namespace, blocks): ([u8; 32], HashMap<usize, (SlotRecord, bool)>)| {
-        let ready = (0..chain.len())
-            .take_while(|at| {
-                blocks
-                    .get(at)
-                    .is_some_and(|(record, _)| record.state == SlotState::Committed)
-            })
-            .count();
-        let first_miss = (ready < chain.len()).then(|| match blocks.get(&ready) {
-            None if blocks.is_empty() => format!(
-                "block {ready} is not there, nor is any other of this chain: not stored, evicted, or stored with \
-                 other tokens, cache salt, LoRA, images or block size"
-            ),
-            None => format!("block {ready} is not there: not stored yet, or evicted"),
-            Some((record, _)) if record.deadline_unix_ms < now_ms => {
-                format!("block {ready} was promised, but the promise ran out")
-            }
-            Some((_, false)) => format!("block {ready} was promised by a writer that is gone"),
-            Some(_) => format!("block {ready} is promised and not there yet"),
-        });
-        Explanation {
-            namespace: hex(&namespace),
-            ready_blocks: ready,
-            present_blocks: blocks
-                .values()
-                .filter(|(record, _)| record.state == SlotState::Committed)
-                .count(),
-            first_miss,
-        }
-    };
-    Ok(seen.into_iter().map(explain_one).collect())
-}
-
 /// The namespace that records carry for `namespace` in the folder's present epoch, 64 hex digits.
 ///
 /// # Errors
@@ -446,4 +394,22 @@ pub fn effective_namespace(path: &Path, namespace: NamespaceId) -> Result<String
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reader::FsReader;
+
+    #[test]
+    fn looking_into_a_folder_without_a_store_creates_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(list(root.path()).is_err());
+        assert!(verify(root.path(), &mut |_, _| {}).is_err());
+        assert!(gc(root.path(), 0, false).is_err());
+        assert!(explain(root.path(), &[]).is_err());
+        let reader = FsReader::open(root.path(), vec![], &FsOptions::default()).unwrap();
+        assert_eq!(reader.usage_bytes(), (0, 0));
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    }
 }

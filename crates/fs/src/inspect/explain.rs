@@ -1,0 +1,153 @@
+//! What a folder has of a chain of blocks, and why the first missing one is missing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use kvlane_core::BlockKey;
+use serde::Serialize;
+
+use super::{SlotView, hex, open, state};
+use crate::directory::unix_ms;
+use crate::error::Result;
+use crate::format::SlotState;
+use crate::segment::SegmentView;
+
+/// What a folder has of a chain, in one namespace.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Explanation {
+    /// The namespace with its epoch, 64 hex digits, as records carry it.
+    pub namespace: String,
+    /// Leading blocks that can be had.
+    pub ready_blocks: usize,
+    /// Blocks of the chain that are there at all.
+    pub present_blocks: usize,
+    /// Each block of the chain, in its order.
+    pub blocks: Vec<BlockInfo>,
+    /// Why the block behind the ready ones cannot be had; `None` if all can.
+    pub first_miss: Option<String>,
+}
+
+/// One block of a chain, in one namespace.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct BlockInfo {
+    /// Whether it can be had.
+    pub state: Presence,
+    /// File name of the segment that has it or promises it.
+    pub segment: Option<String>,
+    /// The slot there.
+    pub slot: Option<u32>,
+}
+
+/// Whether a block can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Presence {
+    /// It is there. Its payload was not checked.
+    Ready,
+    /// A living writer promises it.
+    Promised,
+    /// It was promised, but the promise ran out.
+    Overdue,
+    /// It was promised by a writer that is gone.
+    Orphaned,
+    /// Nothing is known of it.
+    Absent,
+}
+
+/// Says for each namespace in the folder how much of `chain` it has, and why the first miss is one.
+///
+/// # Errors
+/// There is no store at `path`, or it cannot be read.
+pub fn explain(path: &Path, chain: &[BlockKey]) -> Result<Vec<Explanation>> {
+    let directory = open(path)?;
+    let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
+    let mut seen: BTreeMap<[u8; 32], HashMap<usize, BlockInfo>> = BTreeMap::new();
+    let now_ms = unix_ms();
+    for (_, name) in directory.segment_names()? {
+        let Ok(Some(view)) = SegmentView::open(&directory, &name) else {
+            continue;
+        };
+        let alive = view.owner_lives();
+        for slot in 0..view.header.slot_count {
+            let SlotView::Whole(record) = state(&view, slot) else {
+                continue;
+            };
+            let state = match record.state {
+                SlotState::Free => continue,
+                SlotState::Committed => Presence::Ready,
+                SlotState::Reserved if record.deadline_unix_ms < now_ms => Presence::Overdue,
+                SlotState::Reserved if !alive => Presence::Orphaned,
+                SlotState::Reserved => Presence::Promised,
+            };
+            let blocks = seen.entry(record.namespace.0).or_default();
+            // The same block may be in several slots; one that can be had counts.
+            if let Some(&at) = wanted.get(&record.key)
+                && blocks.get(&at).is_none_or(|other| state.beats(other.state))
+            {
+                let segment = Some(name.clone());
+                blocks.insert(
+                    at,
+                    BlockInfo {
+                        state,
+                        segment,
+                        slot: Some(slot),
+                    },
+                );
+            }
+        }
+    }
+    let explain_one = |(namespace, mut found): ([u8; 32], HashMap<usize, BlockInfo>)| {
+        let blocks: Vec<BlockInfo> = (0..chain.len())
+            .map(|at| {
+                found.remove(&at).unwrap_or(BlockInfo {
+                    state: Presence::Absent,
+                    segment: None,
+                    slot: None,
+                })
+            })
+            .collect();
+        let is_ready = |block: &&BlockInfo| block.state == Presence::Ready;
+        let ready_blocks = blocks.iter().take_while(is_ready).count();
+        Explanation {
+            namespace: hex(&namespace),
+            ready_blocks,
+            present_blocks: blocks.iter().filter(is_ready).count(),
+            first_miss: first_miss(&blocks, ready_blocks),
+            blocks,
+        }
+    };
+    Ok(seen.into_iter().map(explain_one).collect())
+}
+
+/// Why block `at` cannot be had, as a sentence; `None` behind the end.
+fn first_miss(blocks: &[BlockInfo], at: usize) -> Option<String> {
+    let reason = match blocks.get(at)?.state {
+        Presence::Absent if blocks.iter().all(|block| block.state == Presence::Absent) => {
+            "is not there, nor is any other of this chain: not stored, evicted, or stored with other tokens, \
+             cache salt, LoRA, images or block size"
+        }
+        Presence::Absent => "is not there: not stored yet, or evicted",
+        Presence::Overdue => "was promised, but the promise ran out",
+        Presence::Orphaned => "was promised by a writer that is gone",
+        Presence::Promised => "is promised and not there yet",
+        Presence::Ready => return None,
+    };
+    Some(format!("block {at} {reason}"))
+}
+
+impl Presence {
+    /// Whether a record in this state says more about a block than one in the other.
+    fn beats(self, other: Self) -> bool {
+        let rank = |state| match state {
+            Presence::Ready => 4,
+            Presence::Promised => 3,
+            Presence::Overdue => 2,
+            Presence::Orphaned => 1,
+            Presence::Absent => 0,
+        };
+        rank(self) > rank(other)
+    }
+}
