@@ -30,13 +30,20 @@ class Samples:
     def add(self, key: Key, sample: Sample) -> None:
         self.by_key.setdefault(key, []).append(sample)
 
+    def floors(self) -> dict[str, list[float]]:
+        """Seconds of every memcpy of the run, by medium."""
+        found: dict[str, list[float]] = {}
+        for key, samples in self.by_key.items():
+            for sample in samples:
+                found.setdefault(key.medium, []).extend(sample.floor_seconds)
+        return {medium: seconds for medium, seconds in found.items() if seconds}
+
     def rows(self) -> list[dict]:
         """Exactly one row per key, the floors first."""
-        floors: dict[str, list[float]] = {}
-        for key, samples in self.by_key.items():
-            if key.medium != CALLS_MEDIUM:
-                floors.setdefault(key.medium, []).extend(t for sample in samples for t in sample.floor_seconds)
-        rows = [row(Key(m, "copy", 1, "memcpy"), statistics.median(seconds), 1.0) for m, seconds in floors.items()]
+        rows = [
+            row(Key(medium, "copy", 1, "memcpy"), statistics.median(seconds), 1.0)
+            for medium, seconds in self.floors().items()
+        ]
         for key in sorted(self.by_key):
             samples = self.by_key[key]
             seconds = statistics.median(sample.seconds for sample in samples)
@@ -53,8 +60,19 @@ class Samples:
 
     def spread(self, key: Key) -> tuple[float, float]:
         """Fastest and slowest seconds of a row."""
-        times = [sample.seconds for sample in self.by_key.get(key, [])] or [0.0]
-        return min(times), max(times)
+        if key.case == "copy":
+            seconds = self.floors()[key.medium]
+        else:
+            seconds = [sample.seconds for sample in self.by_key[key]]
+        return min(seconds), max(seconds)
+
+    def disturbance(self) -> float:
+        """How much slower a memcpy of this run often was (90th percentile) than at best (10th). Quiet: near 1."""
+        seconds = [second for floor in self.floors().values() for second in floor]
+        if len(seconds) < 2:
+            return 1.0
+        tenths = statistics.quantiles(seconds, n=10)
+        return tenths[-1] / tenths[0]
 
 
 def row(key: Key, seconds: float, of_memcpy: float | None) -> dict:
@@ -100,8 +118,9 @@ def bars(rows: list[dict]) -> list[Bar]:
         return Bar(text, limit, "", False, value("of_memcpy", "kvlane", case, medium, threads))
 
     def times(peer: str, case: str, medium: str, limit: float) -> Bar:
-        ours, theirs = value("ms", "kvlane", case, medium, 1), value("ms", peer, case, medium, 1)
-        figure = theirs / ours if ours and theirs else None
+        # By shares of memcpy: what slows a row slows its own memcpys too, and the rows are not timed together.
+        ours, theirs = (value("of_memcpy", system, case, medium, 1) for system in ("kvlane", peer))
+        figure = ours / theirs if ours and theirs else None
         return Bar(f"{medium} {case}, 1 thread: times {peer}", limit, "x", False, figure)
 
     def call(case: str, limit: float, unit: str, per_ms: float) -> Bar:

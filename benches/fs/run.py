@@ -32,6 +32,8 @@ from workload import Sample, WrongBytes
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benches" / "results" / "fs.json"
 ROUNDS, QUICK_ROUNDS = 11, 3
+# A memcpy that varies by more than this met other work on its core, and so did everything else.
+DISTURBED = 1.5
 
 # Worker scripts of each system, with the environment whose Python runs them.
 SYSTEMS = {
@@ -121,6 +123,7 @@ def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
     show(samples, rows, not_run)
     if options.json:
         facts |= {"rounds": options.rounds, "method": MOVES, "not_run": not_run}
+        facts["disturbance"] = round(samples.disturbance(), 2)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
         print(f"wrote {options.json}")
@@ -184,12 +187,16 @@ def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
             print(f"{name} {row['ms'] * 1e3:10.2f} us")
             continue
         fastest, slowest = samples.spread(key)
-        spread = f"[{fastest * 1e3:.1f}..{slowest * 1e3:.1f}]" if slowest else ""
+        spread = f"[{fastest * 1e3:.1f}..{slowest * 1e3:.1f}]"
         direct = f", {row['of_direct_read']:.2f} of an O_DIRECT read" if "of_direct_read" in row else ""
         print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s", end="")
         print(f"{row['of_memcpy']:7.3f} of memcpy{direct}")
     for line in not_run:
         print(f"NOT RUN: {line}")
+    if samples.disturbance() > DISTURBED:
+        print(
+            f"The machine was busy: memcpy itself varied by {samples.disturbance():.1f}x. Run again when it is quiet."
+        )
     print("\nBars (for information):")
     for bar in bars(rows):
         print(f"  {mark(bar)} {bar.text}")
