@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from turns import NotRun
 
 

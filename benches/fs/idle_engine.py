@@ -14,9 +14,9 @@ from vllm.forward_context import ForwardContext
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.outputs import KVConnectorOutput
-from workload import BLOCK_TOKENS, HEAD_DIM, KV_HEADS, LAYERS, RUN_BYTES
 
 from kvlane import vllm as kvlane_vllm
+from workload import BLOCK_TOKENS, HEAD_DIM, KV_HEADS, LAYERS, RUN_BYTES
 
 CACHE_BLOCKS = 8
 LAYER_NAMES = [f"model.layers.{number}.self_attn.attn" for number in range(LAYERS)]

@@ -1,5 +1,6 @@
 """What both halves of the kvlane system share: the same layout, names and options in the writer and the reader."""
 
+from kvlane import _native
 from turns import threads_on
 from workload import (
     BLOCK_TOKENS,
@@ -10,8 +11,6 @@ from workload import (
     TOKENS,
     PagedCache,
 )
-
-from kvlane import _native
 
 NUMBER_BYTES = 2
 TIMEOUT_MS = 30_000

@@ -60,10 +60,8 @@ class Samples:
 
     def spread(self, key: Key) -> tuple[float, float]:
         """Fastest and slowest seconds of a row."""
-        if key.case == "copy":
-            seconds = self.floors()[key.medium]
-        else:
-            seconds = [sample.seconds for sample in self.by_key[key]]
+        is_floor = key.case == "copy"
+        seconds = self.floors()[key.medium] if is_floor else [sample.seconds for sample in self.by_key[key]]
         return min(seconds), max(seconds)
 
     def disturbance(self) -> float:

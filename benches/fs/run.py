@@ -23,9 +23,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 import machine
 from rows import CALLS_MEDIUM, MOVES, Bar, Key, Samples, bars
-from tqdm import tqdm
 from turns import NotRun, Worker, WorkerFailed
 from workload import Sample, WrongBytes
 

@@ -13,9 +13,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
+
 from files import drop, empty, settle
 from turns import serve
-from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
 from workload import (
     BLOCK_TOKENS,
     HEAD_DIM,

@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 from files import DirectRead, drop, empty, settle
+from kvlane import _native
 from kvlane_side import REQUESTS_TO_FILL, keys_of, open_worker, store
 from turns import Worker, serve
 from workload import REQUEST_BYTES, Floor, PagedCache, Sample, scattered
-
-from kvlane import _native
 
 THREADS = (1, 2)
 

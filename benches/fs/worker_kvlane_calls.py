@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from turns import serve, threads_on
-from workload import BLOCK_TOKENS, BLOCKS, Sample, WrongBytes, anonymous
 
 from kvlane import _native
+from turns import serve, threads_on
+from workload import BLOCK_TOKENS, BLOCKS, Sample, WrongBytes, anonymous
 
 CALLS = {"lookup": 201, "keys-first": 5, "keys-grown": 21, "idle-step": 201}
 

@@ -13,6 +13,7 @@ import select
 
 import numpy as np
 import torch  # noqa: F401  loads the libraries that the client links
+
 from files import empty, settle
 from turns import serve, threads_on
 from workload import (

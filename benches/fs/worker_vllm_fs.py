@@ -14,10 +14,11 @@ import os
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import vllm
-from files import drop, empty, settle
-from turns import serve, threads_on
 from vllm.v1.kv_offload.tiering.fs import io as tier_io
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
+
+from files import drop, empty, settle
+from turns import serve, threads_on
 from workload import (
     BLOCK_BYTES,
     BLOCKS,

@@ -92,7 +92,7 @@ def test_a_bar_is_missed_below_a_floor_and_above_a_ceiling():
     found = bars(
         [
             {**row, "case": "store", "medium": "tmpfs", "ms": 20.0, "of_memcpy": 0.99},
-            {**row, "case": "store", "medium": "tmpfs", "system": "example-connector", "ms": 100.0, "of_memcpy": 0.2},
+            {**row, "case": "store", "medium": "tmpfs", "system": "example-connector", "ms": 100.0, "of_memcpy": 0.19},
             {**row, "case": "lookup", "medium": "memory", "ms": 0.021, "of_memcpy": None},
         ]
     )
