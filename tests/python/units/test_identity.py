@@ -1,0 +1,224 @@
+"""Risk: a server uses KV of other weights, another adapter, another rank or another image, and answers wrongly."""
+
+import os
+import types
+
+import pytest
+
+from kvlane.vllm import identity
+
+RANK = ((0, 1), (0, 2))
+
+
+class ModelConfig(dict):
+    """A stand-in for a transformers configuration."""
+
+    def to_dict(self):
+        return dict(self)
+
+
+def engine(folder, **changes):
+    """The parts of a VllmConfig that the identity reads."""
+    config = {"hidden_size": 64, "rope_parameters": {"rope_type": "default"}, "_name_or_path": "anywhere"}
+    model = types.SimpleNamespace(
+        model=str(folder), dtype="torch.bfloat16", hf_config=ModelConfig(config), revision=None, seed=0,
+        quantization=None, hf_overrides={}, runner_type="generate", max_model_len=4096, multimodal_config=None,
+    )  # fmt: skip
+    cache = types.SimpleNamespace(
+        cache_dtype="auto", block_size=16, enable_prefix_caching=True, calculate_kv_scales=False
+    )
+    load = types.SimpleNamespace(load_format="auto", download_dir=None)
+    result = types.SimpleNamespace(model_config=model, cache_config=cache, load_config=load, speculative_config=None)
+    for path, value in changes.items():
+        owner, name = path.split("__")
+        setattr(getattr(result, owner), name, value)
+    return result
+
+
+def namespace(config, model_identity=None, fingerprint=b"\x01" * 32, pp=RANK[0], tp=RANK[1]):
+    facts = identity.engine_facts(config, model_identity)
+    return identity.namespace_of(facts + identity.rank_facts(["l.0", "l.1"], fingerprint, pp, tp))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_bytes(b"text")
+    return tmp_path
+
+
+def test_two_engines_with_the_same_model_share_a_namespace(folder):
+    assert namespace(engine(folder)) == namespace(engine(folder))
+
+
+def test_where_a_configuration_came_from_does_not_matter(folder):
+    moved = engine(folder)
+    moved.model_config.hf_config["_name_or_path"] = "elsewhere"
+    moved.model_config.hf_config["transformers_version"] = "9"
+    assert namespace(moved) == namespace(engine(folder))
+
+
+def test_files_that_are_no_weights_do_not_matter(folder):
+    before = namespace(engine(folder))
+    (folder / "README.md").write_bytes(b"other text")
+    assert namespace(engine(folder)) == before
+
+
+def test_weights_replaced_below_the_same_path_are_another_namespace(folder):
+    before = namespace(engine(folder))
+    file = folder / "model.safetensors"
+    status = file.stat()
+    file.write_bytes(b"WEIGHTS")  # as long as before
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert namespace(engine(folder)) != before
+
+
+def test_an_additional_weight_file_is_another_namespace(folder):
+    before = namespace(engine(folder))
+    (folder / "model-2.safetensors").write_bytes(b"")
+    assert namespace(engine(folder)) != before
+
+
+def test_a_hub_cache_is_known_by_content_and_not_by_time(tmp_path):
+    """Two machines that downloaded the same revision have other times and the same blobs."""
+
+    def download(name, etag, time_ns):
+        blobs, snapshot = tmp_path / name / "blobs", tmp_path / name / "snapshots" / "main"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        (blobs / etag).write_bytes(b"weights")
+        os.utime(blobs / etag, ns=(time_ns, time_ns))
+        (snapshot / "model.safetensors").symlink_to(blobs / etag)
+        return snapshot
+
+    first, second = download("a", "f" * 64, 1_000), download("b", "f" * 64, 2_000)
+    other = download("c", "e" * 64, 1_000)
+    assert namespace(engine(first)) == namespace(engine(second))
+    assert namespace(engine(first)) != namespace(engine(other))
+
+
+def test_the_operators_word_stands_for_the_files(folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "model.safetensors").write_bytes(b"weights")
+    assert namespace(engine(folder), "build 7") == namespace(engine(copy), "build 7")
+    assert namespace(engine(folder), "build 7") != namespace(engine(folder), "build 8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_config__dtype": "torch.float16"},
+        {"model_config__quantization": "awq"},
+        {"model_config__hf_overrides": {"rope_theta": 1}},
+        {"cache_config__cache_dtype": "fp8_e4m3"},
+        {"cache_config__block_size": 32},
+        {"model_config__hf_config": ModelConfig({"hidden_size": 65})},
+        {"load_config__load_format": "dummy"},
+    ],
+)
+def test_a_changed_fact_is_another_namespace(folder, changes):
+    assert namespace(engine(folder, **changes)) != namespace(engine(folder))
+
+
+def test_auto_means_the_models_own_type(folder):
+    assert namespace(engine(folder, cache_config__cache_dtype="bfloat16")) == namespace(engine(folder))
+
+
+@pytest.mark.parametrize("change", [{"tp": (1, 2)}, {"tp": (0, 1)}, {"pp": (0, 2)}, {"fingerprint": b"\x02" * 32}])
+def test_ranks_and_layouts_have_their_own_namespaces(folder, change):
+    assert namespace(engine(folder), **change) != namespace(engine(folder))
+
+
+def test_the_longest_sequence_matters_only_where_rotations_depend_on_it(folder):
+    longer = {"model_config__max_model_len": 8192}
+    assert namespace(engine(folder, **longer)) == namespace(engine(folder))
+    scaled = {"model_config__hf_config": ModelConfig({"rope_scaling": {"rope_type": "longrope"}})}
+    assert namespace(engine(folder, **scaled, **longer)) != namespace(engine(folder, **scaled))
+
+
+def test_scales_that_an_engine_computes_itself_are_not_portable(folder):
+    assert identity.scales_are_portable(engine(folder).cache_config)
+    computed = engine(folder, cache_config__cache_dtype="fp8", cache_config__calculate_kv_scales=True)
+    assert not identity.scales_are_portable(computed.cache_config)
+
+
+# ---- requests
+
+
+def request(**changes):
+    values = {
+        "request_id": "r", "prompt_token_ids": list(range(40)), "prompt_embeds": None, "pooling_params": None,
+        "lora_request": None, "cache_salt": None, "mm_features": [],
+    }  # fmt: skip
+    return types.SimpleNamespace(**{**values, **changes})
+
+
+def chain_keys(asked, named=True, adapters=None):
+    chain = identity.request_chain(asked, 16, adapters or identity.AdapterIdentities(), named)
+    return chain.keys(0, chain.block_count) if chain is not None else None
+
+
+def adapter(folder, name="style", **changes):
+    return types.SimpleNamespace(lora_name=name, lora_path=str(folder), lora_int_id=1, **changes)
+
+
+def image(identifier, offset=4, length=6):
+    place = types.SimpleNamespace(offset=offset, length=length)
+    return types.SimpleNamespace(identifier=identifier, modality="image", mm_position=place)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt_token_ids": None}, {"prompt_embeds": object()}, {"pooling_params": object()}]
+)
+def test_what_tokens_do_not_name_has_no_chain(changes):
+    assert chain_keys(request(**changes)) is None
+
+
+def test_salted_requests_have_keys_of_their_own():
+    assert chain_keys(request(cache_salt="a")) not in (chain_keys(request()), chain_keys(request(cache_salt="b")))
+
+
+def test_images_decide_the_keys_by_name_and_place():
+    keys = {
+        chain_keys(request(mm_features=features))
+        for features in ([], [image("x")], [image("y")], [image("x", offset=5)], [image("x"), image("y", 20)])
+    }
+    assert len(keys) == 5
+
+
+def test_images_without_a_name_of_their_own_have_no_chain(folder):
+    assert chain_keys(request(mm_features=[image("x")]), named=False) is None
+    assert chain_keys(request(), named=False) is not None
+    multimodal = types.SimpleNamespace(mm_processor_cache_gb=0)
+    unnamed = engine(folder, model_config__multimodal_config=multimodal, cache_config__enable_prefix_caching=False)
+    assert not identity.images_are_named(unnamed)
+    assert identity.images_are_named(engine(folder, model_config__multimodal_config=multimodal))
+
+
+def test_an_adapter_has_keys_of_its_own(folder):
+    assert chain_keys(request(lora_request=adapter(folder))) not in (None, chain_keys(request()))
+
+
+def test_the_same_adapter_name_with_other_files_misses(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"another")
+    first = chain_keys(request(lora_request=adapter(folder)))
+    assert first != chain_keys(request(lora_request=adapter(other)))
+    assert first != chain_keys(request(lora_request=adapter(folder, "other name")))
+
+
+def test_an_adapter_whose_files_change_while_the_engine_runs_has_no_chain(folder):
+    """The engine may hold the old weights or the new ones; nobody can tell."""
+    adapters = identity.AdapterIdentities()
+    before = chain_keys(request(lora_request=adapter(folder)), adapters=adapters)
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert chain_keys(request(lora_request=adapter(folder)), adapters=adapters) is None
+    # An engine that starts now loads the new files.
+    assert chain_keys(request(lora_request=adapter(folder))) not in (None, before)
+
+
+def test_an_adapter_that_is_not_a_local_folder_has_no_chain(folder):
+    assert chain_keys(request(lora_request=adapter("someone/adapter"))) is None
+    assert chain_keys(request(lora_request=adapter(folder, load_inplace=True))) is None
