@@ -166,6 +166,16 @@ impl Control {
         self.bump(control::GENERATION);
     }
 
+    /// As if the process had died before it told anybody.
+    #[cfg(test)]
+    pub(crate) fn set_generation_for_test(&self, generation: u64) {
+        if let View::Write(mapping) = &self.view {
+            mapping
+                .u64_at(control::GENERATION as usize)
+                .store(generation, Ordering::Release);
+        }
+    }
+
     /// Tells all readers that slots changed.
     pub(crate) fn bump_changes(&self) {
         self.bump(control::CHANGES);

@@ -498,3 +498,6 @@ pub fn parse_control(bytes: &[u8]) -> Result<u64, Reject> {
     }
     Ok(u64_at(bytes, 16))
 }
+
+#[cfg(test)]
+mod tests;

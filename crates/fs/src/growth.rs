@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::counters::Counters;
 use crate::directory::Directory;
 use crate::error::FsError;
+use crate::format::SegmentHeader;
 use crate::memory_limit;
 use crate::segment::{self, Geometry, OwnedSegment, SegmentView};
 use crate::shared::Shared;
@@ -52,6 +53,8 @@ fn grow_locked(
     let capacity = control.capacity_bytes();
     let writers = control.live_writers(Some(place));
     let share = capacity / (writers.len().max(1) as u64);
+    // With many writers a segment of the usual size would be more than a share.
+    let target_bytes = target_bytes.min(share);
     let somebody_waits = writers.iter().any(|writer| !writer.own && writer.wants_bytes > 0);
     let over_share = own_bytes > 0 && own_bytes + target_bytes > share.max(target_bytes);
     if somebody_waits && over_share {
@@ -67,43 +70,24 @@ fn grow_locked(
             )));
         };
         if header.file_bytes() <= left {
-            if directory.mapped_payload()
-                && let Some(headroom) = memory_limit::headroom_bytes()
-                && headroom < header.file_bytes()
-            {
-                return Ok(Growth::Refused(format!(
-                    "the container has {headroom} bytes of memory left for a segment of {}; \
-                     a tmpfs segment counts against its memory limit",
-                    header.file_bytes()
-                )));
-            }
-            control.set_wants(place, 0);
-            return match OwnedSegment::create(
-                directory,
-                &header,
-                &shared.geometry.layer_bytes,
-                shared.start_id,
-            ) {
+            match create(shared, &header)? {
                 Ok(segment) => {
+                    control.set_wants(place, 0);
                     control.set_bytes_used(place, own_bytes + header.file_bytes());
-                    Ok(Growth::Grown(segment))
+                    return Ok(Growth::Grown(segment));
                 }
-                Err(FsError::Io { source, .. })
-                    if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
-                {
-                    Ok(Growth::Refused(format!("the file system is full: {source}")))
-                }
-                Err(error) => Err(error),
-            };
+                // What is there can still be used, or make room.
+                Err(refusal) => match make_room(shared, place, own_bytes)? {
+                    Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
+                    Room::Removed => continue,
+                    Room::None => return Ok(Growth::Refused(refusal)),
+                },
+            }
         }
-        if let Some(segment) = adopt_one(directory, &shared.geometry, shared.start_id) {
-            Counters::add(&shared.counters.adopted_segments, 1);
-            control.set_wants(place, 0);
-            control.set_bytes_used(place, own_bytes + segment.header().file_bytes());
-            return Ok(Growth::Grown(segment));
-        }
-        if !remove_coldest_orphan(directory)? {
-            break;
+        match make_room(shared, place, own_bytes)? {
+            Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
+            Room::Removed => {}
+            Room::None => break,
         }
     }
     // Everything belongs to live writers.
@@ -113,6 +97,54 @@ fn grow_locked(
     }
     control.set_wants(place, 0);
     Ok(Growth::Full)
+}
+
+/// Makes a segment, if memory and file system allow; the inner error says why not.
+fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment, String>, FsError> {
+    let directory = &shared.directory;
+    if directory.mapped_payload()
+        && let Some(headroom) = memory_limit::headroom_bytes()
+        && headroom < header.file_bytes()
+    {
+        return Ok(Err(format!(
+            "the container has {headroom} bytes of memory left for a segment of {}; \
+             a tmpfs segment counts against its memory limit",
+            header.file_bytes()
+        )));
+    }
+    match OwnedSegment::create(directory, header, &shared.geometry.layer_bytes, shared.start_id) {
+        Ok(segment) => Ok(Ok(segment)),
+        Err(FsError::Io { source, .. })
+            if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
+        {
+            Ok(Err(format!("the file system is full: {source}")))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What a search for orphans brought.
+enum Room {
+    Adopted(OwnedSegment),
+    Removed,
+    None,
+}
+
+/// Takes over a segment of a writer that is gone, or removes one that nobody here can use.
+fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
+    let directory = &shared.directory;
+    if let Some(segment) = adopt_one(directory, &shared.geometry, shared.start_id) {
+        Counters::add(&shared.counters.adopted_segments, 1);
+        directory.control.set_wants(place, 0);
+        directory
+            .control
+            .set_bytes_used(place, own_bytes + segment.header().file_bytes());
+        return Ok(Room::Adopted(segment));
+    }
+    if remove_coldest_orphan(directory)? {
+        return Ok(Room::Removed);
+    }
+    Ok(Room::None)
 }
 
 /// Whether this writer has more than its share while somebody else waits for some.
@@ -183,3 +215,6 @@ fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     }
     Ok(false)
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,9 @@ use crate::segment::SegmentView;
 
 /// All segments are looked at this often even if nobody announced a change: a writer may have died in between.
 const FULL_CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// The folder is listed this often even if nobody announced a segment: whoever made or removed one may have died before
+/// it could, and a removed one that is still mapped keeps its memory.
+const FULL_LIST_INTERVAL: Duration = Duration::from_secs(10);
 /// How long an answer to "does the owner live?" is believed.
 const OWNER_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -92,8 +95,16 @@ pub(crate) struct Index {
     epoch: u64,
     changes: Option<u64>,
     checked: Option<Instant>,
+    listed: Option<Instant>,
+    /// Generation of which not every segment could be opened.
+    incomplete: Option<u64>,
     /// Grows when anything that was found may be gone.
     removals: u64,
+}
+
+/// Whether the same file may be opened a moment later: this process or machine has run out of something.
+fn is_transient(error: &FsError) -> bool {
+    matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// Remembers how far a chain was found, so that asking again costs what has changed.
@@ -119,6 +130,8 @@ impl Index {
             epoch: 0,
             changes: None,
             checked: None,
+            listed: None,
+            incomplete: None,
             removals: 1,
         }
     }
@@ -144,12 +157,21 @@ impl Index {
         let due = self
             .checked
             .is_none_or(|checked| checked.elapsed() > FULL_CHECK_INTERVAL);
-        if self.changes == Some(changes) && self.generation == Some(generation) && !due {
+        let listed = self.generation == Some(generation) || self.incomplete == Some(generation);
+        if self.changes == Some(changes) && listed && !due {
             return;
         }
-        if self.generation != Some(generation) {
+        let list_due = self
+            .listed
+            .is_none_or(|listed| listed.elapsed() > FULL_LIST_INTERVAL);
+        if self.generation != Some(generation) || list_due {
+            self.listed = Some(Instant::now());
             match self.relist(directory) {
-                Ok(()) => self.generation = Some(generation),
+                Ok(complete) => {
+                    self.generation = complete.then_some(generation);
+                    // Tried again at the next full check, not with every lookup.
+                    self.incomplete = (!complete).then_some(generation);
+                }
                 Err(error) => tracing::warn!(%error, "cannot list the segments"),
             }
         }
@@ -182,7 +204,9 @@ impl Index {
         self.removals += 1;
     }
 
-    fn relist(&mut self, directory: &Directory) -> Result<()> {
+    /// `false`: a segment could not be opened now, though it may be all right.
+    fn relist(&mut self, directory: &Directory) -> Result<bool> {
+        let mut complete = true;
         let names = directory.segment_names()?;
         let linked: HashSet<u64> = names.iter().map(|(id, _)| *id).collect();
         for number in 0..self.segments.len() {
@@ -210,13 +234,15 @@ impl Index {
                 Err(error) => {
                     // Somebody else's rubbish must not cost us our own blocks.
                     tracing::warn!(%error, "a segment is left out");
-                    if !matches!(error, FsError::Io { .. }) {
+                    if is_transient(&error) {
+                        complete = false;
+                    } else {
                         self.rejected.insert(id);
                     }
                 }
             }
         }
-        Ok(())
+        Ok(complete)
     }
 
     fn track(&mut self, view: SegmentView) {
@@ -364,7 +390,11 @@ impl Index {
         if blocks.get(&key).is_some_and(here) {
             blocks.remove(&key);
             self.removals += 1;
-            if let Some(next) = rest.iter().position(|(other, _)| *other == table) {
+            let here = |&(other, _): &(u32, Entry)| other == table;
+            // A whole block first: behind a promise nobody would find it.
+            let whole = |other: &(u32, Entry)| here(other) && other.1.committed();
+            let next = rest.iter().position(whole).or_else(|| rest.iter().position(here));
+            if let Some(next) = next {
                 let (_, entry) = rest.swap_remove(next);
                 self.tables[table as usize].blocks.insert(key, entry);
             }
@@ -444,14 +474,30 @@ impl Index {
             let Some(entry) = self.tables[table].blocks.get(key).copied() else {
                 return false;
             };
-            if entry.committed() {
-                continue;
-            }
-            if entry.deadline_unix_ms < now_ms || !self.owner_lives(entry.segment) {
+            if !entry.committed() && !self.is_promised(table, key, entry, now_ms) {
                 return false;
             }
         }
         true
+    }
+
+    /// Whether `first`, or another slot with the same key, is a promise that counts.
+    fn is_promised(&mut self, table: usize, key: &BlockKey, first: Entry, now_ms: u64) -> bool {
+        let counts = |index: &mut Self, entry: Entry| {
+            entry.deadline_unix_ms >= now_ms && index.owner_lives(entry.segment)
+        };
+        if counts(self, first) {
+            return true;
+        }
+        let others: Vec<Entry> = self
+            .others
+            .get(key)
+            .into_iter()
+            .flatten()
+            .filter(|(other, _)| *other as usize == table)
+            .map(|(_, entry)| *entry)
+            .collect();
+        others.into_iter().any(|entry| counts(self, entry))
     }
 
     fn owner_lives(&mut self, number: u32) -> bool {
@@ -468,8 +514,14 @@ impl Index {
         tracked.owner_lives
     }
 
-    /// Whether this process' own or another writer has promised or stored the key.
-    pub(crate) fn knows(&self, table: usize, key: &BlockKey) -> bool {
-        self.tables[table].blocks.contains_key(key)
+    /// Whether the key is stored, or promised by a writer that lives.
+    pub(crate) fn knows(&mut self, table: usize, key: &BlockKey) -> bool {
+        let Some(entry) = self.tables[table].blocks.get(key).copied() else {
+            return false;
+        };
+        entry.committed() || self.is_promised(table, key, entry, unix_ms())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,12 +75,14 @@ impl Jobs {
 
     /// `false`: too much is in flight; the job must be finished at once as dropped.
     pub(crate) fn admit(&self, id: JobId, job: Job) -> bool {
-        if self.closed.load(Ordering::Relaxed) || self.live_count.load(Ordering::Relaxed) >= self.limit {
+        let nanos = self.nanos(job.deadline());
+        let mut live = lock(&self.live);
+        if self.closed.load(Ordering::Relaxed) || live.len() >= self.limit {
             return false;
         }
-        let nanos = self.nanos(job.deadline());
-        lock(&self.live).insert(id, job);
-        self.live_count.fetch_add(1, Ordering::Relaxed);
+        live.insert(id, job);
+        // Under the lock: `expire` must not overwrite this with what it saw before the job was there.
+        self.live_count.store(live.len(), Ordering::Relaxed);
         self.earliest_nanos.fetch_min(nanos, Ordering::Relaxed);
         true
     }
@@ -91,10 +93,13 @@ impl Jobs {
 
     /// Delivers a completion. Called once for each job.
     pub(crate) fn finish(&self, job: JobId, outcome: Outcome) {
-        if lock(&self.live).remove(&job).is_some() {
-            self.live_count.fetch_sub(1, Ordering::Relaxed);
-        }
         let mut done = lock(&self.done);
+        // Both under the lock of `done`: whoever finds the job no longer live, finds its completion.
+        {
+            let mut live = lock(&self.live);
+            live.remove(&job);
+            self.live_count.store(live.len(), Ordering::Relaxed);
+        }
         done.push(Completion { job, outcome });
         self.done_count.store(done.len(), Ordering::Release);
         drop(done);
@@ -113,14 +118,17 @@ impl Jobs {
         }
         let mut late = Vec::new();
         let mut earliest = u64::MAX;
-        for job in lock(&self.live).values() {
-            if job.deadline() <= now {
-                late.push(job.clone());
-            } else {
-                earliest = earliest.min(self.nanos(job.deadline()));
+        {
+            let live = lock(&self.live);
+            for job in live.values() {
+                if job.deadline() <= now {
+                    late.push(job.clone());
+                } else {
+                    earliest = earliest.min(self.nanos(job.deadline()));
+                }
             }
+            self.earliest_nanos.store(earliest, Ordering::Relaxed);
         }
-        self.earliest_nanos.store(earliest, Ordering::Relaxed);
         for job in late {
             job.close(MissReason::TimedOut);
         }
@@ -151,7 +159,7 @@ impl Jobs {
             if now >= deadline {
                 return if own_deadline.is_some() { Ok(None) } else { Err(()) };
             }
-            if own_deadline.is_none() && self.get(job).is_none() {
+            if own_deadline.is_none() {
                 // It ended and somebody else took the completion, or it never was.
                 return Err(());
             }
@@ -167,7 +175,9 @@ impl Jobs {
 
     /// Whether `job` runs, or has ended and its completion was not delivered yet.
     pub(crate) fn is_known(&self, job: JobId) -> bool {
-        lock(&self.live).contains_key(&job) || lock(&self.done).iter().any(|completion| completion.job == job)
+        let live = lock(&self.live).contains_key(&job);
+        // Not in one expression: the locks are taken the other way round in `finish`.
+        live || lock(&self.done).iter().any(|completion| completion.job == job)
     }
 
     /// Whether `job` has ended with everything done and its completion was not delivered yet.
@@ -179,8 +189,11 @@ impl Jobs {
 
     /// Refuses new jobs and ends the live ones.
     pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::Relaxed);
-        let live: Vec<Job> = lock(&self.live).values().cloned().collect();
+        let live: Vec<Job> = {
+            let live = lock(&self.live);
+            self.closed.store(true, Ordering::Relaxed);
+            live.values().cloned().collect()
+        };
         for job in live {
             job.close(MissReason::Cancelled);
         }
@@ -190,3 +203,6 @@ impl Jobs {
         u64::try_from(at.saturating_duration_since(self.started).as_nanos()).unwrap_or(u64::MAX)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,8 @@ mod control;
 mod counters;
 mod directory;
 mod error;
+#[cfg(test)]
+mod fixture;
 pub mod format;
 mod gate;
 mod growth;

@@ -34,11 +34,11 @@ impl SegmentView {
         let Some(file) = open_trusted(&directory.folder, name, &path, false)? else {
             return Ok(None);
         };
-        Self::from_file(directory, file, path).map(Some)
+        Self::from_file(directory, file, path, name).map(Some)
     }
 
-    fn from_file(directory: &Directory, file: File, path: PathBuf) -> Result<Self> {
-        let header = read_header(&file, &path)?;
+    fn from_file(directory: &Directory, file: File, path: PathBuf, name: &str) -> Result<Self> {
+        let header = read_header(&file, &path, name)?;
         // Disk payload never goes through the mapping, so only the tables are mapped there.
         let mapped = if directory.mapped_payload() {
             header.file_bytes()
@@ -109,8 +109,8 @@ impl SegmentView {
     }
 }
 
-/// Reads and checks a file's header and length.
-pub(crate) fn read_header(file: &File, path: &std::path::Path) -> Result<SegmentHeader> {
+/// Reads and checks a file's header and length, and that it is the file of that name and not a copy of another.
+pub(crate) fn read_header(file: &File, path: &std::path::Path, name: &str) -> Result<SegmentHeader> {
     let length = file.metadata().map_err(FsError::io("inspect", path))?.len();
     let reject = |reject| FsError::Foreign {
         path: path.into(),
@@ -130,6 +130,12 @@ pub(crate) fn read_header(file: &File, path: &std::path::Path) -> Result<Segment
         return Err(reject(Reject::Truncated {
             found: length,
             expected: header.file_bytes(),
+        }));
+    }
+    if name != segment_name(header.segment_id) {
+        return Err(reject(Reject::Field {
+            field: "segment_id",
+            found: header.segment_id,
         }));
     }
     Ok(header)
@@ -241,10 +247,8 @@ impl OwnedSegment {
         let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
             return Ok(None);
         };
-        let header = read_header(&file, &path)?;
-        let foreign_host =
-            directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id;
-        if !geometry.fits(&header) || foreign_host {
+        let header = read_header(&file, &path, name)?;
+        if !geometry.fits(&header) || is_foreign_host(directory, &header) {
             return Ok(None);
         }
         if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
@@ -258,6 +262,8 @@ impl OwnedSegment {
             return Ok(None);
         };
         segment.set_owner(start_id);
+        // Its maker may have died before it told anybody that there is a new segment.
+        directory.control.bump_generation();
         Ok(Some(segment))
     }
 
@@ -289,7 +295,7 @@ impl OwnedSegment {
         &self.mapping
     }
 
-    fn set_owner(&self, start_id: u64) {
+    pub(crate) fn set_owner(&self, start_id: u64) {
         let offset = self.header().counters_offset() + counters::OWNER;
         self.mapping
             .u64_at(offset as usize)
@@ -321,8 +327,13 @@ impl OwnedSegment {
         odd
     }
 
-    /// Writes a record and makes it visible. `odd` is what [`invalidate`](Self::invalidate) returned.
-    pub(crate) fn publish(&self, slot: u32, odd: u64, record: &mut SlotRecord) {
+    /// Writes a record and makes it visible. `odd` is what [`invalidate`](Self::invalidate) returned. `false`: the slot
+    /// has another sequence by now, so it belongs to whoever took the segment over, and is left alone.
+    pub(crate) fn publish(&self, slot: u32, odd: u64, record: &mut SlotRecord) -> bool {
+        let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
+        if word.load(Ordering::Acquire) != odd {
+            return false;
+        }
         record.sequence = odd + 1;
         record.owner = self.start_id;
         record.written_unix_ms = unix_ms();
@@ -333,10 +344,9 @@ impl OwnedSegment {
             .write_bytes(self.header().record_offset(slot) as usize, &bytes);
         store_fence();
         fence(Ordering::Release);
-        self.mapping
-            .u64_at(self.header().sequence_offset(slot) as usize)
-            .store(odd + 1, Ordering::Release);
+        let published = word.compare_exchange(odd, odd + 1, Ordering::AcqRel, Ordering::Relaxed);
         self.bump_changes();
+        published.is_ok()
     }
 
     pub(crate) fn bump_changes(&self) {
@@ -355,6 +365,9 @@ impl OwnedSegment {
     /// Empties the segment, gives its space back and removes its name. Readers that still have it mapped find nothing
     /// valid in it; its length stays, so their mappings stay safe.
     pub(crate) fn retire(&self, directory: &Directory) {
+        if !self.is_ours() {
+            return;
+        }
         for slot in 0..self.header().slot_count {
             self.invalidate(slot);
         }
@@ -369,7 +382,7 @@ impl OwnedSegment {
     }
 }
 
-/// Removes a segment that nobody owns, of whatever geometry. `false`: it is owned or not there.
+/// Removes a segment that nobody owns, of whatever geometry. `false`: it is owned, not there, or another machine's.
 pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
     let path = directory.path.join(name);
     let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
@@ -381,14 +394,37 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
     if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
         return Ok(false);
     }
+    let header = read_header(&file, &path, name)?;
+    if is_foreign_host(directory, &header) {
+        // Where locks of other machines may be invisible, a free lock says nothing about their segments.
+        return Ok(false);
+    }
+    // Before the payload becomes a hole: a reader that is copying from it must see that it is gone.
+    invalidate_all(&file, &header).map_err(FsError::io("invalidate", &path))?;
     rustix::fs::unlinkat(&directory.folder, name, AtFlags::empty())
         .map_err(|errno| FsError::io("remove", &path)(errno.into()))?;
     directory.control.bump_generation();
     directory.control.bump_changes();
-    if let Ok(header) = read_header(&file, &path) {
-        punch_payload(&file, &header);
-    }
+    punch_payload(&file, &header);
     Ok(true)
+}
+
+fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> bool {
+    directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id
+}
+
+/// Makes every slot's content invisible in a segment whose lock we have just taken.
+fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
+    let tables = WriteMapping::new(file, header.data_offset() as usize)?;
+    for slot in 0..header.slot_count {
+        let word = tables.u64_at(header.sequence_offset(slot) as usize);
+        word.store((word.load(Ordering::Relaxed) + 1) | 1, Ordering::SeqCst);
+    }
+    tables
+        .u64_at((header.counters_offset() + counters::CHANGES) as usize)
+        .fetch_add(1, Ordering::AcqRel);
+    store_fence();
+    Ok(())
 }
 
 /// A reader that still maps a removed file would keep its memory; a hole has none.
@@ -469,3 +505,6 @@ fn publish(directory: &Directory, file: &File, temporary: Option<&str>, name: &s
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

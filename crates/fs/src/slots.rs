@@ -69,20 +69,12 @@ impl Slots {
                 }
             } else if sequence == 0 {
                 Slot::Free
+            } else if let Some((key, depth)) = block_in(&segment, slot, sequence) {
+                Slot::Committed { key, depth }
             } else {
-                match segment.view.record(slot, sequence) {
-                    Ok(SlotRecord {
-                        state: SlotState::Committed,
-                        key,
-                        depth,
-                        ..
-                    }) => Slot::Committed { key, depth },
-                    _ => {
-                        // A promise of a writer that is gone, or damaged: nobody shall find it.
-                        segment.invalidate(slot);
-                        Slot::Free
-                    }
-                }
+                // A promise of a writer that is gone, or damaged: nobody shall find it.
+                segment.invalidate(slot);
+                Slot::Free
             };
             slots.push(state);
         }
@@ -241,6 +233,17 @@ impl Slots {
         self.victims = candidates.into_iter().map(|(mark, _, at)| (at, mark)).collect();
     }
 
+    /// Promises that nobody has kept yet.
+    pub(crate) fn promises(&self) -> Vec<SlotRef> {
+        self.reserved.values().copied().collect()
+    }
+
+    /// What a slot is believed to hold.
+    pub(crate) fn state(&self, at: SlotRef) -> Option<Slot> {
+        let owned = self.segments[at.segment].as_ref()?;
+        Some(owned.slots[at.slot as usize])
+    }
+
     /// Reservations and quarantines that are over.
     pub(crate) fn overdue(&self, now: Instant) -> Vec<SlotRef> {
         let mut found = Vec::new();
@@ -259,6 +262,13 @@ impl Slots {
             }
         }
         found
+    }
+
+    /// What became of a slot that was half written at adoption: its old writer, only stopped, may have finished it.
+    pub(crate) fn block_in(&self, at: SlotRef) -> Option<(BlockKey, u32)> {
+        let segment = self.segment(at)?;
+        let sequence = segment.view.sequence(at.slot);
+        block_in(segment, at.slot, sequence)
     }
 
     /// The segment whose blocks were used least lately, if nobody is filling or waiting for it.
@@ -293,9 +303,25 @@ impl Slots {
     pub(crate) fn lost(&self) -> Vec<usize> {
         let lost = |(number, owned): (usize, &Option<Owned>)| {
             let owned = owned.as_ref()?;
-            let filling = owned.slots.contains(&Slot::Filling);
-            (!owned.segment.is_ours() && !filling).then_some(number)
+            let lost = !owned.segment.is_ours() && !owned.slots.contains(&Slot::Filling);
+            lost.then_some(number)
         };
         self.segments.iter().enumerate().filter_map(lost).collect()
     }
 }
+
+/// Key and depth of the committed block in a slot.
+fn block_in(segment: &OwnedSegment, slot: u32, sequence: u64) -> Option<(BlockKey, u32)> {
+    match segment.view.record(slot, sequence) {
+        Ok(SlotRecord {
+            state: SlotState::Committed,
+            key,
+            depth,
+            ..
+        }) => Some((key, depth)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -291,7 +291,10 @@ impl StoreJob {
             written_unix_ms: 0,
             layer_crcs: crcs.iter().map(|crc| crc.load(Ordering::Acquire)).collect(),
         };
-        place.segment.publish(place.slot, place.odd, &mut record);
+        if !place.segment.publish(place.slot, place.odd, &mut record) {
+            self.end_block(position, false);
+            return;
+        }
         place.segment.set_mark(place.slot, crate::shared::mark_now());
         shared.directory.control.bump_changes();
         Counters::add(&shared.counters.stored_blocks, 1);

@@ -117,10 +117,8 @@ impl Writer {
             self.tick();
         }
         self.shared.write_marks();
-        for at in self
-            .slots
-            .overdue(Instant::now() + crate::options::RESERVATION_MAX)
-        {
+        // Only promises: a slot that rests since its adoption must stay odd, so that the next owner lets it rest too.
+        for at in self.slots.promises() {
             self.free(at);
         }
         self.shared.directory.control.bump_changes();
@@ -166,16 +164,27 @@ impl Writer {
             self.shared.measure();
             self.marks_written = now;
         }
+        self.let_go_of_lost();
         for at in self.slots.overdue(now) {
-            self.free(at);
-        }
-        for number in self.slots.lost() {
-            if let Some(segment) = self.slots.remove(number) {
-                tracing::warn!(path = %segment.view.path.display(), "another process took a segment over");
+            let rested = matches!(self.slots.state(at), Some(Slot::Quarantined { .. }));
+            match self.slots.block_in(at) {
+                Some((key, depth)) if rested => self.slots.set(at, Slot::Committed { key, depth }),
+                _ => self.free(at),
             }
         }
         if growth::should_give_back(&self.shared.directory, self.place, self.slots.bytes()) {
             self.give_back();
+        }
+    }
+
+    /// Forgets segments that another process has taken over: their slots are not ours to give out.
+    fn let_go_of_lost(&mut self) {
+        for number in self.slots.lost() {
+            if let Some(segment) = self.slots.remove(number) {
+                tracing::warn!(path = %segment.view.path.display(), "another process took a segment over");
+                let bytes = self.slots.bytes();
+                self.shared.directory.control.set_bytes_used(self.place, bytes);
+            }
         }
     }
 
@@ -204,25 +213,41 @@ impl Writer {
     }
 
     fn reserve(&mut self, keys: &[BlockKey], first_depth: u32, deadline: Instant) {
+        self.let_go_of_lost();
         let namespace = self.refreshed_namespace();
         self.slots.remember_chain(keys);
         let spare: HashSet<BlockKey> = keys.iter().copied().collect();
-        let wait_ms = deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
         let mut promised = false;
         for (position, key) in keys.iter().enumerate() {
-            if lock(&self.shared.index).knows(0, key) {
-                continue;
+            let own = self.slots.reserved(key);
+            {
+                let mut index = lock(&self.shared.index);
+                if index.find(0, key).is_some() || (own.is_none() && index.knows(0, key)) {
+                    continue;
+                }
             }
-            let at = match self.slots.reserved(key) {
-                Some(at) => at,
+            let mut until = deadline;
+            let at = match own {
+                Some(at) => {
+                    if let Some(Slot::Reserved { until: before, .. }) = self.slots.state(at) {
+                        until = until.max(before);
+                    }
+                    at
+                }
                 None => match self.allocate(key, &spare) {
                     Some(at) => at,
                     None => break,
                 },
             };
-            let Some(segment) = self.slots.segment(at).cloned() else {
+            let Some(segment) = self
+                .slots
+                .segment(at)
+                .filter(|segment| segment.is_ours())
+                .cloned()
+            else {
                 continue;
             };
+            let wait_ms = until.saturating_duration_since(Instant::now()).as_millis() as u64;
             let odd = segment.invalidate(at.slot);
             let mut record = SlotRecord {
                 sequence: 0,
@@ -237,13 +262,7 @@ impl Writer {
                 layer_crcs: Vec::new(),
             };
             segment.publish(at.slot, odd, &mut record);
-            self.slots.set(
-                at,
-                Slot::Reserved {
-                    key: *key,
-                    until: deadline,
-                },
-            );
+            self.slots.set(at, Slot::Reserved { key: *key, until });
             promised = true;
         }
         if promised {
@@ -287,6 +306,7 @@ impl Writer {
         if job.is_closed() {
             return;
         }
+        self.let_go_of_lost();
         let in_force = self.refreshed_namespace();
         let keys = job.request().keys.clone();
         self.slots.remember_chain(&keys);
@@ -353,13 +373,14 @@ impl Writer {
 
     /// A slot for `key`: free, from a new segment, or recycled.
     fn allocate(&mut self, key: &BlockKey, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
-        if let Some(at) = self.slots.take_free() {
-            return Some(at);
-        }
-        if self.grow()
-            && let Some(at) = self.slots.take_free()
-        {
-            return Some(at);
+        loop {
+            if let Some(at) = self.slots.take_free() {
+                return Some(at);
+            }
+            // An adopted segment may be full: nothing is evicted while another one may have room.
+            if !self.grow() {
+                break;
+            }
         }
         let at = self.slots.take_victim(key, spare)?;
         Counters::add(&self.shared.counters.evicted_blocks, 1);

@@ -1,0 +1,178 @@
+use super::*;
+use crate::fixture::{Folder, commit, geometry, key, put, record};
+use crate::format::SlotState;
+
+fn name_of(segment: &OwnedSegment) -> String {
+    segment_name(segment.header().segment_id)
+}
+
+#[test]
+fn a_segment_has_one_owner() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(4, 1);
+    assert!(segment.view.owner_lives());
+    let name = name_of(&segment);
+    assert!(
+        OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+            .unwrap()
+            .is_none()
+    );
+    assert!(!remove_orphan(&folder.directory, &name).unwrap());
+    drop(segment);
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+        .unwrap()
+        .unwrap();
+    assert!(adopted.is_ours());
+}
+
+#[test]
+fn an_old_owner_stops_writing_once_another_one_has_taken_over() {
+    let folder = Folder::new(8 << 20);
+    let (segment, name) = {
+        let segment = folder.segment(4, 1);
+        let name = name_of(&segment);
+        (segment, name)
+    };
+    commit(&segment, 0, key(0), 0, 1);
+    let odd = segment.invalidate(1);
+    // As for a network file system that lost the lock of a client that did not answer.
+    OWNER_LOCK.unlock(&segment.file).unwrap();
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+        .unwrap()
+        .unwrap();
+    assert!(!segment.is_ours());
+    // The new owner has given the slot to somebody else; the old one was just about to commit.
+    commit(&adopted, 1, key(7), 0, 1);
+    let before = (
+        adopted.view.sequence(1),
+        adopted.view.record(1, adopted.view.sequence(1)).unwrap(),
+    );
+    assert!(!segment.publish(1, odd, &mut record(SlotState::Committed, key(1), 0)));
+    let after = (
+        adopted.view.sequence(1),
+        adopted.view.record(1, adopted.view.sequence(1)).unwrap(),
+    );
+    assert_eq!(before, after);
+    segment.retire(&folder.directory);
+    assert!(
+        is_linked_as(&folder.directory, &adopted.file, &name).unwrap(),
+        "it is not the old owner's to remove"
+    );
+    let sequence = adopted.view.sequence(0);
+    assert_eq!(adopted.view.record(0, sequence).unwrap().key, key(0));
+}
+
+#[test]
+fn readers_of_a_removed_orphan_find_nothing_valid() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(4, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let name = name_of(&segment);
+    let view = SegmentView::open(&folder.directory, &name).unwrap().unwrap();
+    let sequence = view.sequence(0);
+    assert!(view.record(0, sequence).is_ok());
+    drop(segment);
+    assert!(remove_orphan(&folder.directory, &name).unwrap());
+    assert_ne!(view.sequence(0), sequence, "its payload is a hole now");
+    assert_eq!(view.sequence(0) % 2, 1);
+    assert!(!remove_orphan(&folder.directory, &name).unwrap());
+}
+
+#[test]
+fn readers_of_a_retired_segment_find_nothing_valid() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(4, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let view = SegmentView::open(&folder.directory, &name_of(&segment))
+        .unwrap()
+        .unwrap();
+    segment.retire(&folder.directory);
+    assert!((0..4).all(|slot| view.sequence(slot) % 2 == 1));
+    assert_eq!(folder.directory.used_bytes().unwrap(), 0);
+}
+
+#[test]
+fn sequences_never_go_back() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(1, 1);
+    let mut last = 0;
+    for round in 0..5 {
+        let odd = segment.invalidate(0);
+        let again = segment.invalidate(0);
+        assert!(
+            odd > last && again > odd && odd % 2 == 1 && again % 2 == 1,
+            "{round}: {last} {odd} {again}"
+        );
+        segment.publish(0, again, &mut record(SlotState::Free, key(0), 0));
+        last = segment.view.sequence(0);
+        assert_eq!(last, again + 1);
+    }
+}
+
+#[test]
+fn a_segment_of_another_geometry_is_not_adopted_but_can_be_removed() {
+    let folder = Folder::new(8 << 20);
+    let other = Geometry::new(vec![100, 200, 300]);
+    let segment = crate::fixture::segment_of(&folder.directory, &other, 2, 1);
+    put(&segment, 0, record(SlotState::Free, key(0), 0));
+    let name = name_of(&segment);
+    drop(segment);
+    assert!(
+        OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+            .unwrap()
+            .is_none()
+    );
+    assert!(remove_orphan(&folder.directory, &name).unwrap());
+}
+
+#[test]
+fn on_a_network_only_the_creating_host_adopts_and_removes() {
+    let folder = Folder::new(8 << 20);
+    let name = name_of(&folder.segment(4, 1));
+    let mut network = folder.open_as(crate::options::Medium::Network);
+    network.host_id = [9; 16];
+    assert!(
+        OwnedSegment::adopt(&network, &name, &geometry(), 2)
+            .unwrap()
+            .is_none()
+    );
+    assert!(
+        !remove_orphan(&network, &name).unwrap(),
+        "its owner's lock may be invisible here"
+    );
+    assert!(
+        OwnedSegment::adopt(
+            &folder.open_as(crate::options::Medium::Network),
+            &name,
+            &geometry(),
+            2
+        )
+        .unwrap()
+        .is_some()
+    );
+}
+
+#[test]
+fn a_header_states_no_more_than_fits_the_target() {
+    for layers in [1, 3, 96] {
+        for layer_bytes in [1_u64, 4096, 100_000] {
+            let geometry = Geometry::new(vec![layer_bytes; layers]);
+            for target in [1 << 16, 1 << 20, 64 << 20] {
+                let header = geometry.header(target, u64::MAX, [0; 16]).unwrap();
+                assert!(header.slot_count == 1 || header.file_bytes() <= target);
+                assert_eq!(
+                    geometry
+                        .header(target, header.file_bytes(), [0; 16])
+                        .unwrap()
+                        .slot_count,
+                    header.slot_count
+                );
+                let one = format::SegmentHeader {
+                    slot_count: 1,
+                    ..header
+                };
+                assert!(geometry.header(target, one.file_bytes() - 1, [0; 16]).is_none());
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+use super::*;
+use crate::fixture::{Folder, commit, key, put, record};
+
+fn none() -> HashSet<BlockKey> {
+    HashSet::new()
+}
+
+fn spare(keys: &[BlockKey]) -> HashSet<BlockKey> {
+    keys.iter().copied().collect()
+}
+
+/// The order in which the blocks are given up.
+fn victims(slots: &mut Slots, own: &BlockKey, spare: &HashSet<BlockKey>) -> Vec<u32> {
+    let mut order = Vec::new();
+    while let Some(at) = slots.take_victim(own, spare) {
+        order.push(at.slot);
+        slots.set(at, Slot::Filling);
+    }
+    order
+}
+
+fn with_segment(folder: &Folder, fill: impl FnOnce(&OwnedSegment)) -> Slots {
+    let segment = Arc::new(folder.segment(8, 1));
+    fill(&segment);
+    let mut slots = Slots::default();
+    slots.add(segment, Instant::now());
+    slots
+}
+
+#[test]
+fn the_longest_unused_block_goes_first_and_of_those_the_deepest() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |segment| {
+        for (slot, depth, mark) in [
+            (0, 0, 5),
+            (1, 1, 5),
+            (2, 2, 5),
+            (3, 9, 7),
+            (4, 0, 3),
+            (5, 4, 3),
+            (6, 1, 9),
+        ] {
+            commit(segment, slot, key(slot), depth, mark);
+        }
+    });
+    assert_eq!(victims(&mut slots, &key(99), &none()), [5, 4, 2, 1, 0, 3, 6]);
+}
+
+#[test]
+fn a_request_never_evicts_its_own_chain() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |segment| {
+        for slot in 0..8 {
+            commit(segment, slot, key(slot), slot, 1);
+        }
+    });
+    let chain: Vec<BlockKey> = (0..4).map(key).collect();
+    // Stored earlier as one chain, of which the request names a part.
+    slots.remember_chain(&chain);
+    assert_eq!(victims(&mut slots, &key(0), &spare(&chain[..1])), [7, 6, 5, 4]);
+    // Unknown as a chain, but named in the request.
+    let mut slots = Slots::default();
+    let segment = Arc::new(folder.segment(4, 1));
+    for slot in 0..4 {
+        commit(&segment, slot, key(slot), slot, 1);
+    }
+    slots.add(segment, Instant::now());
+    assert_eq!(victims(&mut slots, &key(9), &spare(&[key(3), key(1)])), [2, 0]);
+}
+
+#[test]
+fn a_victim_that_was_used_meanwhile_is_kept() {
+    let folder = Folder::new(8 << 20);
+    let segment = Arc::new(folder.segment(4, 1));
+    for slot in 0..4 {
+        commit(&segment, slot, key(slot), 0, 1 + slot);
+    }
+    let mut slots = Slots::default();
+    slots.add(Arc::clone(&segment), Instant::now());
+    let first = slots.take_victim(&key(99), &none()).unwrap();
+    assert_eq!(first.slot, 0);
+    slots.set(first, Slot::Filling);
+    segment.set_mark(1, 100);
+    assert_eq!(victims(&mut slots, &key(99), &none()), [2, 3, 1]);
+}
+
+#[test]
+fn only_whole_blocks_are_victims() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |segment| {
+        commit(segment, 0, key(0), 0, 1);
+        put(segment, 1, record(SlotState::Reserved, key(1), 0));
+        segment.invalidate(2);
+    });
+    let at = slots.take_free().unwrap();
+    let until = Instant::now() + Duration::from_secs(9);
+    slots.set(at, Slot::Reserved { key: key(3), until });
+    assert_eq!(victims(&mut slots, &key(99), &none()), [0]);
+    assert_eq!(slots.reserved(&key(3)), Some(at));
+}
+
+#[test]
+fn an_adopted_segment_brings_its_blocks_and_its_half_written_slots_rest() {
+    let folder = Folder::new(8 << 20);
+    let first = folder.segment(4, 1);
+    commit(&first, 0, key(0), 3, 1);
+    first.invalidate(1);
+    put(&first, 2, record(SlotState::Reserved, key(2), 0));
+    let name = crate::directory::segment_name(first.header().segment_id);
+    drop(first);
+    let geometry = crate::fixture::geometry();
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry, 2)
+        .unwrap()
+        .unwrap();
+    let mut slots = Slots::default();
+    let now = Instant::now();
+    slots.add(Arc::new(adopted), now);
+    let mut free = Vec::new();
+    while let Some(at) = slots.take_free() {
+        free.push(at.slot);
+        slots.set(at, Slot::Filling);
+    }
+    assert_eq!(
+        free,
+        [2, 3],
+        "slot 0 has a block and slot 1 may still be written to"
+    );
+    assert_eq!(slots.overdue(now + QUARANTINE / 2), []);
+    assert_eq!(slots.overdue(now + QUARANTINE), [SlotRef { segment: 0, slot: 1 }]);
+    assert_eq!(victims(&mut slots, &key(99), &none()), [0]);
+}
+
+#[test]
+fn a_free_slot_is_given_out_once() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |_| {});
+    let mut given = Vec::new();
+    while let Some(at) = slots.take_free() {
+        given.push(at.slot);
+        slots.set(at, Slot::Filling);
+    }
+    assert_eq!(given, (0..8).collect::<Vec<_>>());
+    let at = SlotRef { segment: 0, slot: 3 };
+    slots.set(at, Slot::Free);
+    assert_eq!((slots.take_free(), slots.take_free()), (Some(at), None));
+}
+
+#[test]
+fn the_coldest_segment_is_one_that_nobody_fills() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = Slots::default();
+    for mark in [5, 3, 4] {
+        let segment = Arc::new(folder.segment(2, 1));
+        commit(&segment, 0, key(mark), 0, mark);
+        slots.add(segment, Instant::now());
+    }
+    assert_eq!(slots.coldest(), Some(1));
+    slots.set(SlotRef { segment: 1, slot: 1 }, Slot::Filling);
+    assert_eq!(slots.coldest(), Some(2));
+    assert!(slots.remove(2).is_some());
+    assert_eq!(slots.coldest(), Some(0));
+    assert!(
+        slots.take_free().is_some_and(|at| at.segment != 2),
+        "its slots went with it"
+    );
+}
+
+#[test]
+fn a_segment_that_somebody_took_over_is_let_go_once_nobody_fills_it() {
+    let folder = Folder::new(8 << 20);
+    let segment = Arc::new(folder.segment(2, 1));
+    let mut slots = Slots::default();
+    slots.add(Arc::clone(&segment), Instant::now());
+    let at = slots.take_free().unwrap();
+    slots.set(at, Slot::Filling);
+    assert_eq!(slots.lost(), Vec::<usize>::new());
+    segment.set_owner(2);
+    assert_eq!(slots.lost(), Vec::<usize>::new(), "a copy is still running");
+    slots.set(at, Slot::Free);
+    assert_eq!(slots.lost(), [0]);
+}
