@@ -1,0 +1,319 @@
+//! One device: its primary context, a stream for copies, events, pinned memory.
+
+use std::ffi::c_void;
+use std::ops::{Deref, DerefMut};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUevent_flags, CUstream, CUstream_flags};
+
+use super::driver::{Calls, Driver, NOT_READY, OUT_OF_MEMORY};
+use crate::error::{CudaError, Result};
+
+/// A stream of the embedding program: the number that PyTorch calls `cuda_stream`. Zero is the default stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamHandle(u64);
+
+impl StreamHandle {
+    /// # Safety
+    /// The handle is a live stream of the primary context of the device whose cache it is used with, or a number that
+    /// stands for a default stream, for as long as the value is used.
+    pub unsafe fn from_raw(handle: u64) -> Self {
+        Self(handle)
+    }
+}
+
+/// A device that is in use.
+pub(crate) struct Device {
+    driver: &'static Driver,
+    handle: CUdevice,
+    context: CUcontext,
+    /// Null until it is made.
+    stream: CUstream,
+    /// The process that may use it: contexts do not survive a fork.
+    process: u32,
+}
+
+// SAFETY: the driver's functions may be called from every thread with these handles, which stay valid until `Device` is
+// dropped; each call makes the context current for itself.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    pub(crate) fn open(driver: &'static Driver, ordinal: u32) -> Result<Arc<Self>> {
+        driver.init()?;
+        let handle = driver.device(ordinal)?;
+        let mut context = ptr::null_mut();
+        // SAFETY: writes one handle, which stays valid until it is released in `drop`. The primary context is the one
+        // that PyTorch's tensors live in.
+        let code = unsafe { (driver.calls.cuDevicePrimaryCtxRetain)(&raw mut context, handle) };
+        driver.check(code, "cuDevicePrimaryCtxRetain", "opening a device")?;
+        let mut device = Self {
+            driver,
+            handle,
+            context,
+            stream: ptr::null_mut(),
+            process: std::process::id(),
+        };
+        let mut stream = ptr::null_mut();
+        {
+            let entered = device.enter()?;
+            // Non-blocking: it must neither wait for the program's default stream nor hold it up.
+            let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            // SAFETY: writes one handle; the context is current.
+            let code = unsafe { (entered.calls().cuStreamCreate)(&raw mut stream, flags) };
+            driver.check(code, "cuStreamCreate", "making the copy stream")?;
+        }
+        device.stream = stream;
+        Ok(Arc::new(device))
+    }
+
+    /// Pinned host memory, zeroed.
+    pub(crate) fn allocate(self: &Arc<Self>, len_bytes: usize) -> Result<Staging> {
+        let len_bytes = len_bytes.max(1);
+        let entered = self.enter()?;
+        let mut pointer: *mut c_void = ptr::null_mut();
+        // SAFETY: writes one pointer; the context is current.
+        let code = unsafe { (entered.calls().cuMemHostAlloc)(&raw mut pointer, len_bytes, 0) };
+        self.driver
+            .check(code, "cuMemHostAlloc", "allocating pinned memory")?;
+        let Some(pointer) = NonNull::new(pointer.cast::<u8>()) else {
+            let driver = self.driver;
+            return Err(driver.error(OUT_OF_MEMORY, "cuMemHostAlloc", "allocating pinned memory"));
+        };
+        // SAFETY: just allocated with this length, and nobody else has it. Zeroed, so that it may become a slice.
+        unsafe { pointer.as_ptr().write_bytes(0, len_bytes) };
+        Ok(Staging {
+            device: Arc::clone(self),
+            pointer,
+            len_bytes,
+        })
+    }
+
+    /// An event that has not been recorded; it counts as over.
+    pub(crate) fn event(self: &Arc<Self>) -> Result<Event> {
+        let entered = self.enter()?;
+        let mut handle = ptr::null_mut();
+        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: writes one handle; the context is current.
+        let code = unsafe { (entered.calls().cuEventCreate)(&raw mut handle, flags) };
+        self.driver.check(code, "cuEventCreate", "making an event")?;
+        Ok(Event {
+            device: Arc::clone(self),
+            handle,
+        })
+    }
+
+    /// Everything that is put on the copy stream from now on runs after what is on `stream` now. The event tells when that
+    /// point is reached.
+    pub(crate) fn order_after(self: &Arc<Self>, stream: StreamHandle) -> Result<Event> {
+        let event = self.event()?;
+        let entered = self.enter()?;
+        let stream = ptr::with_exposed_provenance_mut(stream.0 as usize);
+        // SAFETY: who made the handle vouched for it; the event is ours and lives.
+        let code = unsafe { (entered.calls().cuEventRecord)(event.handle, stream) };
+        self.driver
+            .check(code, "cuEventRecord", "marking the compute stream")?;
+        // SAFETY: both are ours. The wait is for what was just recorded, whatever happens to the event later.
+        let code = unsafe { (entered.calls().cuStreamWaitEvent)(self.stream, event.handle, 0) };
+        self.driver
+            .check(code, "cuStreamWaitEvent", "waiting for the compute stream")?;
+        Ok(event)
+    }
+
+    /// Records `event` behind all copies so far.
+    pub(super) fn record(&self, event: &Event) -> Result<()> {
+        let entered = self.enter()?;
+        // SAFETY: both are ours and live.
+        let code = unsafe { (entered.calls().cuEventRecord)(event.handle, self.stream) };
+        self.driver
+            .check(code, "cuEventRecord", "marking the end of a copy")
+    }
+
+    /// Starts a copy from the device into `staging` at `offset_bytes`.
+    ///
+    /// # Safety
+    /// `len_bytes` at `address` are memory of this device, and the buffer keeps still, until an event that was recorded
+    /// behind the copy is over.
+    pub(super) unsafe fn start_out(
+        &self,
+        address: u64,
+        staging: &Staging,
+        offset_bytes: usize,
+        len_bytes: usize,
+    ) -> Result<()> {
+        let target = staging.place(offset_bytes, len_bytes).cast();
+        let entered = self.enter()?;
+        // SAFETY: the target is inside of the buffer, as just checked; the caller vouches for the rest.
+        let code = unsafe { (entered.calls().cuMemcpyDtoHAsync_v2)(target, address, len_bytes, self.stream) };
+        self.driver
+            .check(code, "cuMemcpyDtoHAsync_v2", "starting a copy from the device")
+    }
+
+    /// Starts a copy from `staging` at `offset_bytes` to the device.
+    ///
+    /// # Safety
+    /// As for [`start_out`](Self::start_out).
+    pub(super) unsafe fn start_in(
+        &self,
+        address: u64,
+        staging: &Staging,
+        offset_bytes: usize,
+        len_bytes: usize,
+    ) -> Result<()> {
+        let source = staging.place(offset_bytes, len_bytes).cast_const().cast();
+        let entered = self.enter()?;
+        // SAFETY: the source is inside of the buffer, as just checked; the caller vouches for the rest.
+        let code = unsafe { (entered.calls().cuMemcpyHtoDAsync_v2)(address, source, len_bytes, self.stream) };
+        self.driver
+            .check(code, "cuMemcpyHtoDAsync_v2", "starting a copy to the device")
+    }
+
+    fn is_forked(&self) -> bool {
+        self.process != std::process::id()
+    }
+
+    /// Makes the context current until the result is dropped, and what was current before current again then.
+    fn enter(&self) -> Result<Entered<'_>> {
+        if self.is_forked() {
+            return Err(CudaError::Forked);
+        }
+        // SAFETY: the context is retained.
+        let code = unsafe { (self.driver.calls.cuCtxPushCurrent_v2)(self.context) };
+        self.driver
+            .check(code, "cuCtxPushCurrent_v2", "entering the device's context")?;
+        Ok(Entered { device: self })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.is_forked() {
+            return;
+        }
+        if !self.stream.is_null()
+            && let Ok(entered) = self.enter()
+        {
+            // SAFETY: ours, and nobody has it any more; what is still on it runs to its end.
+            let _ = unsafe { (entered.calls().cuStreamDestroy_v2)(self.stream) };
+        }
+        // At the end of the process the driver may be gone already; then it says so, and there is nothing to do.
+        // SAFETY: retained once in `open`, released once here.
+        let _ = unsafe { (self.driver.calls.cuDevicePrimaryCtxRelease_v2)(self.handle) };
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("Device").field(&self.handle).finish()
+    }
+}
+
+struct Entered<'a> {
+    device: &'a Device,
+}
+
+impl Entered<'_> {
+    fn calls(&self) -> &'static Calls {
+        &self.device.driver.calls
+    }
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut context = ptr::null_mut();
+        // SAFETY: takes off what `enter` put on this thread: no function of this module hands an `Entered` on.
+        let _ = unsafe { (self.calls().cuCtxPopCurrent_v2)(&raw mut context) };
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub(crate) struct Event {
+    device: Arc<Device>,
+    handle: CUevent,
+}
+
+// SAFETY: as for `Device`.
+unsafe impl Send for Event {}
+// SAFETY: as for `Device`.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// Whether the stream has passed the point.
+    pub(crate) fn is_over(&self) -> Result<bool> {
+        let entered = self.device.enter()?;
+        // SAFETY: ours and alive.
+        match unsafe { (entered.calls().cuEventQuery)(self.handle) } {
+            NOT_READY => Ok(false),
+            code => {
+                let driver = self.device.driver;
+                driver.check(code, "cuEventQuery", "waiting for the device")?;
+                Ok(true)
+            }
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let Ok(entered) = self.device.enter() {
+            // SAFETY: ours; the driver keeps what it still needs of an event that has not come yet.
+            let _ = unsafe { (entered.calls().cuEventDestroy_v2)(self.handle) };
+        }
+    }
+}
+
+/// Pinned host memory that no copy is using.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    device: Arc<Device>,
+    pointer: NonNull<u8>,
+    len_bytes: usize,
+}
+
+// SAFETY: it owns its bytes, like a `Box<[u8]>`.
+unsafe impl Send for Staging {}
+// SAFETY: as above; shared access is through `&[u8]` only.
+unsafe impl Sync for Staging {}
+
+impl Staging {
+    /// Where a part of the buffer lies. No reference is made, since copies into other parts may be on their way.
+    fn place(&self, offset_bytes: usize, len_bytes: usize) -> *mut u8 {
+        let is_inside = offset_bytes
+            .checked_add(len_bytes)
+            .is_some_and(|end| end <= self.len_bytes);
+        assert!(
+            is_inside,
+            "{len_bytes} bytes at {offset_bytes} of a buffer of {}",
+            self.len_bytes
+        );
+        self.pointer.as_ptr().wrapping_add(offset_bytes)
+    }
+}
+
+impl Deref for Staging {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: allocated with this length and zeroed; no copy is using it, see `InFlight`.
+        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len_bytes) }
+    }
+}
+
+impl DerefMut for Staging {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; `self` is borrowed for writing.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len_bytes) }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if let Ok(entered) = self.device.enter() {
+            // SAFETY: allocated once, freed once, and no copy is using it.
+            let _ = unsafe { (entered.calls().cuMemFreeHost)(self.pointer.as_ptr().cast()) };
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The regions of a cache on a device, and copies between them and staging buffers.
+
+use std::any::Any;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+
+use kvlane_core::BlockMap;
+
+use super::device::{Device, Event, Staging};
+use super::driver::Driver;
+use crate::error::{CudaError, Result};
+use crate::spans::{part_bytes, spans};
+
+/// Which way a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the device.
+    Out,
+    /// To the device.
+    In,
+}
+
+/// KV tensors on a device that belong to the embedding program.
+pub struct DeviceTensors {
+    map: BlockMap,
+    owner: Arc<dyn Any + Send + Sync>,
+    driver: fn() -> Result<&'static Driver>,
+}
+
+impl DeviceTensors {
+    /// Takes tensors by what `map` says of them.
+    ///
+    /// # Safety
+    /// All blocks of all regions of `map` are memory of the CUDA device that the map names, in its primary context, valid
+    /// while `owner` lives.
+    ///
+    /// A program that wants to get back what it stored does not write a block before its store has completed.
+    pub unsafe fn from_map(map: BlockMap, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self {
+            map,
+            owner,
+            driver: Driver::installed,
+        }
+    }
+
+    /// The same tensors, reached through another driver.
+    #[cfg(feature = "stand-in")]
+    pub(super) fn with_driver(mut self, driver: fn() -> Result<&'static Driver>) -> Self {
+        self.driver = driver;
+        self
+    }
+
+    /// The one device that all regions are on.
+    fn ordinal(&self) -> Result<u32> {
+        let mut found = None;
+        for region in self.map.regions() {
+            match (region.device, found) {
+                (kvlane_core::Device::Cuda(ordinal), None) => found = Some(ordinal),
+                (kvlane_core::Device::Cuda(ordinal), Some(first)) if ordinal == first => {}
+                (other, _) => {
+                    return Err(CudaError::NotOneDevice {
+                        layer: region.names.first().cloned().unwrap_or_default(),
+                        found: format!("{other:?}"),
+                    });
+                }
+            }
+        }
+        // A map has at least one region.
+        found.ok_or(CudaError::NoSuchDevice { ordinal: 0, count: 0 })
+    }
+}
+
+impl std::fmt::Debug for DeviceTensors {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("DeviceTensors")
+            .field("regions", &self.map.regions().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Device memory by raw addresses, and the device.
+pub(crate) struct DeviceMemory {
+    device: Arc<Device>,
+    map: BlockMap,
+    /// Keeps the memory valid.
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl DeviceMemory {
+    pub(crate) fn open(tensors: DeviceTensors) -> Result<Arc<Self>> {
+        let ordinal = tensors.ordinal()?;
+        let device = Device::open((tensors.driver)()?, ordinal)?;
+        Ok(Arc::new(Self {
+            device,
+            map: tensors.map,
+            _owner: tensors.owner,
+        }))
+    }
+
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(crate) fn map(&self) -> &BlockMap {
+        &self.map
+    }
+
+    /// Starts copying one block of `layers`, which lie one after the other in the buffer.
+    ///
+    /// # Panics
+    /// If the map has no such block or layer, or the buffer is too small.
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        direction: Direction,
+        block: u32,
+        layers: &[usize],
+        staging: Staging,
+    ) -> Progress {
+        let needed = part_bytes(&self.map, layers);
+        assert!(
+            staging.len() >= needed,
+            "{needed} bytes do not fit a buffer of {}",
+            staging.len()
+        );
+        let spans = spans(&self.map, block, layers);
+        let event = match self.device.event() {
+            Ok(event) => event,
+            Err(error) => {
+                return Progress::Ended {
+                    staging,
+                    result: Err(error),
+                };
+            }
+        };
+        // From here on the buffer may be in use by the device: it is freed only by `poll`.
+        let staging = ManuallyDrop::new(staging);
+        let mut failure = None;
+        for span in spans {
+            let (offset, len) = (span.offset_bytes, span.len_bytes);
+            // SAFETY: the map vouches for every run of its blocks lying inside its region, and `from_map` for the regions.
+            // `InFlight` keeps the owner, and the buffer to itself, until the event behind the copies is over.
+            let started = unsafe {
+                match direction {
+                    Direction::Out => self.device.start_out(span.address, &staging, offset, len),
+                    Direction::In => self.device.start_in(span.address, &staging, offset, len),
+                }
+            };
+            if let Err(error) = started {
+                // What was started before still runs, so the end is waited for all the same.
+                failure = Some(error);
+                break;
+            }
+        }
+        match self.device.record(&event) {
+            Ok(()) => Progress::Running(InFlight {
+                staging,
+                event,
+                failure,
+                _memory: Arc::clone(self),
+            }),
+            // A context that cannot record an event runs nothing any more. When the buffer is free, nobody can say.
+            Err(error) => Progress::Lost(failure.unwrap_or(error)),
+        }
+    }
+}
+
+/// Copies on their way. Dropping this value gives the buffer up for good, since the device may still be using it.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    staging: ManuallyDrop<Staging>,
+    event: Event,
+    failure: Option<CudaError>,
+    _memory: Arc<DeviceMemory>,
+}
+
+/// How far copies are.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// Not at their end.
+    Running(InFlight),
+    /// Nothing is on its way any more.
+    Ended {
+        /// The buffer, free for other use.
+        staging: Staging,
+        /// Whether all bytes were copied.
+        result: Result<()>,
+    },
+    /// The device cannot say; it is broken.
+    Lost(CudaError),
+}
+
+impl InFlight {
+    /// Looks how far the copies are.
+    pub(crate) fn poll(self) -> Progress {
+        match self.event.is_over() {
+            Ok(false) => Progress::Running(self),
+            Ok(true) => Progress::Ended {
+                staging: ManuallyDrop::into_inner(self.staging),
+                result: self.failure.map_or(Ok(()), Err),
+            },
+            Err(error) => Progress::Lost(error),
+        }
+    }
+}
+
+impl std::fmt::Debug for DeviceMemory {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("DeviceMemory")
+            .field("device", &self.device)
+            .field("regions", &self.map.regions().len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvlane_core::TensorView;
+
+    use super::*;
+
+    fn ordinal_of(devices: &[kvlane_core::Device]) -> Result<u32> {
+        let views = devices.iter().enumerate().map(|(layer, &device)| TensorView {
+            name: format!("layer.{layer}"),
+            address: 0x1000 * (layer as u64 + 1),
+            device,
+            element_bytes: 1,
+            shape: vec![4, 1024],
+            strides: vec![1024, 1],
+        });
+        let map = BlockMap::from_tensors(views, 4, None).unwrap();
+        // SAFETY: nothing is copied; only the map is looked at.
+        unsafe { DeviceTensors::from_map(map, Arc::new(())) }.ordinal()
+    }
+
+    #[test]
+    fn tensors_on_one_device_are_accepted_and_all_others_are_refused_by_name() {
+        use kvlane_core::Device::{Cuda, Host};
+        assert_eq!(ordinal_of(&[Cuda(3), Cuda(3)]), Ok(3));
+        for (devices, name) in [
+            ([Cuda(3), Cuda(2)], "layer.1"),
+            ([Host, Cuda(0)], "layer.0"),
+            ([Cuda(0), Host], "layer.1"),
+        ] {
+            let error = ordinal_of(&devices).unwrap_err();
+            assert!(
+                matches!(&error, CudaError::NotOneDevice { layer, .. } if layer == name),
+                "{error}"
+            );
+        }
+    }
+}

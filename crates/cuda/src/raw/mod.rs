@@ -1,0 +1,16 @@
+//! Everything of this crate that the compiler cannot check: calls into the driver, device addresses, pinned memory.
+//!
+//! What leaves this module cannot be used wrongly: [`Staging`] is bytes that no copy is using, [`InFlight`] keeps a buffer
+//! away until its copies have ended, and addresses stay inside of [`DeviceMemory`].
+
+mod device;
+mod driver;
+mod memory;
+#[cfg(feature = "stand-in")]
+pub mod stand_in;
+
+pub use device::StreamHandle;
+pub(crate) use device::{Event, Staging};
+pub(crate) use driver::Driver;
+pub use memory::DeviceTensors;
+pub(crate) use memory::{DeviceMemory, Direction, InFlight, Progress};

@@ -1,0 +1,649 @@
+//! A stand-in for the CUDA driver: its functions over host memory, so that everything above them runs without a GPU.
+//!
+//! Not a simulation of speed, but of what goes wrong: a stream is a thread that works later than it was asked to, so a
+//! wait that is missing shows.
+//!
+//! - A copy happens some time after it was started. Until then the target of a copy to the host holds [`NOT_YET`], and the
+//!   source of a copy to the device is not read.
+//! - An event is over when its stream has come to it; one that was never recorded is over.
+//! - Copies outside of device memory and pinned memory, pinned memory that is freed under a copy, and calls without a
+//!   current context are remembered: see [`StandIn::violations`].
+//!
+//! Every [`StandIn`] is a device of its own, so tests do not meet.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUstream};
+use kvlane_core::BlockMap;
+
+use super::driver::{Calls, Driver, NOT_READY, OUT_OF_MEMORY, SUCCESS};
+use super::{DeviceTensors, StreamHandle};
+use crate::error::Result;
+use crate::probe::DriverInfo;
+
+/// What pinned memory holds between the start of a copy into it and its end.
+pub const NOT_YET: u8 = 0xa5;
+
+const INVALID_VALUE: u32 = 1;
+const INVALID_CONTEXT: u32 = 201;
+const INVALID_HANDLE: u32 = 400;
+
+/// One device of the stand-in.
+#[derive(Debug)]
+pub struct StandIn {
+    device: Arc<FakeDevice>,
+}
+
+impl StandIn {
+    /// A new device whose copies each begin `delay` after what is before them in their stream.
+    pub fn new(delay: Duration) -> Self {
+        let world = world();
+        let mut devices = lock(&world.devices);
+        let device = Arc::new(FakeDevice {
+            ordinal: devices.len() as u32,
+            delay_micros: AtomicU64::new(delay.as_micros() as u64),
+            memory: Mutex::default(),
+            pinned: Mutex::default(),
+            in_use: Mutex::default(),
+            failing: Mutex::default(),
+            violations: Mutex::default(),
+            retained: AtomicUsize::new(0),
+            copies: AtomicUsize::new(0),
+            default_stream: OnceLock::new(),
+        });
+        devices.push(Arc::clone(&device));
+        Self { device }
+    }
+
+    /// The number of this device.
+    pub fn ordinal(&self) -> u32 {
+        self.device.ordinal
+    }
+
+    /// From now on copies take this long to begin.
+    pub fn set_delay(&self, delay: Duration) {
+        self.device
+            .delay_micros
+            .store(delay.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// Zeroed device memory; it lives as long as the process. Returns its address.
+    pub fn allocate(&self, bytes: usize) -> u64 {
+        let memory = Box::leak(vec![0u8; bytes].into_boxed_slice());
+        let address = memory.as_mut_ptr().expose_provenance();
+        lock(&self.device.memory).push((address, bytes));
+        address as u64
+    }
+
+    /// Tensors in memory of this device.
+    ///
+    /// # Panics
+    /// If a region of the map is not inside of memory that was allocated here, or names another device.
+    pub fn tensors(&self, map: BlockMap) -> DeviceTensors {
+        for region in map.regions() {
+            assert_eq!(region.device, kvlane_core::Device::Cuda(self.device.ordinal));
+            let inside = self
+                .device
+                .has_memory(region.address as usize, region.extent_bytes);
+            assert!(inside, "the region of {:?} lies elsewhere", region.names);
+        }
+        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(&self.device) as _;
+        // SAFETY: as just checked, all of it is this device's memory, which is never freed.
+        let tensors = unsafe { DeviceTensors::from_map(map, owner) };
+        tensors.with_driver(|| Ok(driver()))
+    }
+
+    /// A stream as the embedding program has one for its kernels.
+    pub fn compute_stream(&self) -> ComputeStream {
+        let stream = Stream::start(&self.device);
+        let handle = world().add_stream(Arc::clone(&stream));
+        ComputeStream { stream, handle }
+    }
+
+    /// From now on `call` fails with `code`, after it has worked `after` more times; `None` mends it.
+    pub fn fail(&self, call: &'static str, failure: Option<(usize, u32)>) {
+        let mut failing = lock(&self.device.failing);
+        match failure {
+            Some(failure) => failing.insert(call, failure),
+            None => failing.remove(call),
+        };
+    }
+
+    /// What was done that a real device would punish.
+    pub fn violations(&self) -> Vec<String> {
+        lock(&self.device.violations).clone()
+    }
+
+    /// Pinned buffers and their bytes, now.
+    pub fn pinned(&self) -> (usize, usize) {
+        let pinned = lock(&self.device.pinned);
+        (pinned.len(), pinned.values().sum())
+    }
+
+    /// Copies that were started.
+    pub fn copies(&self) -> usize {
+        self.device.copies.load(Ordering::Relaxed)
+    }
+
+    /// How often the primary context was retained and not released.
+    pub fn retained(&self) -> usize {
+        self.device.retained.load(Ordering::Relaxed)
+    }
+
+    /// What [`probe`](crate::probe()) says with this driver.
+    pub fn probe() -> Result<DriverInfo> {
+        crate::probe::info(driver())
+    }
+}
+
+/// A stream for kernels.
+#[derive(Debug)]
+pub struct ComputeStream {
+    stream: Arc<Stream>,
+    handle: usize,
+}
+
+impl ComputeStream {
+    /// What the program would hand to kvlane.
+    pub fn handle(&self) -> StreamHandle {
+        // SAFETY: a stream of the stand-in, which checks handles and never forgets this one.
+        unsafe { StreamHandle::from_raw(self.handle as u64) }
+    }
+
+    /// A kernel that takes `duration` and then writes `bytes` at `address`.
+    ///
+    /// # Panics
+    /// If that is not memory of the device.
+    pub fn write(&self, address: u64, bytes: Vec<u8>, duration: Duration) {
+        let device = &self.stream.device;
+        assert!(
+            device.has_memory(address as usize, bytes.len()),
+            "not memory of the device"
+        );
+        self.stream.push(Work::Kernel {
+            address: address as usize,
+            bytes,
+            duration,
+        });
+    }
+}
+
+/// Everything that the driver's functions find by number.
+#[derive(Default)]
+struct World {
+    devices: Mutex<Vec<Arc<FakeDevice>>>,
+    streams: Mutex<HashMap<usize, Arc<Stream>>>,
+    events: Mutex<HashMap<usize, Arc<FakeEvent>>>,
+    next: AtomicUsize,
+}
+
+impl World {
+    fn number(&self) -> usize {
+        // Small numbers stand for default streams.
+        self.next.fetch_add(1, Ordering::Relaxed) + 0x100
+    }
+
+    fn add_stream(&self, stream: Arc<Stream>) -> usize {
+        let number = self.number();
+        lock(&self.streams).insert(number, stream);
+        number
+    }
+
+    fn stream(&self, device: &Arc<FakeDevice>, handle: CUstream) -> Option<Arc<Stream>> {
+        match handle.addr() {
+            0..=2 => Some(Arc::clone(
+                device.default_stream.get_or_init(|| Stream::start(device)),
+            )),
+            number => lock(&self.streams).get(&number).cloned(),
+        }
+    }
+}
+
+struct FakeDevice {
+    ordinal: u32,
+    delay_micros: AtomicU64,
+    /// (address, bytes)
+    memory: Mutex<Vec<(usize, usize)>>,
+    pinned: Mutex<HashMap<usize, usize>>,
+    /// Ranges of the host that copies on their way use.
+    in_use: Mutex<Vec<(usize, usize)>>,
+    failing: Mutex<HashMap<&'static str, (usize, u32)>>,
+    violations: Mutex<Vec<String>>,
+    retained: AtomicUsize,
+    copies: AtomicUsize,
+    default_stream: OnceLock<Arc<Stream>>,
+}
+
+impl FakeDevice {
+    fn has_memory(&self, address: usize, bytes: usize) -> bool {
+        contains(lock(&self.memory).iter().copied(), address, bytes)
+    }
+
+    fn has_pinned(&self, address: usize, bytes: usize) -> bool {
+        let pinned = lock(&self.pinned);
+        contains(pinned.iter().map(|(&start, &len)| (start, len)), address, bytes)
+    }
+
+    fn violated(&self, what: impl Into<String>) {
+        lock(&self.violations).push(what.into());
+    }
+}
+
+impl std::fmt::Debug for FakeDevice {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("FakeDevice").field(&self.ordinal).finish()
+    }
+}
+
+fn contains(mut ranges: impl Iterator<Item = (usize, usize)>, address: usize, bytes: usize) -> bool {
+    ranges.any(|(start, len)| address >= start && address + bytes <= start + len)
+}
+
+#[derive(Default)]
+struct FakeEvent {
+    /// How often it was recorded.
+    recorded: AtomicUsize,
+    /// The latest recording that a stream has come to.
+    reached: Mutex<usize>,
+    changed: Condvar,
+}
+
+enum Work {
+    Copy {
+        from: usize,
+        to: usize,
+        bytes: usize,
+        host: usize,
+    },
+    Kernel {
+        address: usize,
+        bytes: Vec<u8>,
+        duration: Duration,
+    },
+    Record(Arc<FakeEvent>, usize),
+    Wait(Arc<FakeEvent>, usize),
+}
+
+struct Stream {
+    device: Arc<FakeDevice>,
+    work: Mutex<Sender<Work>>,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("Stream").field(&self.device).finish()
+    }
+}
+
+impl Stream {
+    /// The thread ends when the stream is dropped and its work is done.
+    fn start(device: &Arc<FakeDevice>) -> Arc<Self> {
+        let (sender, work) = channel::<Work>();
+        let worker = Arc::clone(device);
+        std::thread::spawn(move || {
+            for item in work {
+                carry_out(&worker, item);
+            }
+        });
+        Arc::new(Self {
+            device: Arc::clone(device),
+            work: Mutex::new(sender),
+        })
+    }
+
+    fn push(&self, work: Work) {
+        let _ = lock(&self.work).send(work);
+    }
+}
+
+fn carry_out(device: &FakeDevice, work: Work) {
+    match work {
+        Work::Copy {
+            from,
+            to,
+            bytes,
+            host,
+        } => {
+            std::thread::sleep(Duration::from_micros(device.delay_micros.load(Ordering::Relaxed)));
+            if device.has_pinned(host, bytes) {
+                copy(from, to, bytes);
+            } else {
+                device.violated("pinned memory was freed under a copy");
+            }
+            let mut in_use = lock(&device.in_use);
+            if let Some(place) = in_use.iter().position(|&range| range == (host, bytes)) {
+                in_use.swap_remove(place);
+            }
+        }
+        Work::Kernel {
+            address,
+            bytes,
+            duration,
+        } => {
+            std::thread::sleep(duration);
+            copy(bytes.as_ptr().expose_provenance(), address, bytes.len());
+        }
+        Work::Record(event, number) => {
+            let mut reached = lock(&event.reached);
+            *reached = (*reached).max(number);
+            event.changed.notify_all();
+        }
+        Work::Wait(event, number) => {
+            let mut reached = lock(&event.reached);
+            while *reached < number {
+                reached = event
+                    .changed
+                    .wait(reached)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+fn copy(from: usize, to: usize, bytes: usize) {
+    let from: *const u8 = std::ptr::with_exposed_provenance(from);
+    let to: *mut u8 = std::ptr::with_exposed_provenance_mut(to);
+    // SAFETY: the callers checked that both are memory of the stand-in; device memory is never freed and pinned memory
+    // that is freed early is noticed before. Device and host memory do not overlap.
+    unsafe { from.copy_to_nonoverlapping(to, bytes) };
+}
+
+fn world() -> &'static World {
+    static WORLD: OnceLock<World> = OnceLock::new();
+    WORLD.get_or_init(World::default)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+thread_local! {
+    /// The contexts that are current, by device; the last one counts.
+    static CURRENT: RefCell<Vec<Arc<FakeDevice>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs a function of the driver on the current device, unless it was told to fail.
+fn on_current(call: &'static str, work: impl FnOnce(&Arc<FakeDevice>) -> u32) -> u32 {
+    let Some(device) = CURRENT.with_borrow(|current| current.last().cloned()) else {
+        return INVALID_CONTEXT;
+    };
+    match lock(&device.failing).get_mut(call) {
+        Some((0, code)) => return *code,
+        Some((after, _)) => *after -= 1,
+        None => {}
+    }
+    work(&device)
+}
+
+fn driver() -> &'static Driver {
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    DRIVER.get_or_init(|| {
+        Driver::stand_in(Calls {
+            cuInit: init,
+            cuDriverGetVersion: driver_get_version,
+            cuGetErrorName: get_error_name,
+            cuDeviceGetCount: device_get_count,
+            cuDeviceGet: device_get,
+            cuDeviceGetName: device_get_name,
+            cuDevicePrimaryCtxRetain: context_retain,
+            cuDevicePrimaryCtxRelease_v2: context_release,
+            cuCtxPushCurrent_v2: context_push,
+            cuCtxPopCurrent_v2: context_pop,
+            cuStreamCreate: stream_create,
+            cuStreamDestroy_v2: stream_destroy,
+            cuStreamWaitEvent: stream_wait_event,
+            cuEventCreate: event_create,
+            cuEventRecord: event_record,
+            cuEventQuery: event_query,
+            cuEventDestroy_v2: event_destroy,
+            cuMemHostAlloc: host_alloc,
+            cuMemFreeHost: host_free,
+            cuMemcpyDtoHAsync_v2: copy_out,
+            cuMemcpyHtoDAsync_v2: copy_in,
+        })
+    })
+}
+
+// The driver's functions. They are called by `raw::device` only, whose pointers are valid.
+
+/// Writes a result where the caller wants it.
+fn give<T>(place: *mut T, value: T) {
+    // SAFETY: the callers are this crate's, which pass places of their own.
+    unsafe { place.write(value) };
+}
+
+unsafe extern "C" fn init(_flags: c_uint) -> u32 {
+    SUCCESS
+}
+
+unsafe extern "C" fn driver_get_version(version: *mut c_int) -> u32 {
+    give(version, 12_090);
+    SUCCESS
+}
+
+unsafe extern "C" fn get_error_name(code: u32, name: *mut *const c_char) -> u32 {
+    let text = match code {
+        OUT_OF_MEMORY => c"CUDA_ERROR_OUT_OF_MEMORY",
+        700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        _ => return INVALID_VALUE,
+    };
+    give(name, text.as_ptr());
+    SUCCESS
+}
+
+unsafe extern "C" fn device_get_count(count: *mut c_int) -> u32 {
+    give(count, lock(&world().devices).len() as c_int);
+    SUCCESS
+}
+
+unsafe extern "C" fn device_get(device: *mut CUdevice, ordinal: c_int) -> u32 {
+    give(device, ordinal);
+    SUCCESS
+}
+
+unsafe extern "C" fn device_get_name(name: *mut c_char, len: c_int, _device: CUdevice) -> u32 {
+    for (index, byte) in c"stand-in"
+        .to_bytes_with_nul()
+        .iter()
+        .enumerate()
+        .take(len as usize)
+    {
+        give(name.wrapping_add(index), *byte as c_char);
+    }
+    SUCCESS
+}
+
+unsafe extern "C" fn context_retain(context: *mut CUcontext, device: CUdevice) -> u32 {
+    lock(&world().devices)[device as usize]
+        .retained
+        .fetch_add(1, Ordering::Relaxed);
+    give(context, std::ptr::without_provenance_mut(device as usize + 1));
+    SUCCESS
+}
+
+unsafe extern "C" fn context_release(device: CUdevice) -> u32 {
+    lock(&world().devices)[device as usize]
+        .retained
+        .fetch_sub(1, Ordering::Relaxed);
+    SUCCESS
+}
+
+unsafe extern "C" fn context_push(context: CUcontext) -> u32 {
+    let device = Arc::clone(&lock(&world().devices)[context.addr() - 1]);
+    if device.retained.load(Ordering::Relaxed) == 0 {
+        device.violated("a context was used after it was released");
+    }
+    CURRENT.with_borrow_mut(|current| current.push(device));
+    SUCCESS
+}
+
+unsafe extern "C" fn context_pop(context: *mut CUcontext) -> u32 {
+    give(context, std::ptr::null_mut());
+    match CURRENT.with_borrow_mut(Vec::pop) {
+        Some(_) => SUCCESS,
+        None => INVALID_CONTEXT,
+    }
+}
+
+unsafe extern "C" fn stream_create(stream: *mut CUstream, _flags: c_uint) -> u32 {
+    on_current("cuStreamCreate", |device| {
+        let number = world().add_stream(Stream::start(device));
+        give(stream, std::ptr::without_provenance_mut(number));
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn stream_destroy(stream: CUstream) -> u32 {
+    on_current("cuStreamDestroy_v2", |_| {
+        lock(&world().streams)
+            .remove(&stream.addr())
+            .map_or(INVALID_HANDLE, |_| SUCCESS)
+    })
+}
+
+unsafe extern "C" fn stream_wait_event(stream: CUstream, event: CUevent, _flags: c_uint) -> u32 {
+    on_current("cuStreamWaitEvent", |device| {
+        let event = lock(&world().events).get(&event.addr()).cloned();
+        let (Some(stream), Some(event)) = (world().stream(device, stream), event) else {
+            return INVALID_HANDLE;
+        };
+        let number = event.recorded.load(Ordering::Relaxed);
+        stream.push(Work::Wait(event, number));
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn event_create(event: *mut CUevent, _flags: c_uint) -> u32 {
+    on_current("cuEventCreate", |_| {
+        let number = world().number();
+        lock(&world().events).insert(number, Arc::default());
+        give(event, std::ptr::without_provenance_mut(number));
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn event_record(event: CUevent, stream: CUstream) -> u32 {
+    on_current("cuEventRecord", |device| {
+        let event = lock(&world().events).get(&event.addr()).cloned();
+        let (Some(stream), Some(event)) = (world().stream(device, stream), event) else {
+            return INVALID_HANDLE;
+        };
+        let number = event.recorded.fetch_add(1, Ordering::Relaxed) + 1;
+        stream.push(Work::Record(event, number));
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn event_query(event: CUevent) -> u32 {
+    on_current("cuEventQuery", |_| {
+        let Some(event) = lock(&world().events).get(&event.addr()).cloned() else {
+            return INVALID_HANDLE;
+        };
+        let reached = *lock(&event.reached);
+        if reached >= event.recorded.load(Ordering::Relaxed) {
+            SUCCESS
+        } else {
+            NOT_READY
+        }
+    })
+}
+
+unsafe extern "C" fn event_destroy(event: CUevent) -> u32 {
+    on_current("cuEventDestroy_v2", |_| {
+        lock(&world().events)
+            .remove(&event.addr())
+            .map_or(INVALID_HANDLE, |_| SUCCESS)
+    })
+}
+
+unsafe extern "C" fn host_alloc(pointer: *mut *mut c_void, bytes: usize, _flags: c_uint) -> u32 {
+    on_current("cuMemHostAlloc", |device| {
+        // Never freed for real, so that a copy into freed memory is noticed and not fatal.
+        let memory = Box::leak(vec![0u8; bytes].into_boxed_slice());
+        let address = memory.as_mut_ptr().expose_provenance();
+        lock(&device.pinned).insert(address, bytes);
+        give(pointer, memory.as_mut_ptr().cast());
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn host_free(pointer: *mut c_void) -> u32 {
+    on_current("cuMemFreeHost", |device| {
+        let start = pointer.addr();
+        let Some(bytes) = lock(&device.pinned).remove(&start) else {
+            return INVALID_VALUE;
+        };
+        let used = lock(&device.in_use)
+            .iter()
+            .any(|&(used, len)| used < start + bytes && used + len > start);
+        if used {
+            device.violated("pinned memory was freed under a copy");
+        }
+        SUCCESS
+    })
+}
+
+unsafe extern "C" fn copy_out(
+    target: *mut c_void,
+    source: CUdeviceptr,
+    bytes: usize,
+    stream: CUstream,
+) -> u32 {
+    on_current("cuMemcpyDtoHAsync_v2", |device| {
+        start_copy(device, stream, source as usize, target.addr(), bytes, true)
+    })
+}
+
+unsafe extern "C" fn copy_in(
+    target: CUdeviceptr,
+    source: *const c_void,
+    bytes: usize,
+    stream: CUstream,
+) -> u32 {
+    on_current("cuMemcpyHtoDAsync_v2", |device| {
+        start_copy(device, stream, target as usize, source.addr(), bytes, false)
+    })
+}
+
+fn start_copy(
+    device: &Arc<FakeDevice>,
+    stream: CUstream,
+    on_device: usize,
+    on_host: usize,
+    bytes: usize,
+    out: bool,
+) -> u32 {
+    let Some(stream) = world().stream(device, stream) else {
+        return INVALID_HANDLE;
+    };
+    if !device.has_memory(on_device, bytes) || !device.has_pinned(on_host, bytes) {
+        device.violated("a copy outside of device memory or pinned memory");
+        return INVALID_VALUE;
+    }
+    let (from, to) = if out {
+        (on_device, on_host)
+    } else {
+        (on_host, on_device)
+    };
+    if out {
+        let host: *mut u8 = std::ptr::with_exposed_provenance_mut(on_host);
+        // SAFETY: inside of pinned memory, as just checked, which the caller gave away with the call.
+        unsafe { host.write_bytes(NOT_YET, bytes) };
+    }
+    device.copies.fetch_add(1, Ordering::Relaxed);
+    lock(&device.in_use).push((on_host, bytes));
+    stream.push(Work::Copy {
+        from,
+        to,
+        bytes,
+        host: on_host,
+    });
+    SUCCESS
+}
