@@ -133,7 +133,7 @@ impl Directory {
 }
 
 /// Half of what is left, so that a folder that nobody configured does not fill a machine.
-fn default_capacity_bytes(choice: &MediumChoice) -> u64 {
+pub(crate) fn default_capacity_bytes(choice: &MediumChoice) -> u64 {
     let mut left = choice.free_bytes;
     if choice.medium == Medium::Memory
         && let Some(headroom) = memory_limit::headroom_bytes()

@@ -112,6 +112,8 @@ pub struct BadBlock {
 pub struct VerifyReport {
     /// Blocks that were checked and are right.
     pub good_blocks: u64,
+    /// Their payload.
+    pub good_bytes: u64,
     /// Blocks that were recycled while they were read: nothing can be said of them.
     pub recycled_blocks: u64,
     /// Slots whose record is damaged.
@@ -310,6 +312,7 @@ pub fn verify(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyR
                         });
                     } else {
                         report.good_blocks += 1;
+                        report.good_bytes += payload.len() as u64;
                     }
                 }
                 _ => {}

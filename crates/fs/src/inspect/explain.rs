@@ -28,6 +28,25 @@ pub struct Explanation {
     pub first_miss: Option<String>,
 }
 
+impl Explanation {
+    /// For a namespace of which the folder has nothing, and a chain of `block_count` blocks.
+    pub fn nothing(namespace: String, block_count: usize) -> Self {
+        Self::new(namespace, vec![BlockInfo::ABSENT; block_count])
+    }
+
+    fn new(namespace: String, blocks: Vec<BlockInfo>) -> Self {
+        let is_ready = |block: &&BlockInfo| block.state == Presence::Ready;
+        let ready_blocks = blocks.iter().take_while(is_ready).count();
+        Explanation {
+            namespace,
+            ready_blocks,
+            present_blocks: blocks.iter().filter(is_ready).count(),
+            first_miss: first_miss(&blocks, ready_blocks),
+            blocks,
+        }
+    }
+}
+
 /// One block of a chain, in one namespace.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
@@ -38,6 +57,14 @@ pub struct BlockInfo {
     pub segment: Option<String>,
     /// The slot there.
     pub slot: Option<u32>,
+}
+
+impl BlockInfo {
+    const ABSENT: Self = Self {
+        state: Presence::Absent,
+        segment: None,
+        slot: None,
+    };
 }
 
 /// Whether a block can be had.
@@ -100,24 +127,8 @@ pub fn explain(path: &Path, chain: &[BlockKey]) -> Result<Vec<Explanation>> {
         }
     }
     let explain_one = |(namespace, mut found): ([u8; 32], HashMap<usize, BlockInfo>)| {
-        let blocks: Vec<BlockInfo> = (0..chain.len())
-            .map(|at| {
-                found.remove(&at).unwrap_or(BlockInfo {
-                    state: Presence::Absent,
-                    segment: None,
-                    slot: None,
-                })
-            })
-            .collect();
-        let is_ready = |block: &&BlockInfo| block.state == Presence::Ready;
-        let ready_blocks = blocks.iter().take_while(is_ready).count();
-        Explanation {
-            namespace: hex(&namespace),
-            ready_blocks,
-            present_blocks: blocks.iter().filter(is_ready).count(),
-            first_miss: first_miss(&blocks, ready_blocks),
-            blocks,
-        }
+        let block = |at| found.remove(&at).unwrap_or(BlockInfo::ABSENT);
+        Explanation::new(hex(&namespace), (0..chain.len()).map(block).collect())
     };
     Ok(seen.into_iter().map(explain_one).collect())
 }
@@ -149,5 +160,50 @@ impl Presence {
             Presence::Absent => 0,
         };
         rank(self) > rank(other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(states: &[Presence]) -> Option<String> {
+        let block = |&state: &Presence| BlockInfo {
+            state,
+            ..BlockInfo::ABSENT
+        };
+        Explanation::new(String::new(), states.iter().map(block).collect()).first_miss
+    }
+
+    #[test]
+    fn each_state_of_the_first_missing_block_has_a_reason_of_its_own() {
+        use Presence::{Absent, Orphaned, Overdue, Promised, Ready};
+        let reasons: Vec<String> = [
+            &[Ready, Absent, Ready][..],
+            &[Ready, Promised],
+            &[Ready, Overdue],
+            &[Ready, Orphaned],
+        ]
+        .iter()
+        .map(|states| reason(states).unwrap())
+        .collect();
+        assert!(
+            reasons.iter().all(|reason| reason.starts_with("block 1 ")),
+            "{reasons:?}"
+        );
+        let mut different = reasons.clone();
+        different.sort_unstable();
+        different.dedup();
+        assert_eq!(different.len(), reasons.len(), "{reasons:?}");
+        assert!(reason(&[Absent, Absent]).unwrap().contains("cache salt"));
+        assert_eq!(reason(&[Ready, Ready]), None);
+        assert_eq!(reason(&[]), None);
+    }
+
+    #[test]
+    fn of_several_copies_the_one_that_can_be_had_counts() {
+        assert!(Presence::Ready.beats(Presence::Promised));
+        assert!(Presence::Promised.beats(Presence::Overdue));
+        assert!(!Presence::Orphaned.beats(Presence::Orphaned));
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use rustix::fs::{Access, AtFlags, FallocateFlags, Mode, OFlags};
 use serde::Serialize;
 
+use crate::directory::{default_capacity_bytes, random_u64};
 use crate::error::{FsError, Result};
 use crate::medium;
 use crate::options::Medium;
@@ -26,6 +27,8 @@ pub struct FolderInfo {
     pub reason: String,
     /// Bytes that the file system has left for this process.
     pub free_bytes: u64,
+    /// Capacity of a new store there, if nobody configures one.
+    pub default_capacity_bytes: u64,
     /// Whether this process may write there.
     pub writable: bool,
     /// Whether users besides the owner may write there, so that they can plant KV.
@@ -51,6 +54,7 @@ pub fn folder(path: &Path) -> Result<FolderInfo> {
     let choice = medium::choose(&folder, path, Medium::Auto)?;
     let writable = rustix::fs::accessat(&folder, ".", Access::WRITE_OK, AtFlags::EACCESS).is_ok();
     Ok(FolderInfo {
+        default_capacity_bytes: default_capacity_bytes(&choice),
         path: path.display().to_string(),
         file_system: choice.file_system,
         medium: format!("{:?}", choice.medium).to_lowercase(),
@@ -67,10 +71,7 @@ pub fn folder(path: &Path) -> Result<FolderInfo> {
 
 /// Allocates and locks a small file, as a writer does with its segments.
 fn try_out(path: &Path) -> Result<(), String> {
-    let name = path.join(format!(
-        ".kvlane-trial-{:016x}.tmp",
-        crate::directory::random_u64()
-    ));
+    let name = path.join(format!(".kvlane-trial-{:016x}.tmp", random_u64()));
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let failed = |action: &str, error: std::io::Error| format!("cannot {action}: {error}");
     let file = rustix::fs::open(&name, flags, Mode::RUSR | Mode::WUSR)
