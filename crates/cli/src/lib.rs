@@ -5,15 +5,19 @@
 
 #![forbid(unsafe_code)]
 
+mod descriptors;
+mod doctor;
 mod exit;
 mod facts;
 mod logging;
 mod output;
 mod proxy;
+mod store;
 
 use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
 
 pub use exit::Exit;
 pub use facts::PythonFacts;
@@ -38,6 +42,10 @@ struct Arguments {
 enum Command {
     /// Serve OpenAI requests by a prefill and a decode server that hand over KV.
     Proxy(proxy::ProxyArguments),
+    /// Look into a folder of KV cache, live or idle.
+    Store(store::StoreArguments),
+    /// Find out what keeps kvlane from working, or working well, on this machine.
+    Doctor(doctor::DoctorArguments),
 }
 
 /// Runs the command. `arguments` begins with the program's name; `facts` is what only a Python caller knows.
@@ -61,10 +69,16 @@ where
     exit.status()
 }
 
-fn dispatch(arguments: Arguments, _facts: &PythonFacts) -> Exit {
-    logging::init(&arguments.logging);
+fn dispatch(arguments: Arguments, facts: &PythonFacts) -> Exit {
+    let default_level = match &arguments.command {
+        Command::Proxy(_) => LevelFilter::INFO,
+        Command::Store(_) | Command::Doctor(_) => LevelFilter::WARN,
+    };
+    logging::init(&arguments.logging, default_level);
     match arguments.command {
         Command::Proxy(arguments) => proxy::run(arguments),
+        Command::Store(arguments) => store::run(arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments, facts),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 
 use clap::{Args, ValueEnum};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
@@ -11,16 +11,16 @@ use tracing_subscriber::{Layer, fmt};
 /// Options of every subcommand.
 #[derive(Args, Debug)]
 pub(crate) struct LoggingArguments {
-    /// What to log: error, warn, info, debug, trace, or per module as in "info,kvlane_proxy=debug".
+    /// What to log: error, warn, info, debug, trace, or per module as in "info,kvlane_proxy=debug" [default: info for
+    /// servers, warn for commands that answer and end].
     #[arg(
         long,
         global = true,
         env = "KVLANE_LOG",
-        default_value = "info",
         value_name = "LEVEL",
         help_heading = "Logging"
     )]
-    log_level: Targets,
+    log_level: Option<Targets>,
     /// How log lines look.
     #[arg(
         long,
@@ -41,8 +41,10 @@ enum LogFormat {
     Json,
 }
 
-/// Sends log events to standard error. Does nothing if the process logs already.
-pub(crate) fn init(arguments: &LoggingArguments) {
+/// Sends log events to standard error, those of `default_level` and above unless the user says otherwise. Does nothing
+/// if the process logs already.
+pub(crate) fn init(arguments: &LoggingArguments, default_level: LevelFilter) {
+    let default_level = || Targets::new().with_default(default_level);
     let lines = fmt::layer().with_writer(io::stderr);
     let lines = match arguments.log_format {
         LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
@@ -50,7 +52,7 @@ pub(crate) fn init(arguments: &LoggingArguments) {
     };
     let logged = tracing_subscriber::registry()
         .with(lines)
-        .with(arguments.log_level.clone())
+        .with(arguments.log_level.clone().unwrap_or_else(default_level))
         .try_init();
     if logged.is_err() {
         tracing::debug!("the process logs already, --log-level and --log-format have no effect");

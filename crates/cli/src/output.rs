@@ -5,6 +5,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::exit::Exit;
+
 /// A subcommand's result in both of its forms; they are made from one value so that they cannot disagree.
 pub trait Report: Serialize {
     /// The form for people.
@@ -28,6 +30,22 @@ pub trait Report: Serialize {
             }
         }
     }
+}
+
+/// Writes a report to standard output.
+pub(crate) fn show(report: &impl Report, json: bool) -> Exit {
+    match report.write(json, io::stdout().lock()) {
+        // Whoever closed the pipe has read what it wanted.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => complain(&error),
+        _ => Exit::Ok,
+    }
+}
+
+/// Tells the user in one sentence what went wrong.
+pub(crate) fn complain(problem: &impl Display) -> Exit {
+    // Nowhere left to complain when even that cannot be written.
+    let _written = writeln!(io::stderr().lock(), "kvlane: {problem}");
+    Exit::Problem
 }
 
 /// Rows under a header, columns as wide as their widest cell, numbers to the right.

@@ -1,0 +1,236 @@
+//! What servers say about their namespaces: the small files that every worker leaves in the folder.
+//!
+//! A namespace is a hash. These files tell which model and rank stand behind it; without one it stays a number. What
+//! they say is shown, never trusted with more than that.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use kvlane_core::NamespaceId;
+use serde::{Deserialize, Serialize};
+
+/// A descriptor holds a model configuration; more than this is none.
+const DESCRIPTOR_BYTES_MAX: u64 = 4 << 20;
+/// Resets that are followed back: blocks of older epochs keep a number for a name.
+const EPOCHS_BACK_MAX: u64 = 256;
+
+/// A namespace, named as far as its descriptor goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct NamespaceName {
+    /// The operator's name for the weights, else the model's name, else its architecture.
+    pub(crate) model: String,
+    /// As in "0 of 2".
+    pub(crate) pipeline_rank: String,
+    /// As in "0 of 2".
+    pub(crate) tensor_rank: String,
+    pub(crate) block_tokens: u32,
+    /// False after a reset of the cache: nothing of it is found any more.
+    pub(crate) is_current: bool,
+}
+
+impl NamespaceName {
+    /// One line without the number.
+    pub(crate) fn line(&self) -> String {
+        let Self {
+            model,
+            pipeline_rank,
+            tensor_rank,
+            ..
+        } = self;
+        let reset = if self.is_current { "" } else { ", before a reset" };
+        format!("{model}, tensor rank {tensor_rank}, pipeline rank {pipeline_rank}{reset}")
+    }
+}
+
+/// The named namespaces of a folder, by the 64 hex digits that its records carry.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Names {
+    names: BTreeMap<String, NamespaceName>,
+}
+
+impl Names {
+    /// Reads the descriptors below the store `folder`, whose present epoch is `epoch`. What cannot be read is left out.
+    pub(crate) fn read(folder: &Path, epoch: u64) -> Self {
+        let mut names = BTreeMap::new();
+        for descriptor in descriptors(folder) {
+            for past in (epoch.saturating_sub(EPOCHS_BACK_MAX)..=epoch).rev() {
+                let name = NamespaceName {
+                    is_current: past == epoch,
+                    ..descriptor.name.clone()
+                };
+                names.insert(descriptor.namespace.with_epoch(past).to_string(), name);
+            }
+        }
+        Self { names }
+    }
+
+    /// The name behind 64 hex digits.
+    pub(crate) fn get(&self, namespace: &str) -> Option<&NamespaceName> {
+        self.names.get(namespace)
+    }
+
+    /// Those under which servers store and look up now.
+    pub(crate) fn current(&self) -> impl Iterator<Item = (&String, &NamespaceName)> {
+        self.names.iter().filter(|(_, name)| name.is_current)
+    }
+
+    /// Where descriptors lie.
+    pub(crate) fn folder(store: &Path) -> PathBuf {
+        store.join("descriptors")
+    }
+}
+
+struct Descriptor {
+    namespace: NamespaceId,
+    name: NamespaceName,
+}
+
+/// The file as the Python package writes it; see `kvlane/vllm/descriptors.py`.
+#[derive(Deserialize)]
+struct Content {
+    namespace: String,
+    pp_rank: u32,
+    tp_rank: u32,
+    block_tokens: u32,
+    #[serde(default)]
+    facts: BTreeMap<String, String>,
+}
+
+fn descriptors(folder: &Path) -> Vec<Descriptor> {
+    let entries = match std::fs::read_dir(Names::folder(folder)) {
+        Ok(entries) => entries,
+        Err(error) => {
+            tracing::debug!(%error, "no descriptors");
+            return Vec::new();
+        }
+    };
+    let mut found: Vec<(PathBuf, Descriptor)> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .filter_map(|path| match read_one(&path) {
+            Ok(descriptor) => Some((path, descriptor)),
+            Err(problem) => {
+                tracing::warn!(path = %path.display(), problem, "a descriptor is left out");
+                None
+            }
+        })
+        .collect();
+    // The same answer on every run where two of them name one namespace.
+    found.sort_by(|(left, _), (right, _)| left.cmp(right));
+    found.into_iter().map(|(_, descriptor)| descriptor).collect()
+}
+
+fn read_one(path: &Path) -> Result<Descriptor, String> {
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(DESCRIPTOR_BYTES_MAX).read_to_string(&mut text))
+        .map_err(|error| error.to_string())?;
+    let content: Content = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    let namespace = namespace(&content.namespace).ok_or("its namespace is not 64 hex digits")?;
+    let rank = |fact: &str, rank: u32| {
+        content
+            .facts
+            .get(fact)
+            .cloned()
+            .unwrap_or_else(|| rank.to_string())
+    };
+    Ok(Descriptor {
+        namespace,
+        name: NamespaceName {
+            model: model(&content.facts),
+            pipeline_rank: rank("pipeline rank", content.pp_rank),
+            tensor_rank: rank("tensor rank", content.tp_rank),
+            block_tokens: content.block_tokens,
+            is_current: true,
+        },
+    })
+}
+
+fn namespace(digits: &str) -> Option<NamespaceId> {
+    let mut bytes = [0; 32];
+    let is_hex = digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if !is_hex {
+        return None;
+    }
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).ok()?;
+    }
+    Some(NamespaceId(bytes))
+}
+
+fn model(facts: &BTreeMap<String, String>) -> String {
+    let named = ["weights identity", "weights name"]
+        .iter()
+        .find_map(|fact| facts.get(*fact).cloned());
+    named
+        .or_else(|| {
+            let config: serde_json::Value = serde_json::from_str(facts.get("model config")?).ok()?;
+            let architecture = config["architectures"][0].as_str();
+            architecture.or(config["model_type"].as_str()).map(str::to_owned)
+        })
+        .unwrap_or_else(|| "a model without a name".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGITS: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+
+    fn folder_with(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(Names::folder(root.path())).unwrap();
+        for (name, text) in files {
+            std::fs::write(Names::folder(root.path()).join(name), text).unwrap();
+        }
+        root
+    }
+
+    fn descriptor(facts: &str) -> String {
+        format!(
+            r#"{{"namespace":"{DIGITS}","pp_rank":0,"tp_rank":1,"engine_id":"e","block_tokens":16,"facts":{facts}}}"#
+        )
+    }
+
+    #[test]
+    fn a_namespace_is_named_in_the_present_epoch_and_in_earlier_ones() {
+        let facts = r#"{"weights name":"org/model","tensor rank":"1 of 2","pipeline rank":"0 of 1"}"#;
+        let root = folder_with(&[("a.json", &descriptor(facts)), (".staged-1", "half")]);
+        let names = Names::read(root.path(), 3);
+        let plain = namespace(DIGITS).unwrap();
+        let now = names.get(&plain.with_epoch(3).to_string()).unwrap();
+        assert_eq!(now.line(), "org/model, tensor rank 1 of 2, pipeline rank 0 of 1");
+        let before = names.get(&plain.with_epoch(2).to_string()).unwrap();
+        assert!(!before.is_current && before.line().ends_with("before a reset"));
+        assert_eq!(names.get(&plain.with_epoch(4).to_string()), None);
+        assert_eq!(names.current().count(), 1);
+    }
+
+    #[test]
+    fn without_a_name_the_architecture_stands_for_the_model() {
+        let facts = r#"{"model config":"{\"architectures\":[\"LlamaForCausalLM\"]}"}"#;
+        let root = folder_with(&[("a.json", &descriptor(facts))]);
+        let names = Names::read(root.path(), 0);
+        let (_, name) = names.current().next().unwrap();
+        assert_eq!(
+            (name.model.as_str(), name.tensor_rank.as_str()),
+            ("LlamaForCausalLM", "1")
+        );
+    }
+
+    #[test]
+    fn rubbish_is_left_out() {
+        let short = descriptor("{}").replace(DIGITS, "éé");
+        let root = folder_with(&[
+            ("a.json", "{"),
+            ("b.json", &short),
+            ("c.json", "[1]"),
+            ("d.txt", &descriptor("{}")),
+        ]);
+        assert_eq!(Names::read(root.path(), 0).current().count(), 0);
+        assert_eq!(Names::read(Path::new("/nonexistent"), 0).current().count(), 0);
+    }
+}
