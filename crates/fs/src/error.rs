@@ -77,6 +77,9 @@ pub enum FsError {
         /// The folder.
         path: PathBuf,
     },
+    /// The CUDA device cannot be used.
+    #[error(transparent)]
+    Device(#[from] kvlane_cuda::CudaError),
     /// The core refused the request.
     #[error(transparent)]
     Core(#[from] kvlane_core::Error),

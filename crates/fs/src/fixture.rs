@@ -125,7 +125,7 @@ pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
     Arc::new(Shared::new(
         directory,
         geometry(),
-        Arc::new(cache),
+        cache.into(),
         NAMESPACE,
         true,
         1 << 16,

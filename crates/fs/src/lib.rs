@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+mod cache;
 mod control;
 mod counters;
 mod directory;
@@ -39,6 +40,7 @@ mod store;
 mod transfer;
 mod writer;
 
+pub use cache::Cache;
 pub use counters::FsStats;
 pub use error::{FsError, Result};
 pub use index::LookupCursor;

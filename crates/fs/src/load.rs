@@ -1,18 +1,21 @@
 //! Loads: from slots into the paged cache.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
+use kvlane_cuda::{DeviceCache, Lease, Patience};
 
+use crate::cache::{Cache, gave_up};
 use crate::counters::Counters;
 use crate::format::{SlotRecord, SlotState};
 use crate::gate::Gate;
 use crate::index::Found;
 use crate::jobs::lock;
-use crate::raw::{AlignedBuffer, LayerCrc, Runs, preadv_nowait, store_fence};
+use crate::raw::{AlignedBuffer, HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
 use crate::shared::Shared;
 
 /// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
@@ -237,10 +240,10 @@ impl LoadJob {
             block,
             layers,
         };
-        let copied = if shared.directory.mapped_payload() {
-            self.copy_mapped(&part)
-        } else {
-            self.copy_read(&part, bounce)
+        let copied = match &shared.cache {
+            Cache::Host(cache) if shared.directory.mapped_payload() => self.copy_mapped(cache, &part),
+            Cache::Host(cache) => self.copy_read(cache, &part, bounce),
+            Cache::Device(cache) => self.copy_staged(cache, &part),
         };
         // The sequence tells whether the slot was recycled under the copy; then a wrong checksum means nothing.
         if found.view.sequence(found.slot) != found.sequence {
@@ -259,7 +262,7 @@ impl LoadJob {
         Some(work())
     }
 
-    fn copy_mapped(&self, part: &Part<'_>) -> Result<(), MissReason> {
+    fn copy_mapped(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
         self.enter(|| {
             let mapping = part.found.view.mapping();
             let mut offset = part.layer_offset(part.layers.start);
@@ -268,9 +271,7 @@ impl LoadJob {
                 let bytes = part.shared.geometry.layer_bytes[layer] as usize;
                 let source = mapping.source(offset as usize, bytes);
                 let mut crc = part.crc(layer);
-                part.shared
-                    .cache
-                    .copy_layer_in(layer, part.block, source, crc.as_mut());
+                cache.copy_layer_in(layer, part.block, source, crc.as_mut());
                 whole &= part.matches(layer, crc);
                 offset += bytes as u64;
             }
@@ -282,9 +283,9 @@ impl LoadJob {
 
     /// Straight from the page cache where the pages are resident, through the bounce buffer where not: only a read
     /// that cannot block may know the address of the paged cache.
-    fn copy_read(&self, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
+    fn copy_read(&self, cache: &HostCache, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
         let direct = self
-            .enter(|| self.read_resident(part))
+            .enter(|| self.read_resident(cache, part))
             .unwrap_or(Some(Err(self.closing_reason())));
         if let Some(result) = direct {
             return result;
@@ -309,12 +310,7 @@ impl LoadJob {
             for layer in part.layers.clone() {
                 let bytes = part.shared.geometry.layer_bytes[layer] as usize;
                 let mut crc = part.crc(layer);
-                part.shared.cache.copy_layer_in(
-                    layer,
-                    part.block,
-                    buffer[at..at + bytes].into(),
-                    crc.as_mut(),
-                );
+                cache.copy_layer_in(layer, part.block, buffer[at..at + bytes].into(), crc.as_mut());
                 whole &= part.matches(layer, crc);
                 at += bytes;
             }
@@ -325,14 +321,14 @@ impl LoadJob {
     }
 
     /// `None`: not all of it is resident.
-    fn read_resident(&self, part: &Part<'_>) -> Option<Result<(), MissReason>> {
+    fn read_resident(&self, cache: &HostCache, part: &Part<'_>) -> Option<Result<(), MissReason>> {
         let mut layer = part.layers.start;
         let mut whole = true;
         while layer < part.layers.end {
             let mut runs = Runs::new();
             let first = layer;
             while layer < part.layers.end && (layer == first || runs.len_bytes() < READ_BYTES) {
-                runs.push_layer(&part.shared.cache, layer, part.block);
+                runs.push_layer(cache, layer, part.block);
                 layer += 1;
             }
             match preadv_nowait(&part.found.view.file, part.layer_offset(first), &runs) {
@@ -343,12 +339,42 @@ impl LoadJob {
             for layer in first..layer {
                 let mut crc = part.crc(layer);
                 if let Some(crc) = &mut crc {
-                    part.shared.cache.checksum_layer(layer, part.block, crc);
+                    cache.checksum_layer(layer, part.block, crc);
                 }
                 whole &= part.matches(layer, crc);
             }
         }
         Some(if whole { Ok(()) } else { Err(MissReason::Corrupt) })
+    }
+
+    /// To a device: into pinned memory with the checksum, and on to the cache only if the bytes are right. Until then
+    /// nobody has an address of the cache, so a file system that blocks cannot hold up the deadline.
+    fn copy_staged(&self, cache: &DeviceCache, part: &Part<'_>) -> Result<(), MissReason> {
+        let cancelled = || self.gate.is_closed();
+        let patience = Patience {
+            deadline: self.request.deadline,
+            cancelled: &cancelled,
+        };
+        let missed = |error| {
+            if gave_up(&error) {
+                // The other blocks are late too.
+                self.close(MissReason::TimedOut);
+                return self.closing_reason();
+            }
+            tracing::warn!(%error, "cannot copy a block to the device");
+            MissReason::Io
+        };
+        let mut staging = cache.staging(&patience).map_err(missed)?;
+        if !part.shared.directory.mapped_payload() && !self.readahead.swap(true, Ordering::Relaxed) {
+            self.start_readahead(part.shared);
+        }
+        part.stage(&mut staging)?;
+        if part.found.view.sequence(part.found.slot) != part.found.sequence {
+            return Err(MissReason::Recycled);
+        }
+        let layers: Vec<usize> = part.layers.clone().collect();
+        self.enter(|| cache.copy_block_in(part.block, &layers, staging, &patience))
+            .map_or_else(|| Err(self.closing_reason()), |copied| copied.map_err(missed))
     }
 
     /// Asks the kernel for all slots of the job at once, so that the device sees a deep queue.
@@ -387,6 +413,41 @@ impl Part<'_> {
         self.shared
             .verify
             .then(|| LayerCrc::new(&self.record.key.0, layer as u32))
+    }
+
+    /// Brings the part's bytes to the start of `staging` and checks them there.
+    fn stage(&self, staging: &mut Lease) -> Result<(), MissReason> {
+        let sizes = &self.shared.geometry.layer_bytes[self.layers.clone()];
+        let offset = self.layer_offset(self.layers.start);
+        let mapped = self.shared.directory.mapped_payload();
+        if !mapped {
+            let whole = sizes.iter().sum::<u64>() as usize;
+            let read = self.found.view.file.read_exact_at(&mut staging[..whole], offset);
+            if let Err(error) = read {
+                tracing::warn!(path = %self.found.view.path.display(), %error, "cannot read a block");
+                return Err(MissReason::Io);
+            }
+        }
+        let mut at = 0;
+        let mut whole = true;
+        for (layer, &bytes) in self.layers.clone().zip(sizes) {
+            let place = &mut staging[at..at + bytes as usize];
+            let mut crc = self.crc(layer);
+            if mapped {
+                let source = self
+                    .found
+                    .view
+                    .mapping()
+                    .source(offset as usize + at, place.len());
+                copy_bytes(source, place.into(), crc.as_mut());
+            } else if let Some(crc) = &mut crc {
+                crc.update(place);
+            }
+            whole &= self.matches(layer, crc);
+            at += bytes as usize;
+        }
+        store_fence();
+        if whole { Ok(()) } else { Err(MissReason::Corrupt) }
     }
 
     fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {

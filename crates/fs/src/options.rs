@@ -130,8 +130,8 @@ impl FsOptions {
         Ok(())
     }
 
-    /// Threads to start for each direction.
-    pub(crate) fn threads(&self) -> usize {
+    /// Threads that copy, for each direction.
+    pub fn threads(&self) -> usize {
         self.io_threads.unwrap_or_else(|| {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             (cores / 2).clamp(1, 8)

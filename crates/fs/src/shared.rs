@@ -1,17 +1,17 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use crossbeam::channel::Sender;
 use kvlane_core::NamespaceId;
 
+use crate::cache::Cache;
 use crate::counters::{Counters, FsStats};
 use crate::directory::{Directory, unix_ms};
 use crate::index::{Found, Index};
 use crate::jobs::{Jobs, lock};
-use crate::raw::HostCache;
 use crate::segment::Geometry;
 use crate::writer::Command;
 
@@ -30,7 +30,7 @@ pub(crate) fn mark_now() -> u32 {
 pub(crate) struct Shared {
     pub(crate) directory: Directory,
     pub(crate) geometry: Geometry,
-    pub(crate) cache: Arc<HostCache>,
+    pub(crate) cache: Cache,
     pub(crate) verify: bool,
     pub(crate) index: Mutex<Index>,
     pub(crate) jobs: Jobs,
@@ -55,7 +55,7 @@ impl Shared {
     pub(crate) fn new(
         directory: Directory,
         geometry: Geometry,
-        cache: Arc<HostCache>,
+        cache: Cache,
         namespace: NamespaceId,
         verify: bool,
         jobs_in_flight: usize,

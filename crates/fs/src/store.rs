@@ -1,15 +1,18 @@
 //! Stores: from the paged cache into slots.
 
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use kvlane_core::{JobId, MissReason, NamespaceId, Outcome, StoreRequest};
+use kvlane_cuda::{DeviceCache, Patience};
 
+use crate::cache::{Cache, gave_up};
 use crate::counters::Counters;
 use crate::format::{SlotRecord, SlotState};
 use crate::gate::Gate;
-use crate::raw::{LayerCrc, Runs, pwritev_all, store_fence};
+use crate::raw::{HostCache, LayerCrc, Runs, copy_bytes, pwritev_all, store_fence};
 use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::writer::Command;
@@ -203,16 +206,19 @@ impl StoreJob {
             .filter(|layer| !self.claimed[position * count + layer].swap(true, Ordering::AcqRel))
             .collect();
         let allows = u32::from(allow && !self.allowed[position].swap(true, Ordering::AcqRel));
-        let copied = if mine.is_empty() {
-            Ok(())
-        } else if shared.directory.mapped_payload() {
-            self.copy_mapped(shared, position, place, &mine);
-            Ok(())
-        } else {
-            self.write_slot(shared, position, place)
+        let copied = match &shared.cache {
+            _ if mine.is_empty() => Ok(()),
+            Cache::Host(cache) if shared.directory.mapped_payload() => {
+                self.copy_mapped(shared, cache, position, place, &mine);
+                Ok(())
+            }
+            Cache::Host(cache) => self.write_slot(shared, cache, position, place),
+            Cache::Device(cache) => self.copy_staged(shared, cache, position, place, &mine),
         };
         if let Err(error) = copied {
-            tracing::warn!(path = %place.segment.view.path.display(), %error, "cannot write a block");
+            if !self.gate.is_closed() {
+                tracing::warn!(path = %place.segment.view.path.display(), %error, "cannot write a block");
+            }
             self.end_block(position, false);
             return;
         }
@@ -222,7 +228,14 @@ impl StoreJob {
         }
     }
 
-    fn copy_mapped(&self, shared: &Shared, position: usize, place: &Place, layers: &[usize]) {
+    fn copy_mapped(
+        &self,
+        shared: &Shared,
+        cache: &HostCache,
+        position: usize,
+        place: &Place,
+        layers: &[usize],
+    ) {
         let count = shared.geometry.layer_bytes.len();
         let slot = place.segment.header().slot_offset(place.slot);
         let mut next = 0;
@@ -232,9 +245,7 @@ impl StoreJob {
             let bytes = shared.geometry.layer_bytes[layer];
             let target = place.segment.mapping().target(offset as usize, bytes as usize);
             let mut crc = LayerCrc::new(&self.request.keys[position].0, layer as u32);
-            shared
-                .cache
-                .copy_layer_out(layer, self.request.blocks[position], target, Some(&mut crc));
+            cache.copy_layer_out(layer, self.request.blocks[position], target, Some(&mut crc));
             self.crcs[position * count + layer].store(crc.value(), Ordering::Release);
             offset += bytes;
             next = layer + 1;
@@ -243,7 +254,13 @@ impl StoreJob {
     }
 
     /// Writes the whole slot, in pieces of whole pages: a partial page that is not resident would have to be read first.
-    fn write_slot(&self, shared: &Shared, position: usize, place: &Place) -> std::io::Result<()> {
+    fn write_slot(
+        &self,
+        shared: &Shared,
+        cache: &HostCache,
+        position: usize,
+        place: &Place,
+    ) -> std::io::Result<()> {
         let geometry = &shared.geometry;
         let count = geometry.layer_bytes.len();
         let block = self.request.blocks[position];
@@ -251,9 +268,9 @@ impl StoreJob {
         let mut runs = Runs::new();
         for layer in 0..count {
             let mut crc = LayerCrc::new(&self.request.keys[position].0, layer as u32);
-            shared.cache.checksum_layer(layer, block, &mut crc);
+            cache.checksum_layer(layer, block, &mut crc);
             self.crcs[position * count + layer].store(crc.value(), Ordering::Release);
-            runs.push_layer(&shared.cache, layer, block);
+            runs.push_layer(cache, layer, block);
             let gathered = runs.len_bytes() as u64;
             let last = layer + 1 == count;
             if last || (gathered >= WRITE_BYTES && gathered.is_multiple_of(crate::format::PAGE_BYTES)) {
@@ -268,6 +285,55 @@ impl StoreJob {
             }
         }
         Ok(())
+    }
+
+    /// From a device: into pinned memory, and from there with the checksum to where the medium wants it.
+    fn copy_staged(
+        &self,
+        shared: &Shared,
+        cache: &DeviceCache,
+        position: usize,
+        place: &Place,
+        layers: &[usize],
+    ) -> std::io::Result<()> {
+        let cancelled = || self.gate.is_closed();
+        let patience = Patience {
+            deadline: self.request.deadline,
+            cancelled: &cancelled,
+        };
+        let copied = cache.copy_block_out(self.request.blocks[position], layers, &patience);
+        let mut staging = copied.map_err(|error| {
+            if gave_up(&error) {
+                self.close(MissReason::TimedOut);
+            }
+            std::io::Error::other(error)
+        })?;
+        let geometry = &shared.geometry;
+        let slot = place.segment.header().slot_offset(place.slot);
+        let mapped = shared.directory.mapped_payload();
+        let mut at = 0;
+        for &layer in layers {
+            let bytes = &staging[at..at + geometry.layer_bytes[layer] as usize];
+            let mut crc = LayerCrc::new(&self.request.keys[position].0, layer as u32);
+            if mapped {
+                let offset = slot + geometry.layer_bytes[..layer].iter().sum::<u64>();
+                let target = place.segment.mapping().target(offset as usize, bytes.len());
+                copy_bytes(bytes.into(), target, Some(&mut crc));
+            } else {
+                crc.update(bytes);
+            }
+            let number = position * geometry.layer_bytes.len() + layer;
+            self.crcs[number].store(crc.value(), Ordering::Release);
+            at += bytes.len();
+        }
+        if mapped {
+            store_fence();
+            return Ok(());
+        }
+        // The layers are all of them, since a medium that is not mapped gets whole slots.
+        let whole = geometry.slot_bytes as usize;
+        staging[at..whole].fill(0);
+        place.segment.file.write_all_at(&staging[..whole], slot)
     }
 
     fn commit(&self, shared: &Shared, position: usize, place: &Place) {

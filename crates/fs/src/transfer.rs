@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use kvlane_core::{
     Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
-    PagedMemory, StoreRequest,
+    StoreRequest,
 };
+use kvlane_cuda::StreamHandle;
 
+use crate::cache::Cache;
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
@@ -19,7 +21,6 @@ use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
 use crate::load::{Bounce, IDLE_CHECK, LoadJob};
 use crate::options::{FsOptions, RESERVATION_MAX};
-use crate::raw::HostCache;
 use crate::segment::Geometry;
 use crate::shared::{MARK_MS, Shared};
 use crate::store::StoreJob;
@@ -53,7 +54,7 @@ impl FsTransfer {
     pub fn open(
         path: &Path,
         namespace: NamespaceId,
-        cache: impl Into<Arc<HostCache>>,
+        cache: impl Into<Cache>,
         options: &FsOptions,
         can_store: bool,
     ) -> Result<Self> {
@@ -152,6 +153,22 @@ impl FsTransfer {
     /// The bytes of one block in this cache.
     pub fn block_bytes(&self) -> u64 {
         self.shared.geometry.payload_bytes
+    }
+
+    /// Whether copies must be told behind which work they come: see [`order_after`](Self::order_after).
+    pub fn needs_order(&self) -> bool {
+        matches!(self.shared.cache, Cache::Device(_))
+    }
+
+    /// Every copy from and to a device that starts from now on runs after what is on `stream` now.
+    ///
+    /// With a cache on a device, call it right before each `layer_ready`, `finish_store` and `load`: the calls of the
+    /// program that come before them in its own order may not have run yet. With a cache in host memory it does nothing.
+    pub fn order_after(&self, stream: StreamHandle) -> Result<()> {
+        match &self.shared.cache {
+            Cache::Device(cache) if !self.is_forked() => Ok(cache.order_after(stream)?),
+            _ => Ok(()),
+        }
     }
 
     /// How many leading blocks of a chain can be had, continuing from what `cursor` remembers of the same chain.

@@ -194,6 +194,24 @@ pub fn store_fence() {
     fence(Ordering::SeqCst);
 }
 
+/// Copies `source` to `target` and appends the bytes to `crc`, if one is given. [`store_fence`] must come before the target
+/// is published.
+///
+/// # Panics
+/// If the two have different lengths or overlap.
+pub fn copy_bytes(source: ByteSource<'_>, target: ByteTarget<'_>, crc: Option<&mut LayerCrc>) {
+    let (from, to) = (source.pointer(), target.pointer());
+    let len = source.len();
+    assert!(len == target.len(), "{len} bytes into {}", target.len());
+    assert!(
+        from.addr() + len <= to.addr() || to.addr() + len <= from.addr(),
+        "a copy onto itself"
+    );
+    // SAFETY: both are valid for their length by their types, the lengths are equal and the ranges apart, as checked; the
+    // kernel is one of this machine's.
+    unsafe { copy_run(Kernel::best(), from, to, len, crc, NOTHING) };
+}
+
 /// Copies `len` bytes and appends them to `crc`, if one is given. Whoever publishes the target calls [`store_fence`]
 /// first. `next` is what the next copy will read, if that is known; it is only prefetched.
 ///

@@ -26,7 +26,7 @@ mod ofd_lock;
 mod vectored;
 
 pub use aligned_buffer::AlignedBuffer;
-pub use copy::{ByteSource, ByteTarget, Kernel, LayerCrc, store_fence};
+pub use copy::{ByteSource, ByteTarget, Kernel, LayerCrc, copy_bytes, store_fence};
 pub use fork_guard::ForkGuard;
 pub use host_cache::{HostCache, Runs};
 pub use mapping::{ReadMapping, WriteMapping};
