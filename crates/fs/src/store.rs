@@ -51,6 +51,8 @@ pub(crate) struct StoreJob {
     id: JobId,
     request: StoreRequest,
     namespace: NamespaceId,
+    /// The epoch in which it began, or a later one, which the writer thread notices by the namespace.
+    epoch: u64,
     shared: Weak<Shared>,
     plans: OnceLock<Vec<Plan>>,
     gate: Gate,
@@ -80,6 +82,7 @@ impl StoreJob {
         Arc::new(StoreJob {
             id,
             namespace,
+            epoch: shared.directory.control.epoch(),
             shared: Arc::downgrade(shared),
             plans: OnceLock::new(),
             gate: Gate::default(),
@@ -340,6 +343,12 @@ impl StoreJob {
         // Closed means that the paged cache may have changed under the copy. A gate that is open now was open during
         // the whole copy, so what was copied is what was meant.
         if self.gate.is_closed() || !place.segment.is_ours() {
+            self.end_block(position, false);
+            return;
+        }
+        if shared.directory.control.epoch() != self.epoch {
+            // Nobody would find it: it is named in the epoch that is over.
+            let _ = self.closed_because.set(MissReason::Dropped);
             self.end_block(position, false);
             return;
         }
