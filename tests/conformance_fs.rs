@@ -3,11 +3,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use kvlane_core::NamespaceId;
+use kvlane_core::{BlockMap, Device, NamespaceId};
+use kvlane_cuda::{DeviceCache, stand_in::StandIn};
 use kvlane_fs::{FsOptions, FsTransfer, HostCache, Medium};
 use kvlane_tests::fixture::{Factory, Peer, Place};
 use kvlane_tests::layouts::Plan;
+
+/// How late each copy of the stand-in begins: long against everything that does not wait for it.
+const COPY_DELAY: Duration = Duration::from_micros(200);
 
 /// Through mappings, on a file system that lives in memory.
 mod memory {
@@ -24,7 +29,22 @@ mod network {
     kvlane_tests::conformance!(super::Fs(kvlane_fs::Medium::Network));
 }
 
+/// A cache on a CUDA device, through pinned memory. There is no device: the driver is a stand-in whose copies happen later
+/// than they were asked for.
+mod device_stand_in {
+    mod memory {
+        kvlane_tests::conformance!(crate::OnDevice(crate::Fs(kvlane_fs::Medium::Memory)));
+    }
+
+    mod disk {
+        kvlane_tests::conformance!(crate::OnDevice(crate::Fs(kvlane_fs::Medium::Disk)));
+    }
+}
+
 struct Fs(Medium);
+
+/// As `Fs`, with caches on the stand-in of a CUDA device.
+struct OnDevice(Fs);
 
 /// A folder that is removed with its last peer.
 struct FsPlace {
@@ -34,40 +54,94 @@ struct FsPlace {
 }
 
 impl Fs {
-    fn open(&self, capacity_bytes: u64, segment_bytes: u64) -> Box<dyn Place> {
+    fn open(&self, capacity_bytes: u64, segment_bytes: u64) -> FsPlace {
         let parent = match self.0 {
             Medium::Memory => PathBuf::from("/dev/shm"),
             _ => Path::new(env!("CARGO_TARGET_TMPDIR")).to_path_buf(),
         };
-        let folder = tempfile::Builder::new().prefix("kvlane-test-").tempdir_in(parent).expect("a folder");
+        let folder = tempfile::Builder::new()
+            .prefix("kvlane-test-")
+            .tempdir_in(parent)
+            .expect("a folder");
         let options = FsOptions::default()
             .with_capacity_bytes(capacity_bytes)
             .with_segment_bytes(segment_bytes)
             .with_io_threads(2)
             .with_medium(self.0);
-        Box::new(FsPlace { folder, options, payload_bytes: capacity_bytes as usize })
+        FsPlace {
+            folder,
+            options,
+            payload_bytes: capacity_bytes as usize,
+        }
     }
 }
 
 impl Factory for Fs {
     fn place(&self) -> Box<dyn Place> {
-        self.open(96 << 20, 4 << 20)
+        Box::new(self.open(96 << 20, 4 << 20))
     }
 
     fn small_place(&self) -> Box<dyn Place> {
-        self.open(2 << 20, 512 << 10)
+        Box::new(self.open(2 << 20, 512 << 10))
     }
 }
 
 impl Place for FsPlace {
     fn peer(&self, namespace: NamespaceId, plan: &Plan) -> Peer {
-        let cache = Arc::new(HostCache::allocate(&[plan.storage_bytes], |addresses| plan.map(addresses[0])));
-        let backend =
-            FsTransfer::open(self.folder.path(), namespace, Arc::clone(&cache), &self.options, true).expect("a store");
-        Peer { backend: Arc::new(backend), cache }
+        let cache = Arc::new(HostCache::allocate(&[plan.storage_bytes], |addresses| {
+            plan.map(addresses[0])
+        }));
+        let backend = FsTransfer::open(
+            self.folder.path(),
+            namespace,
+            Arc::clone(&cache),
+            &self.options,
+            true,
+        )
+        .expect("a store");
+        Peer {
+            backend: Arc::new(backend),
+            cache,
+        }
     }
 
     fn capacity_bytes(&self) -> usize {
         self.payload_bytes
+    }
+}
+
+impl Factory for OnDevice {
+    fn place(&self) -> Box<dyn Place> {
+        Box::new(DevicePlace(self.0.open(96 << 20, 4 << 20)))
+    }
+
+    fn small_place(&self) -> Box<dyn Place> {
+        Box::new(DevicePlace(self.0.open(2 << 20, 512 << 10)))
+    }
+}
+
+struct DevicePlace(FsPlace);
+
+impl Place for DevicePlace {
+    fn peer(&self, namespace: NamespaceId, plan: &Plan) -> Peer {
+        let device = StandIn::new(COPY_DELAY);
+        let mut views = plan.views(device.allocate(plan.storage_bytes));
+        for view in &mut views {
+            view.device = Device::Cuda(device.ordinal());
+        }
+        let map = BlockMap::from_tensors(views, plan.block_count, Some(plan.block_dim)).expect("a map");
+        let buffers = 2 * self.0.options.threads();
+        let cache = DeviceCache::open(device.tensors(map), buffers).expect("a device");
+        let cache = Arc::new(cache);
+        let FsPlace { folder, options, .. } = &self.0;
+        let backend = FsTransfer::open(folder.path(), namespace, Arc::clone(&cache), options, true);
+        Peer {
+            backend: Arc::new(backend.expect("a store")),
+            cache,
+        }
+    }
+
+    fn capacity_bytes(&self) -> usize {
+        self.0.capacity_bytes()
     }
 }
