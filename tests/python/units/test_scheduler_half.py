@@ -1,0 +1,319 @@
+"""Risk: a request waits for ever, is given KV it must not use, or KV of a failed load reaches the folder."""
+
+import types
+
+import pytest
+
+from kvlane._native import Chain
+from kvlane.vllm.options import Options
+from kvlane.vllm.scheduler import SchedulerHalf, SchedulerSettings
+
+BLOCK = 16
+PREFILLED = "cmpl-___prefill_addr_10.0.0.1:8000___decode_addr_10.0.0.2:8000_7f-0-89abcdef"
+
+
+class Folder:
+    """A stand-in for the native reader: how many leading blocks are ready and promised."""
+
+    def __init__(self, ready=0, pending=0):
+        self.ready, self.pending = ready, pending
+
+    def lookup(self, chain, limit_blocks):
+        ready = min(self.ready, limit_blocks)
+        return ready, min(self.pending, limit_blocks - ready)
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def make(folder=None, options=None, **settings):
+    clock = Clock()
+    values = {"block_tokens": BLOCK, "can_store": False, "can_load": True, **settings}
+    half = SchedulerHalf(Options(**(options or {})), SchedulerSettings(**values), clock)
+    if folder is not None:
+        half.open(folder)
+    return half, clock
+
+
+def request(tokens=100, request_id="r", **changes):
+    values = {
+        "request_id": request_id, "prompt_token_ids": list(range(tokens)), "num_tokens": tokens, "prompt_embeds": None,
+        "pooling_params": None, "lora_request": None, "cache_salt": None, "mm_features": [], "max_tokens": 8,
+        "sampling_params": None, "kv_transfer_params": None, "skip_reading_prefix_cache": False,
+    }  # fmt: skip
+    return types.SimpleNamespace(**{**values, **changes})
+
+
+def output(new=(), cached=(), preempted=()):
+    """`new` and `cached`: (request id, block ids or None, computed tokens, scheduled tokens[, resumed])."""
+    news = [types.SimpleNamespace(req_id=r, block_ids=(ids,), num_computed_tokens=c) for r, ids, c, _ in new]
+    cached_data = types.SimpleNamespace(
+        req_ids=[entry[0] for entry in cached],
+        new_block_ids=[None if entry[1] is None else (entry[1],) for entry in cached],
+        num_computed_tokens=[entry[2] for entry in cached],
+        resumed_req_ids={entry[0] for entry in cached if len(entry) > 4},
+    )
+    scheduled = {entry[0]: entry[3] for entry in (*new, *cached)}
+    return types.SimpleNamespace(
+        scheduled_new_reqs=news,
+        scheduled_cached_reqs=cached_data,
+        num_scheduled_tokens=scheduled,
+        preempted_req_ids=set(preempted),
+    )
+
+
+def allocate(half, asked, blocks, tokens):
+    half.blocks_allocated(asked, lambda: blocks, tokens)
+
+
+def keys_of(asked):
+    chain = Chain(BLOCK)
+    chain.extend(asked.prompt_token_ids)
+    return chain.keys(0, chain.block_count)
+
+
+# ---- hits
+
+
+@pytest.mark.parametrize(("tokens", "hit"), [(15, 0), (16, 0), (17, 16), (32, 16), (33, 32), (100, 96)])
+def test_one_token_is_always_left_to_compute(tokens, hit):
+    half, _ = make(Folder(ready=99))
+    assert half.matched_tokens(request(tokens), 0) == (hit, hit > 0)
+
+
+def test_local_blocks_are_not_loaded():
+    half, _ = make(Folder(ready=4))
+    asked = request()
+    assert half.matched_tokens(asked, 32) == (32, True)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], 32)
+    (load,) = half.step(output()).loads
+    assert (load.block_ids, load.keys) == ([3, 4], keys_of(asked)[64:128])
+    assert half.matched_tokens(request(request_id="all local"), 64) == (0, False)
+
+
+def test_asking_again_changes_nothing():
+    half, _ = make(Folder(ready=3))
+    assert [half.matched_tokens(request(), 0) for _ in range(3)] == [(48, True)] * 3
+    assert half.step(output()).is_idle
+
+
+def test_synchronous_loading_is_told_to_vllm():
+    half, _ = make(Folder(ready=3), {"sync_load": True})
+    assert half.matched_tokens(request(), 0) == (48, False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt_token_ids": None},
+        {"prompt_embeds": object()},
+        {"pooling_params": object()},
+        {"skip_reading_prefix_cache": True},
+        {"sampling_params": types.SimpleNamespace(prompt_logprobs=0)},
+    ],
+)
+def test_requests_that_must_compute_their_prompt_load_nothing(changes):
+    half, _ = make(Folder(ready=9))
+    assert half.matched_tokens(request(**changes), 0) == (0, False)
+
+
+def test_a_server_that_only_stores_loads_nothing():
+    half, _ = make(Folder(ready=9), can_load=False, can_store=True)
+    assert half.matched_tokens(request(), 0) == (0, False)
+
+
+def test_without_a_reader_nothing_hits_and_the_search_begins():
+    half, _ = make()
+    begun = []
+    half.on_reader_missing = lambda: begun.append(1)
+    assert half.matched_tokens(request(), 0) == (0, False)
+    assert begun
+
+
+# ---- waiting
+
+
+def test_promised_blocks_are_waited_for_until_the_timeout():
+    half, clock = make(Folder(ready=2, pending=4), {"load_timeout_ms": 1000})
+    assert half.matched_tokens(request(), 0) == (None, False)
+    clock.now_s += 0.999
+    assert half.matched_tokens(request(), 0) == (None, False)
+    clock.now_s += 0.002
+    assert half.matched_tokens(request(), 0) == (32, True)
+
+
+def test_promises_behind_local_blocks_only_are_waited_for():
+    half, _ = make(Folder(ready=1, pending=1))
+    assert half.matched_tokens(request(), 32) == (0, False)
+
+
+def test_a_named_prefill_gets_a_short_grace():
+    half, clock = make(Folder(), {"prefill_grace_ms": 200})
+    assert half.matched_tokens(request(request_id=PREFILLED), 0) == (None, False)
+    assert half.matched_tokens(request(request_id="plain"), 0) == (0, False)
+    clock.now_s += 0.201
+    assert half.matched_tokens(request(request_id=PREFILLED), 0) == (0, False)
+
+
+def test_the_prefill_itself_does_not_wait_for_itself():
+    half, _ = make(Folder(), can_store=True)
+    assert half.matched_tokens(request(request_id=PREFILLED, max_tokens=1), 0) == (0, False)
+    assert half.matched_tokens(request(request_id=PREFILLED + "0", max_tokens=8), 0) == (None, False)
+
+
+# ---- failures and ends
+
+
+def loading(half, name="a", blocks=(1, 2, 3, 4, 5, 6)):
+    asked = request(request_id=name)
+    found, _ = half.matched_tokens(asked, 0)
+    allocate(half, asked, list(blocks), found)
+    half.step(output())
+    return asked
+
+
+def test_a_request_whose_load_failed_is_never_claimed_again():
+    half, _ = make(Folder(ready=9))
+    asked, other = loading(half), loading(half, "b", range(11, 17))
+    half.workers_answered(["a", "b"], [], {4})
+    assert half.matched_tokens(asked, 0) == (0, False)
+    assert half.matched_tokens(other, 0) == (96, True)
+    assert half.take_counters()["recomputed_requests"] == 1
+
+
+def test_failures_of_single_ranks_count_before_the_request_is_done():
+    half, _ = make(Folder(ready=9))
+    asked = loading(half)
+    half.workers_answered([], [], {4})
+    half.workers_answered(["a"], [], set())
+    assert half.matched_tokens(asked, 0) == (0, False)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_an_abort_while_loading_reaches_the_workers(holds):
+    half, _ = make(Folder(ready=9), holds_aborted_loads=holds)
+    loading(half)
+    assert half.finished("a") is not holds
+    assert half.step(output()).aborted_loads == ["a"]
+    assert half.step(output()).is_idle
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_an_abort_behind_the_load_frees_at_once(holds):
+    half, _ = make(Folder(ready=9), holds_aborted_loads=holds)
+    loading(half)
+    half.workers_answered(["a"], [], set())
+    assert half.finished("a") is False
+    assert half.step(output()).is_idle
+
+
+def test_requests_leave_no_state_behind():
+    half, _ = make(Folder(ready=9), can_store=True)
+    asked = loading(half)
+    half.step(output(new=[("a", [1, 2, 3, 4, 5, 6], 96, 4)]))
+    half.finished(asked.request_id)
+    half.step(output())
+    assert not (half._requests or half._storing or half._loading)
+
+
+# ---- stores
+
+
+def seen(half, asked, blocks=()):
+    half.matched_tokens(asked, 0)
+    allocate(half, asked, list(blocks), 0)
+
+
+def test_chunks_are_stored_as_they_are_computed():
+    half, _ = make(can_store=True, can_load=False)
+    asked = request(70)
+    seen(half, asked)
+    keys = keys_of(asked)
+    first = half.step(output(new=[("r", [7, 8], 0, 30)]))
+    assert [(r.keys, r.first_depth) for r in first.reservations] == [(keys, 0)]
+    assert [(s.keys, s.block_ids, s.first_depth) for s in first.stores] == [(keys[:32], [7], 0)]
+    second = half.step(output(cached=[("r", [9, 3], 30, 30)]))
+    assert [(s.keys, s.block_ids, s.first_depth) for s in second.stores] == [(keys[32:96], [8, 9], 1)]
+    assert second.reservations == []
+    third = half.step(output(cached=[("r", [5], 60, 10)]))
+    assert [(s.keys, s.block_ids, s.first_depth) for s in third.stores] == [(keys[96:], [3], 3)]
+    assert half.step(output(cached=[("r", None, 70, 1)])).is_idle
+
+
+def test_only_prompts_are_stored():
+    half, _ = make(can_store=True, can_load=False)
+    seen(half, request(20))
+    assert len(half.step(output(new=[("r", [7, 8], 0, 20)])).stores[0].block_ids) == 1
+    assert half.step(output(cached=[("r", [9], 20, 40)])).is_idle
+
+
+def test_a_resumed_request_goes_on_with_its_new_blocks():
+    half, _ = make(can_store=True, can_load=False)
+    asked = request(64)
+    seen(half, asked)
+    half.step(output(new=[("r", [1, 2], 0, 32)]))
+    withdrawn = half.step(output(preempted=["r"]))
+    assert withdrawn.withdrawals == [keys_of(asked)[64:]]
+    resumed = half.step(output(cached=[("r", [5, 6, 7, 8], 16, 48, True)]))
+    assert [(s.block_ids, s.first_depth) for s in resumed.stores] == [([7, 8], 2)]
+    assert len(resumed.reservations) == 1
+
+
+def test_an_abort_withdraws_what_was_promised():
+    half, _ = make(can_store=True, can_load=False)
+    asked = request(64)
+    seen(half, asked)
+    half.step(output(new=[("r", [1], 0, 16)]))
+    assert half.finished("r") is False
+    assert half.step(output()).withdrawals == [keys_of(asked)[32:]]
+
+
+def test_long_prefills_renew_their_promise():
+    half, clock = make(can_store=True, can_load=False)
+    seen(half, request(64))
+    half.step(output(new=[("r", [1], 0, 16)]))
+    clock.now_s += 25
+    assert len(half.step(output(cached=[("r", [2], 16, 16)])).reservations) == 1
+
+
+def test_null_blocks_are_never_stored():
+    half, _ = make(can_store=True, can_load=False)
+    seen(half, request(64))
+    step = half.step(output(new=[("r", [0, 2, 3, 4], 16, 48)]))
+    assert step.stores == []
+    assert len(step.withdrawals) == 1
+
+
+def test_nothing_is_stored_while_a_synchronous_load_may_still_fail():
+    """Blocks computed in that step, and in steps planned before its result, may hold KV that depends on bad blocks."""
+    half, _ = make(Folder(ready=2), {"sync_load": True}, can_store=True, batches_in_flight=2)
+    asked = request(64)
+    found, _ = half.matched_tokens(asked, 0)
+    allocate(half, asked, [1, 2, 3, 4], found)
+    other = request(64, "other")
+    seen(half, other, [5, 6, 7, 8])
+    steps = [half.step(output(new=[("r", [1, 2, 3, 4], 32, 32), ("other", [5, 6, 7, 8], 0, 64)]))]
+    steps += [half.step(output(cached=[("r", None, 64 + i, 1), ("other", None, 64 + i, 1)])) for i in range(4)]
+    assert [len(step.stores) for step in steps] == [0, 0, 0, 2, 0]
+
+
+def test_a_reset_stops_running_prompts_from_being_stored():
+    half, _ = make(can_store=True, can_load=False)
+    seen(half, request(64))
+    half.step(output(new=[("r", [1], 0, 16)]))
+    half.reset()
+    step = half.step(output(cached=[("r", [2, 3, 4], 16, 48)]))
+    assert step.stores == []
+    assert len(step.withdrawals) == 1
+
+
+def test_hits_and_misses_are_counted_once_per_request():
+    half, _ = make(Folder(ready=4))
+    asked = loading(half)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], 0)
+    assert half.take_counters() == {"hit_blocks": 4, "miss_blocks_absent": 2}
+    assert half.take_counters() == {}

@@ -1,0 +1,254 @@
+"""Risk: a worker reports a request twice or never (the engine dies or hangs), or reads blocks after vLLM reused them."""
+
+import types
+
+import pytest
+
+from kvlane import ConfigError, StoreError
+from kvlane.vllm.metadata import LoadJob, Reservation, StepMetadata, StoreJob
+from kvlane.vllm.options import Options
+from kvlane.vllm.worker import WorkerHalf, WorkerSettings, describe_tensors
+
+LAYERS = {"l.0": 0, "l.1": 1, "shares l.0": 0}
+
+
+class ScriptedStore:
+    """A stand-in for the native worker that records calls and ends jobs when a test says so."""
+
+    def __init__(self):
+        self.calls = []
+        self.ended = {}
+        self._jobs = 0
+
+    def end(self, job, positions=(), reason="done"):
+        self.ended[job] = (list(positions), reason)
+
+    def begin_store(self, keys, block_ids, first_depth, timeout_ms):
+        return self._job("begin_store", block_ids)
+
+    def load(self, keys, block_ids, timeout_ms, layer_major=False):
+        return self._job("load", block_ids)
+
+    def wait(self, job, timeout_ms):
+        self.calls.append(("wait", job))
+        return self.ended.pop(job, None)
+
+    def poll(self):
+        ended, self.ended = self.ended, {}
+        return [(job, *outcome) for job, outcome in ended.items()] or None
+
+    def wait_layer(self, job, layer, timeout_ms):
+        self.calls.append(("wait_layer", job, layer))
+        return job not in self.ended or not self.ended[job][0]
+
+    def stats(self):
+        return {"loaded_bytes": 1.0}
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+    def _job(self, name, block_ids):
+        self._jobs += 1
+        self.calls.append((name, list(block_ids)))
+        return self._jobs
+
+
+def make(store=None, settings=None, **options):
+    half = WorkerHalf(Options(**options), settings or WorkerSettings())
+    store = store or ScriptedStore()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get))
+    return half, store
+
+
+def load_step(*names, blocks=(4, 5, 6)):
+    return StepMetadata(loads=[LoadJob(name, bytes(32 * len(blocks)), list(blocks)) for name in names])
+
+
+def run(half, step):
+    half.begin_step(step)
+    half.start_loads()
+    half.finish_stores()
+    answer = half.finished(), half.bad_blocks()
+    half.end_step()
+    return answer
+
+
+IDLE = ((None, None), set())
+
+
+def test_a_load_is_reported_once_and_only_when_it_ended():
+    half, store = make()
+    assert run(half, load_step("a")) == IDLE
+    assert run(half, StepMetadata()) == IDLE
+    store.end(1)
+    assert run(half, StepMetadata()) == ((None, {"a"}), set())
+    assert run(half, StepMetadata()) == IDLE
+
+
+def test_a_second_call_in_a_step_starts_no_second_load():
+    half, store = make()
+    half.begin_step(load_step("a"))
+    half.start_loads()
+    half.start_loads()
+    assert [call[0] for call in store.calls] == ["load"]
+
+
+def test_bad_blocks_are_reported_with_the_request():
+    half, store = make()
+    run(half, load_step("a"))
+    store.end(1, [0, 2], "corrupt")
+    assert run(half, StepMetadata()) == ((None, {"a"}), {4, 6})
+    assert run(half, StepMetadata()) == IDLE
+
+
+def test_a_refused_load_is_reported_as_failed_at_once():
+    class Refusing(ScriptedStore):
+        def load(self, *arguments):
+            raise StoreError("no")
+
+    half, _ = make(Refusing())
+    assert run(half, load_step("a")) == ((None, {"a"}), {4, 5, 6})
+
+
+def test_a_load_without_keys_is_reported_as_failed():
+    half, store = make()
+    assert run(half, StepMetadata(loads=[LoadJob("a", b"", [4, 5])])) == ((None, {"a"}), {4, 5})
+    assert store.calls == []
+
+
+def test_a_worker_that_is_not_open_fails_loads_and_stores_nothing():
+    half = WorkerHalf(Options(), WorkerSettings())
+    step = StepMetadata(stores=[StoreJob("b", bytes(32), [1], 0)], loads=[LoadJob("a", bytes(32), [4])])
+    assert run(half, step) == ((None, {"a"}), {4})
+
+
+@pytest.mark.parametrize("positions", [[], [0, 1, 2]])
+def test_an_aborted_load_is_reported_once_without_bad_blocks(positions):
+    """vLLM 0.16 and newer hold the blocks until the load is reported as received."""
+    half, store = make()
+    run(half, load_step("a"))
+    assert run(half, StepMetadata(aborted_loads=["a"])) == IDLE
+    assert ("cancel", 1) in store.calls
+    store.end(1, positions, "cancelled")
+    assert run(half, StepMetadata()) == ((None, {"a"}), set())
+    assert run(half, StepMetadata()) == IDLE
+
+
+def test_an_abort_behind_the_report_is_not_reported_again():
+    half, store = make()
+    run(half, load_step("a"))
+    store.end(1)
+    run(half, StepMetadata())
+    assert run(half, StepMetadata(aborted_loads=["a"])) == IDLE
+
+
+@pytest.mark.parametrize("when", ["running", "ended", "reported"])
+def test_vllm_0_15_hears_of_an_aborted_load_once_as_sent(when):
+    half, store = make(settings=WorkerSettings(holds_aborted_loads=False))
+    run(half, load_step("a"))
+    if when != "running":
+        store.end(1)
+    if when == "reported":
+        run(half, StepMetadata())
+    answers = [run(half, StepMetadata(aborted_loads=["a"]))]
+    if when == "running":
+        assert answers == [IDLE]
+        store.end(1, [0], "cancelled")
+    answers += [run(half, StepMetadata()) for _ in range(3)]
+    assert [answer for answer in answers if answer != IDLE] == [(({"a"}, None), set())]
+
+
+def test_a_request_may_load_again_under_its_old_name():
+    half, store = make()
+    for job in (1, 2):
+        run(half, load_step("a"))
+        store.end(job)
+        assert run(half, StepMetadata()) == ((None, {"a"}), set())
+
+
+def test_synchronous_loads_end_before_the_forward_pass():
+    class Instant(ScriptedStore):
+        def load(self, *arguments):
+            job = super().load(*arguments)
+            self.end(job, [1] if job == 2 else [])
+            return job
+
+    half, store = make(Instant(), sync_load=True)
+    half.begin_step(load_step("a", "b"))
+    half.start_loads()
+    assert [call[0] for call in store.calls] == ["load", "load", "wait", "wait"]
+    assert (half.finished(), half.bad_blocks()) == ((None, None), {5})
+
+
+def test_a_synchronous_load_that_never_ends_is_cancelled_and_fails():
+    half, store = make(sync_load=True, load_timeout_ms=1)
+    assert run(half, load_step("a")) == ((None, None), {4, 5, 6})
+    assert [call[0] for call in store.calls] == ["load", "wait", "cancel", "wait"]
+
+
+def test_layers_are_waited_for_one_by_one():
+    half, store = make(
+        settings=WorkerSettings(layerwise_load=True), sync_load=True, layerwise_load=True, load_timeout_ms=60_000
+    )
+    half.begin_step(load_step("a"))
+    half.start_loads()
+    half.wait_for_layer("l.0")
+    half.wait_for_layer("unknown")
+    half.wait_for_layer("l.1")
+    assert store.calls[1:] == [("wait_layer", 1, 0), ("wait_layer", 1, 1)]
+    store.end(1)
+    half.finish_stores()
+    assert (half.finished(), half.bad_blocks()) == ((None, None), set())
+
+
+def test_promises_come_before_stores_and_withdrawals_before_promises():
+    half, store = make()
+    half.begin_step(StepMetadata([Reservation(b"r", 0, 1)], [b"w"], [StoreJob("a", bytes(32), [1], 0)], [], []))
+    assert [call[0] for call in store.calls] == ["withdraw", "reserve", "begin_store"]
+
+
+def test_a_layer_leaves_once_also_if_another_shares_its_tensor():
+    half, store = make()
+    half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
+    for name in ("l.0", "shares l.0", "l.0", "unknown", "l.1"):
+        half.layer_saved(name)
+    assert [call for call in store.calls if call[0] == "layer_ready"] == [("layer_ready", 1, 0), ("layer_ready", 1, 1)]
+
+
+def test_layers_of_split_batches_leave_at_the_end_of_the_step():
+    half, store = make(settings=WorkerSettings(whole_layers=False))
+    half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
+    half.layer_saved("l.0")
+    half.finish_stores()
+    assert [call[0] for call in store.calls] == ["begin_store", "finish_store", "wait", "cancel"]
+
+
+def test_a_store_that_takes_too_long_is_cancelled_before_the_step_ends():
+    half, store = make(store_timeout_ms=1)
+    run(half, StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
+    assert store.calls[-1] == ("cancel", 1)
+    store.end(1, [0], "cancelled")
+    assert run(half, StepMetadata()) == IDLE
+
+
+def test_stores_are_ended_even_if_the_save_hook_did_not_run():
+    half, store = make()
+    half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
+    half.end_step()
+    assert ("finish_store", 1) in store.calls
+    assert half.step_stores == []
+
+
+def test_closing_twice_is_fine():
+    half, store = make()
+    half.close()
+    half.close()
+    assert store.calls == [("close",)]
+
+
+def test_state_tensors_and_devices_that_cannot_be_moved_are_refused_by_layer():
+    with pytest.raises(ConfigError, match=r"'mamba\.3' has 2 state tensors"):
+        describe_tensors({"mamba.3": [object(), object()]})
+    gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
+    with pytest.raises(ConfigError, match=r"'l\.0' has its KV cache on .* allowed: cpu"):
+        describe_tensors({"l.0": gpu})
