@@ -138,8 +138,9 @@ def print_table(rows):
     print("  tokens      folder    proxy  decode alone   single      text    log-prob. difference")
     for row in rows:
         print(
-            f"{row['prompt_tokens']:8d} {row['external_tokens']:11d} {row['ttft_ms']:8.0f} {row['_decode_ttft_ms']:13.0f}"
-            f" {row['single_ttft_ms']:8.0f} {'yes' if row['text_equal'] else 'NO':>9s} {row['max_logprob_diff']:23.2g}"
+            f"{row['prompt_tokens']:8d} {row['external_tokens']:11d} {row['ttft_ms']:8.0f}"
+            f" {row['_decode_ttft_ms']:13.0f} {row['single_ttft_ms']:8.0f}"
+            f" {'yes' if row['text_equal'] else 'NO':>9s} {row['max_logprob_diff']:23.2g}"
         )
     print()
     print("proxy: from the client's call to its first token, with the prefill on the other server and the hand-over.")

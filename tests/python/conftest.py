@@ -1,1 +1,1 @@
-"""Puts this folder on the import path (pytest does that for the folder of a conftest.py), so tests can use `support`."""
+"""Puts this folder on the import path, as pytest does for the folder of a conftest.py, so tests can use `support`."""

@@ -65,9 +65,7 @@ class Pair:
         decode = decode or {}
         self.dtype = decode.get("dtype", "float32")
         self.single.begin_open(engine_settings(self.model, **(single or decode)))
-        self.prefill.begin_open(
-            engine_settings(self.model, **(prefill or {})), transfer_config("producer", self.store)
-        )
+        self.prefill.begin_open(engine_settings(self.model, **(prefill or {})), transfer_config("producer", self.store))
         self.decode.begin_open(
             engine_settings(self.model, **decode), transfer_config("consumer", self.store, **(options or {}))
         )

@@ -1,5 +1,5 @@
-"""Risk: a mode of vLLM (chunked prefill, prefix caching, async or sync load) reads a block that is not there yet, one too
-few or one too many. Every prompt length around a block border goes through every mode."""
+"""Risk: a mode of vLLM (chunked prefill, prefix caching, async or sync load) reads a block that is not there yet, one
+too few or one too many. Every prompt length around a block border goes through every mode."""
 
 import itertools
 import os

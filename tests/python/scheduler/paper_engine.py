@@ -9,10 +9,7 @@ import dataclasses
 import inspect
 import time
 
-from paper_model import HEAD_DIM, HEADS, LAYER_NAMES, LAYERS, PaperCache
-from paper_runner import PaperRunner
-from support.connector import transfer_config
-from support.tiny_model import tiny_model
+import torch
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -26,7 +23,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-import torch
+from paper_model import HEAD_DIM, HEADS, LAYER_NAMES, LAYERS, PaperCache
+from paper_runner import PaperRunner
+from support.connector import transfer_config
+from support.tiny_model import tiny_model
 
 BLOCK_TOKENS = 16
 MODEL_LEN_TOKENS = 512
@@ -231,7 +231,9 @@ def _kv_cache_config(blocks):
     page_bytes = spec.page_size_bytes
     if _ONE_STORAGE:
         size = LAYERS * blocks * page_bytes
-        tensors = [KVCacheTensor(size=size, layers=LAYER_NAMES, layer_stride=blocks * page_bytes, block_stride=page_bytes)]
+        tensors = [
+            KVCacheTensor(size=size, layers=LAYER_NAMES, layer_stride=blocks * page_bytes, block_stride=page_bytes)
+        ]
     else:
         tensors = [KVCacheTensor(size=blocks * page_bytes, shared_by=[name]) for name in LAYER_NAMES]
     return KVCacheConfig(

@@ -1,8 +1,8 @@
 """A model that can be computed on paper, with a real KV cache in vLLM's layout.
 
-The KV entry of a token is a number that depends on the token and on the entries of all tokens before it, read back from
-the cache in every layer, as attention reads them. The next token is a function of the last entry. So a wrong, missing or
-half-written block anywhere in a prefix gives another answer, and the right answer is known without a cache.
+The KV entry of a token is a number that depends on the token and on the entries of all tokens before it, read back
+from the cache in every layer, as attention reads them. The next token is a function of the last entry. So a wrong,
+missing or half-written block anywhere in a prefix gives another answer, and the right one is known without a cache.
 """
 
 import torch

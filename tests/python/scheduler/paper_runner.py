@@ -6,12 +6,13 @@ The order of the connector's hooks is vLLM's own, since vLLM's mixin calls them.
 import contextlib
 import inspect
 
-from paper_model import LAYER_NAMES, PaperCache, compute
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+from paper_model import LAYER_NAMES, PaperCache, compute
 
 # Since 0.19 the hook gets the step's metadata and is called in every step; before, the ids, when there are some.
 _PREEMPTIONS_BY_ID = "preempted_req_ids" in inspect.signature(KVConnectorBase_V1.handle_preemptions).parameters

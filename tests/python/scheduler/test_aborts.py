@@ -31,9 +31,7 @@ def begin_loading(engine, request_id, prompt):
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["cached", "uncached"])
-def test_blocks_of_an_aborted_load_stay_out_of_use_until_it_ended(
-    store, prompt, prompts, asynchronous, prefix_caching
-):
+def test_blocks_of_an_aborted_load_stay_out_of_use_until_it_ended(store, prompt, prompts, asynchronous, prefix_caching):
     """The pool is so small that the next request needs the blocks of the aborted one."""
     with PaperEngine("consumer", store, asynchronous=asynchronous, prefix_caching=prefix_caching, blocks=12) as engine:
         late = begin_loading(engine, "gone", prompt)

@@ -7,6 +7,7 @@ MODULE = "kvlane.vllm"
 
 STORE_CAPACITY = "256MiB"
 
+
 def transfer_config(role, store, *, name=NAME, by_module_path=False, **options):
     """kv-transfer-config as a dict. `role`: producer, consumer or both; `options` go to kv_connector_extra_config."""
     extra = {"shared_storage_path": str(store), "capacity_bytes": STORE_CAPACITY, **options}

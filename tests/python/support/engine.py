@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+from support.cpus import omp_binding
 from support.places import log_path
 from support.vllm_environment import vllm_environment
 
@@ -26,11 +27,12 @@ class EngineError(RuntimeError):
 class Engine:
     """One process, at most one open engine at a time. Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, name, cpus, ranks=1):
+    def __init__(self, name, cpus):
         self.name = name
         self._log_path = log_path(f"engine-{name}")
         self._configuration = None
-        environment = vllm_environment(cpus, ranks)
+        self._cpus = cpus
+        environment = vllm_environment(cpus)
         # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["PYTHONPATH"] = str(HERE.parent)
@@ -62,18 +64,21 @@ class Engine:
         """The engine process; its session holds the worker processes too."""
         return self._process.pid
 
-    def open(self, settings, transfer=None):
-        """Opens an engine with these EngineArgs; does nothing if exactly this one is already open."""
-        self.begin_open(settings, transfer)
+    def open(self, settings, transfer=None, cpus=None):
+        """Opens an engine with these EngineArgs; does nothing if exactly this one is already open. `cpus`: other ones
+        than the process started with, split between the ranks."""
+        self.begin_open(settings, transfer, cpus)
         self.finish_open()
 
-    def begin_open(self, settings, transfer=None):
+    def begin_open(self, settings, transfer=None, cpus=None):
         """The first half of `open`, so that two processes can start their engines at once."""
         self._opening = None
-        if self._configuration != (settings, transfer):
+        binding = omp_binding(cpus or self._cpus, settings.get("tensor_parallel_size", 1))
+        if self._configuration != (settings, transfer, binding):
             self._configuration = None
-            self._opening = (settings, transfer)
-            self._send("open", settings=settings, transfer=transfer)
+            self._opening = (settings, transfer, binding)
+            environment = {"VLLM_CPU_OMP_THREADS_BIND": binding}
+            self._send("open", settings=settings, transfer=transfer, environment=environment)
 
     def finish_open(self):
         if self._opening is not None:

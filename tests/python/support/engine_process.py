@@ -18,12 +18,16 @@ class EngineHost:
     def __init__(self):
         self._engine = None
 
-    def open(self, settings, transfer):
+    def open(self, settings, transfer, environment):
+        os.environ.update(environment)
+        from vllm import envs
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.close()
+        if hasattr(envs, "disable_envs_cache"):
+            envs.disable_envs_cache()
         if transfer is not None:
             settings = {**settings, "kv_transfer_config": KVTransferConfig(**transfer)}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
