@@ -31,9 +31,18 @@ def prompts(model, request):
     return Prompts(vocabulary_size(model), seed=random.Random(request.node.name).randrange(1 << 32))
 
 
+@pytest.fixture(scope="session")
+def shared_store():
+    """The store of most tests: prompts differ, so they do not meet, and engines stay open from test to test."""
+    folder = make_store("e2e")
+    yield folder
+    remove_store(folder)
+
+
 @pytest.fixture
 def store():
-    folder = make_store("e2e")
+    """A store of one test's own."""
+    folder = make_store("e2e-own")
     yield folder
     remove_store(folder)
 
@@ -46,10 +55,16 @@ def processes():
 
 
 @pytest.fixture
-def pair(processes, store, model):
+def pair(processes, shared_store, model):
+    return Pair(*processes, shared_store, model)
+
+
+@pytest.fixture
+def pair_alone(processes, store, model):
+    """A pair with a store of its own."""
     pair = Pair(*processes, store, model)
     yield pair
-    # Before the store goes away: an engine that outlives it would log about a missing folder for the next tests.
+    # Before the store goes away under open engines.
     pair.close()
 
 

@@ -7,7 +7,8 @@ from conftest import OUTPUT_TOKENS, ask, expected_external
 from settings import BLOCK_TOKENS
 
 
-@pytest.fixture(params=[False, True], ids=["async", "sync"])
+# Module scope lets pytest run all tests of one kind after another, so that engines stay open.
+@pytest.fixture(scope="module", params=[False, True], ids=["async", "sync"])
 def options(request):
     return {"sync_load": request.param}
 

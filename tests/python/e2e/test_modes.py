@@ -81,8 +81,9 @@ def test_prefixes_cached_on_prefill_reach_the_store(pair, prompts):
     pair.assert_like_single([request], answers)
 
 
-def test_an_empty_store_counts_zero(pair, prompts):
+def test_an_empty_store_counts_zero(pair_alone, prompts):
     """Negative control of every other count: with the store removed nothing is external, and answers stay right."""
+    pair = pair_alone
     pair.open()
     request = ask("control", prompts.tokens(10 * BLOCK_TOKENS + 5))
     answers, external_tokens = pair.hand_over([request])

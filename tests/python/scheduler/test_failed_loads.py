@@ -136,3 +136,28 @@ def test_the_connector_sets_the_policy_that_recomputes(store):
     """vLLM's own default ends a request whose load failed (0.17 and newer)."""
     with PaperEngine("consumer", store) as engine:
         assert engine.scheduler.recompute_kv_load_failures
+
+
+@pytest.mark.parametrize("bad", [(0,), (3,)], ids=str)
+def test_a_failed_synchronous_load_ends_the_request_and_nothing_else(store, stored, asynchronous, bad):
+    prompt, spoil = stored
+    spoil(*bad)
+    with PaperEngine("consumer", store, asynchronous=asynchronous, sync_load=True) as engine:
+        assert engine.answer("a", prompt) == []
+        assert engine.ended["a"] == "error"
+        # It would fail again and again, so the prefixes are tried on an engine that does not load.
+        engine.connector.get_num_new_matched_tokens = lambda request, computed_tokens: (0, False)
+        assert_nothing_bad_is_left(engine, prompt)
+
+
+def test_recomputing_a_failed_synchronous_load_is_the_hazard_that_these_tests_see(store, stored):
+    """Why kvlane does not do it: vLLM keeps the bad blocks in its prefix cache when the request goes away first."""
+    prompt, spoil = stored
+    spoil(3)
+    with PaperEngine("consumer", store, sync_load=True) as engine:
+        engine.scheduler.recompute_kv_load_failures = True
+        engine.add("a", prompt)
+        engine.step()
+        engine.abort("a")
+        engine.connector.get_num_new_matched_tokens = lambda request, computed_tokens: (0, False)
+        assert engine.answer("later", prompt) != expected_tokens(prompt, 8)

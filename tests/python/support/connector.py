@@ -5,7 +5,7 @@ NAME = "ExampleConnector"
 OWN_NAME = "KvlaneFsConnector"
 MODULE = "kvlane.vllm"
 
-STORE_CAPACITY = "256MiB"
+STORE_CAPACITY = "512MiB"
 
 
 def transfer_config(role, store, *, name=NAME, by_module_path=False, **options):

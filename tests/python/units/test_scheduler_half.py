@@ -317,3 +317,53 @@ def test_hits_and_misses_are_counted_once_per_request():
     allocate(half, asked, [1, 2, 3, 4, 5, 6], 0)
     assert half.take_counters() == {"hit_blocks": 4, "miss_blocks_absent": 2}
     assert half.take_counters() == {}
+
+
+# ---- room for somebody to compute (vLLM versions that do not see to it)
+
+
+def test_loads_start_only_while_all_holders_of_blocks_fit_together():
+    half, clock = make(Folder(ready=9), {"load_timeout_ms": 1000}, parking_blocks=18)
+    loading(half, "a")  # 100 tokens: 8 blocks with its next ones
+    loading(half, "b")
+    third = request(request_id="c")
+    assert half.matched_tokens(third, 0) == (None, False)
+    half.finished("b")
+    assert half.matched_tokens(third, 0) == (96, True)
+    loading(half, "c")
+    half.matched_tokens(request(request_id="d"), 0)
+    clock.now_s += 2
+    assert half.matched_tokens(request(request_id="d"), 0) == (0, False)
+
+
+def test_a_single_load_always_fits():
+    half, _ = make(Folder(ready=9), parking_blocks=4)
+    assert half.matched_tokens(request(), 0) == (96, True)
+
+
+def test_running_requests_count_as_long_as_they_hold_blocks():
+    half, _ = make(Folder(ready=9), parking_blocks=12)
+    loading(half, "a")
+    half.workers_answered(["a"], [], set())
+    half.step(output(new=[("a", [1, 2, 3, 4, 5, 6, 7], 96, 4)]))
+    assert half.matched_tokens(request(request_id="b"), 0) == (None, False)
+    half.step(output(preempted=["a"]))
+    assert half.matched_tokens(request(request_id="b"), 0) == (96, True)
+
+
+def test_nobody_passes_a_loaded_request_that_waits_to_start():
+    half, _ = make(Folder(ready=9), parking_blocks=1000)
+    loading(half, "a")
+    half.workers_answered(["a"], [], set())
+    plain = request(request_id="b", prompt_token_ids=None)
+    assert half.matched_tokens(plain, 0) == (None, False)
+    half.step(output(new=[("a", [1, 2, 3, 4, 5, 6, 7], 96, 4)]))
+    assert half.matched_tokens(plain, 0) == (0, False)
+
+
+def test_a_failed_load_that_lost_its_blocks_waits_for_nobody():
+    half, _ = make(Folder(ready=9), parking_blocks=1000)
+    asked = loading(half, "a")
+    half.workers_answered(["a"], [], {1})
+    assert half.matched_tokens(asked, 0) == (0, False)
+    assert half.matched_tokens(request(request_id="b"), 0) == (96, True)
