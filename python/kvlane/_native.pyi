@@ -78,13 +78,25 @@ class FsWorker:
     def __new__(
         cls, path: str, namespace: bytes, layout: Layout, owner: object, options: dict[str, Any], can_store: bool = True
     ) -> FsWorker:
-        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves)."""
+        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves). Tensors on
+        a CUDA device must all be on one; without a usable driver that is a ConfigError."""
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
     def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
-    def layer_ready(self, job: int, layer: int) -> None: ...
-    def finish_store(self, job: int) -> None: ...
-    def load(self, keys: bytes, block_ids: Sequence[int], timeout_ms: int, layer_major: bool = False) -> int: ...
+    def layer_ready(self, job: int, layer: int, stream: int | None = None) -> None:
+        """``stream``: the compute stream that writes the layer, ``torch.cuda.current_stream().cuda_stream``; must be
+        given for tensors on a CUDA device and is ignored for others."""
+    def finish_store(self, job: int, stream: int | None = None) -> None:
+        """``stream`` as for ``layer_ready``."""
+    def load(
+        self,
+        keys: bytes,
+        block_ids: Sequence[int],
+        timeout_ms: int,
+        layer_major: bool = False,
+        stream: int | None = None,
+    ) -> int:
+        """``stream`` as for ``layer_ready``: its steps may still write the blocks, so the load comes behind them."""
     def wait_layer(self, job: int, layer: int, timeout_ms: int) -> bool: ...
     def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None:
         """None: still running. ([], "done"), or the bad positions and the reason of the first."""

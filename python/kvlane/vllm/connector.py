@@ -21,7 +21,7 @@ from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
 from kvlane.vllm.scheduler import SchedulerHalf, SchedulerSettings
-from kvlane.vllm.worker import WorkerHalf, WorkerSettings, describe_tensors
+from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
 
 # vLLM gives handlers to loggers below its own name only.
 logger = init_logger("vllm.kvlane")
@@ -84,6 +84,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
                 images_are_named=identity.images_are_named(vllm_config),
                 batches_in_flight=max(2, parallel.pipeline_parallel_size),
                 holds_aborted_loads=_holds_aborted_loads(),
+                parking_blocks=None if _leaves_room_for_loads() else self._kv_cache_config.num_blocks,
             ),
         )
         self._search = NamespaceSearch(
@@ -129,7 +130,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         self._handshake = WorkerHandshake(namespace, pp_rank, tp_rank)
         owner = list(kv_caches.values())
         native = FsWorker(options.root, namespace, layout, owner, options.native(), can_store=transfer.is_kv_producer)
-        worker.open(native, layout)
+        worker.open(native, layout, compute_stream(kv_caches))
         try:
             write_descriptor(options.root, self._engine_id, self._handshake, facts, config.cache_config.block_size)
         except OSError as error:
@@ -386,6 +387,13 @@ def _holds_aborted_loads() -> bool:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return "delay_free_blocks" in inspect.signature(Scheduler._free_request).parameters
+
+
+def _leaves_room_for_loads() -> bool:
+    """Whether vLLM admits an asynchronous load only if the request can compute afterwards."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return hasattr(Scheduler, "_inflight_prefill_reserved_blocks")
 
 
 def _ranks(parallel: Any) -> tuple[tuple[int, int], tuple[int, int]]:

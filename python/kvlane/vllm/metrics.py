@@ -31,6 +31,7 @@ COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             "absent": "miss_blocks_absent",
             "timeout": "miss_blocks_timeout",
             "not_open": "miss_blocks_not_open",
+            "no_room": "miss_blocks_no_room",
         },
     ),
     (

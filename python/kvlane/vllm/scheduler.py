@@ -14,6 +14,7 @@ from kvlane._native import Chain
 from kvlane.vllm.identity import AdapterIdentities, request_chain
 from kvlane.vllm.metadata import IDLE, LoadJob, Reservation, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
+from kvlane.vllm.room import Room
 
 logger = logging.getLogger("vllm.kvlane")
 
@@ -50,12 +51,16 @@ class SchedulerSettings:
     batches_in_flight: int = 1
     #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
     holds_aborted_loads: bool = True
+    #: Blocks of the cache, where vLLM itself does not see to it that loads leave room for somebody to compute.
+    parking_blocks: int | None = None
 
 
 @dataclasses.dataclass
 class _Request:
     """What is known of one request."""
 
+    #: vLLM's own record; its `num_tokens` grows.
+    request: Any
     chain: Chain | None
     prompt_blocks: int
     block_ids: list[int] = dataclasses.field(default_factory=list)
@@ -90,6 +95,7 @@ class SchedulerHalf:
         self._storing: dict[str, _Request] = {}
         #: Requests that wait for an asynchronous load.
         self._loading: dict[str, _Request] = {}
+        self._room = None if settings.parking_blocks is None else Room(settings.parking_blocks, settings.block_tokens)
         self._loads: list[LoadJob] = []
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
@@ -114,6 +120,8 @@ class SchedulerHalf:
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
+        if self._room is not None and self._room.somebody_waits_to_start(request.request_id):
+            return None, False
         if state.chain is None or state.load_failed or _must_compute(request):
             return 0, False
         block_tokens = self._settings.block_tokens
@@ -140,6 +148,11 @@ class SchedulerHalf:
             return None, False
         found = ready - local
         if found <= 0:
+            return 0, False
+        if self._room is not None and not self._options.sync_load and not self._room.has_room_for(request):
+            if waited_ms < self._options.load_timeout_ms:
+                return None, False
+            state.miss_reason = "no_room"
             return 0, False
         return found * block_tokens, not self._options.sync_load
 
@@ -168,6 +181,8 @@ class SchedulerHalf:
             self._quiet_steps = self._settings.batches_in_flight + 1
         else:
             self._loading[request.request_id] = state
+            if self._room is not None:
+                self._room.park(request)
 
     # ---- one step
 
@@ -180,6 +195,8 @@ class SchedulerHalf:
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
+        if self._room is not None:
+            self._room.scheduled(output, self._requests)
         if self._settings.can_store and (output.scheduled_new_reqs or self._storing):
             self._plan_stores(output, quiet, reservations, stores)
         if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
@@ -261,10 +278,14 @@ class SchedulerHalf:
             ended = self._loading.pop(request_id, None)
             if ended is not None:
                 ended.loading = set()
+                if self._room is not None:
+                    self._room.loaded(request_id)
 
     def finished(self, request_id: str) -> bool:
         """A request ended. True: vLLM must keep its blocks until the workers report the request as sent."""
         state = self._requests.pop(request_id, None)
+        if self._room is not None:
+            self._room.gone(request_id)
         if state is None:
             return False
         if self._storing.pop(request_id, None) is not None:
@@ -303,7 +324,7 @@ class SchedulerHalf:
             except Exception:
                 logger.exception("kvlane: request %s cannot be named, so it is not transferred", request.request_id)
                 chain = None
-            state = _Request(chain, chain.block_count if chain is not None else 0)
+            state = _Request(request, chain, chain.block_count if chain is not None else 0)
             self._requests[request.request_id] = state
         return state
 

@@ -32,9 +32,16 @@ class Store(Protocol):
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
     def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
-    def layer_ready(self, job: int, layer: int) -> None: ...
-    def finish_store(self, job: int) -> None: ...
-    def load(self, keys: bytes, block_ids: Sequence[int], timeout_ms: int, layer_major: bool = False) -> int: ...
+    def layer_ready(self, job: int, layer: int, stream: int | None = None) -> None: ...
+    def finish_store(self, job: int, stream: int | None = None) -> None: ...
+    def load(
+        self,
+        keys: bytes,
+        block_ids: Sequence[int],
+        timeout_ms: int,
+        layer_major: bool = False,
+        stream: int | None = None,
+    ) -> int: ...
     def wait_layer(self, job: int, layer: int, timeout_ms: int) -> bool: ...
     def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None: ...
     def poll(self) -> list[tuple[int, list[int], str]] | None: ...
@@ -72,6 +79,7 @@ class WorkerHalf:
         self._clock = clock
         self._store: Store | None = None
         self._layer_index: Callable[[str], int | None] = lambda name: None
+        self._stream: Callable[[], tuple[int, ...]] = _no_stream
         self._step: StepMetadata = IDLE
         #: Stores of this step, until they were waited for.
         self.step_stores: list[int] = []
@@ -88,9 +96,10 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
         self._busy = False
 
-    def open(self, store: Store, layout: Layout) -> None:
-        """From now on jobs are carried out."""
+    def open(self, store: Store, layout: Layout, stream: Callable[[], tuple[int, ...]] | None = None) -> None:
+        """From now on jobs are carried out. ``stream`` is what `compute_stream` returned for the tensors."""
         self._store = store
+        self._stream = stream or _no_stream
         self._layer_index = layout.layer_index
 
     # ---- the hooks of a step, in their order
@@ -148,7 +157,7 @@ class WorkerHalf:
             return
         self._saved_layers.add(layer)
         for job in self.step_stores:
-            self._try("layer_ready", self._store.layer_ready, job, layer)
+            self._try("layer_ready", self._store.layer_ready, job, layer, *self._stream())
 
     def finish_stores(self) -> None:
         """After the forward pass: everything is copied out, or given up after `store_timeout_ms`."""
@@ -159,7 +168,7 @@ class WorkerHalf:
             self._finish_step_loads()
         deadline_s = self._clock() + self._options.store_timeout_ms / 1000
         for job in jobs:
-            self._try("finish_store", self._store.finish_store, job)
+            self._try("finish_store", self._store.finish_store, job, *self._stream())
         for job in jobs:
             remaining_ms = max(int((deadline_s - self._clock()) * 1000), 0)
             if self._try("wait", self._store.wait, job, remaining_ms) is None:
@@ -210,7 +219,9 @@ class WorkerHalf:
         if self._store is not None and len(load.keys) == 32 * len(load.block_ids):
             layer_major = self._options.sync_load and self._settings.layerwise_load
             timeout_ms = self._options.load_timeout_ms
-            job = self._try("load", self._store.load, load.keys, load.block_ids, timeout_ms, layer_major)
+            job = self._try(
+                "load", self._store.load, load.keys, load.block_ids, timeout_ms, layer_major, *self._stream()
+            )
         if job is None:
             self._load_ended(entry, list(range(len(load.block_ids))))
         elif self._options.sync_load:
@@ -293,14 +304,28 @@ def describe_tensors(kv_caches: Mapping[str, Any]) -> list[tuple[str, int, str, 
                 f"layer '{name}' has {len(tensor)} state tensors in place of a KV cache (a Mamba or hybrid model), "
                 "allowed: models whose layers all have one attention KV cache"
             )
-        if tensor.device.type != "cpu":
-            raise ConfigError(
-                f"layer '{name}' has its KV cache on '{tensor.device}', allowed: cpu. "
-                "This build moves the KV of servers that run on the CPU"
-            )
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"layer '{name}' has its KV cache on '{tensor.device}', allowed: cpu, cuda")
         shape, strides = list(tensor.shape), list(tensor.stride())
-        described.append((name, tensor.data_ptr(), "cpu", tensor.element_size(), shape, strides))
+        device = "cpu" if tensor.device.type == "cpu" else f"cuda:{tensor.device.index or 0}"
+        described.append((name, tensor.data_ptr(), device, tensor.element_size(), shape, strides))
     return described
+
+
+def compute_stream(kv_caches: Mapping[str, Any]) -> Callable[[], tuple[int, ...]]:
+    """What returns the handle of the stream that writes the caches at the moment, as further argument of the store's
+    calls; no argument for tensors in host memory."""
+    device = next((tensor.device for tensor in kv_caches.values() if tensor.device.type == "cuda"), None)
+    if device is None:
+        return _no_stream
+    import torch
+
+    logger.warning("kvlane: the KV cache is on %s; copying from and to a GPU has not been run on a GPU yet", device)
+    return lambda: (int(torch.cuda.current_stream(device).cuda_stream),)
+
+
+def _no_stream() -> tuple[int, ...]:
+    return ()
 
 
 _logged: set[str] = set()
