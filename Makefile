@@ -145,7 +145,7 @@ test-fuzz:
 # ---- benches, soak, release ----------------------------------------------------------------------------------------
 
 bench: preflight-bench bench-fs ## micro-benchmarks and the side-by-side comparisons
-	cargo bench --workspace --locked
+	cargo bench --package kvlane-benches --locked
 
 bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS)/.kvlane-ready ## the folder backend beside its peers
 	$(VENV)/bin/python benches/fs/run.py

@@ -1,1 +1,3 @@
-//! The benchmarks lie beside this file; each is a target of its own.
+//! What several benchmarks share; the benchmarks lie beside this file, each a target of its own.
+
+pub mod tiny_store;
