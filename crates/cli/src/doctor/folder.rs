@@ -182,7 +182,7 @@ impl FolderState {
                     place.file_system
                 ),
             ),
-            ("path", format!("{}, because {}", place.medium, place.reason)),
+            ("medium", format!("{}, because {}", place.medium, place.reason)),
             ("store", store),
         ]
     }
