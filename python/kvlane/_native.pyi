@@ -20,7 +20,7 @@ class Chain:
 
     def __new__(cls, block_tokens: int, *, cache_salt: str | None = None, lora: bytes | None = None) -> Chain: ...
     def extend(self, token_ids: Sequence[int], start: int = 0) -> int:
-        """Appends ``token_ids[start:]`` and returns the number of full blocks so far. GIL-bound, no copy of the list."""
+        """Appends ``token_ids[start:]`` and returns the number of full blocks so far. A list is not copied."""
     def add_image(self, start_token: int, length_tokens: int, identifier: str) -> None:
         """Declares a multimodal item; must precede the ``extend`` that covers its first token."""
     @property
@@ -56,7 +56,7 @@ class Layout:
         """32 bytes that are equal exactly when two caches order a block's bytes in the same way."""
 
 def namespace_id(parts: Sequence[tuple[str, str]]) -> bytes:
-    """32-byte id of a namespace from named facts; the order of the facts does not matter, a repeated name is refused."""
+    """32-byte id of a namespace from named facts. Their order does not matter, a repeated name is refused."""
 
 @final
 class FsReader:
@@ -68,7 +68,7 @@ class FsReader:
         """(ready, pending) leading blocks, each at most ``limit_blocks`` together."""
     def reset(self) -> bool: ...
     def stats(self) -> dict[str, int]:
-        """Gauges: used_bytes, limit_bytes, segments, and counters since the last call."""
+        """Gauges: used_bytes, limit_bytes. Lists the folder: not for every step."""
     def close(self) -> None: ...
 
 @final

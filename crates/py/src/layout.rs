@@ -87,7 +87,7 @@ impl Layout {
     }
 }
 
-/// 32-byte id of a namespace from named facts; the order of the facts does not matter, a repeated name is refused.
+/// 32-byte id of a namespace from named facts. Their order does not matter, a repeated name is refused.
 #[pyfunction]
 pub(crate) fn namespace_id(py: Python<'_>, parts: Vec<(String, String)>) -> PyResult<Bound<'_, PyBytes>> {
     guard(py, || {

@@ -43,7 +43,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
     if multimodal is not None:
         facts.append(("image processing", canonical_json(getattr(multimodal, "mm_processor_kwargs", None))))
     facts += _prefixed("weights", weight_facts(model, vllm_config.load_config, model_identity))
-    speculative = getattr(vllm_config, "speculative_config", None)
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     if draft is not None and getattr(speculative, "method", None) not in ("ngram", "suffix"):
         # The draft model has KV layers of its own in the same blocks.

@@ -4,9 +4,9 @@ A request that loads holds blocks that vLLM cannot take back: it preempts runnin
 out blocks to loads without a thought for what the request needs afterwards. Then the queue's head finds too few free
 blocks, and the loaded requests that hold the rest stand behind it: the engine steps for ever without computing.
 
-Two rules exclude that. Loads are only started while all requests that hold blocks fit into the cache together. And while
-a loaded request waits to start, nobody else is let in front of it: asked about another request, the connector says "ask
-again", which makes vLLM skip that request instead of stopping at it.
+Two rules exclude that. Loads are only started while all requests that hold blocks fit into the cache together. And
+while a loaded request waits to start, nobody else is let in front of it: asked about another request, the connector
+says "ask again", which makes vLLM skip that request instead of stopping at it.
 """
 
 from collections.abc import Mapping
