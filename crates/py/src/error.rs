@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use kvlane_cuda::CudaError;
 use kvlane_fs::FsError;
 use pyo3::exceptions::{PyException, PyOSError, PyValueError};
 use pyo3::prelude::*;
@@ -56,7 +57,19 @@ pub(crate) fn fs_error(py: Python<'_>, error: &FsError) -> PyErr {
         FsError::Option { .. } | FsError::CapacityMismatch { .. } | FsError::Core(_) => {
             config_error(py, with_sources(error))
         }
+        FsError::Device(device) => cuda_error(py, device),
         other => store_error(py, other.errno(), with_sources(other)),
+    }
+}
+
+/// Converts an error of a CUDA device: what cannot work on this machine is a refusal.
+pub(crate) fn cuda_error(py: Python<'_>, error: &CudaError) -> PyErr {
+    match error {
+        CudaError::LibraryMissing { .. }
+        | CudaError::SymbolMissing { .. }
+        | CudaError::NoSuchDevice { .. }
+        | CudaError::NotOneDevice { .. } => config_error(py, with_sources(error)),
+        other => store_error(py, None, with_sources(other)),
     }
 }
 

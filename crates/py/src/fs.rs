@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{
-    BlockKey, Completion, Device, JobId, KvTransfer, LoadOrder, LoadRequest, MissReason, NamespaceId,
-    Outcome, StoreRequest,
+    BlockKey, BlockMap, Completion, Device, JobId, KvTransfer, LoadOrder, LoadRequest, MissReason,
+    NamespaceId, Outcome, StoreRequest,
 };
-use kvlane_fs::{FsOptions, FsStats, FsTransfer, HostCache};
+use kvlane_cuda::{DeviceCache, DeviceTensors, StreamHandle};
+use kvlane_fs::{Cache, FsOptions, FsStats, FsTransfer, HostCache};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::chain::Chain;
-use crate::error::{config_error, fs_error, guard, store_error, transfer_error};
+use crate::error::{config_error, cuda_error, fs_error, guard, store_error, transfer_error};
 use crate::ints::u32_items;
 use crate::layout::Layout;
 
@@ -136,17 +137,7 @@ impl FsWorker {
             let namespace = namespace_of(py, namespace)?;
             let options = fs_options(options)?;
             let map = layout.map();
-            if let Some(region) = map.regions().iter().find(|region| region.device != Device::Host) {
-                let (name, device) = (&region.names[0], region.device);
-                return Err(config_error(
-                    py,
-                    format!("layer '{name}' is on {device:?}, allowed: host memory"),
-                ));
-            }
-            // SAFETY: the caller of this constructor (kvlane.vllm, from vLLM's own tensors) describes the tensors that
-            // `owner` is, and `HostCache` keeps that object. The block map has checked that every run of every block
-            // lies inside the extent that shape and strides describe. No Rust code has references into the tensors.
-            let cache = unsafe { HostCache::from_map(map.clone(), Arc::new(owner)) };
+            let cache = cache_of(py, map, owner, &options)?;
             let transfer = py
                 .detach(|| FsTransfer::open(Path::new(path), namespace, cache, &options, can_store))
                 .map_err(|error| fs_error(py, &error))?;
@@ -188,15 +179,25 @@ impl FsWorker {
         })
     }
 
-    fn layer_ready(&self, py: Python<'_>, job: u64, layer: usize) -> PyResult<()> {
-        self.call(py, |transfer| transfer.layer_ready(JobId(job), layer))
+    /// `stream`: the compute stream that writes the layer, as PyTorch's `cuda_stream`; for tensors on a CUDA device.
+    #[pyo3(signature = (job, layer, stream = None))]
+    fn layer_ready(&self, py: Python<'_>, job: u64, layer: usize, stream: Option<u64>) -> PyResult<()> {
+        self.ordered_call(py, stream, |transfer| transfer.layer_ready(JobId(job), layer))
     }
 
-    fn finish_store(&self, py: Python<'_>, job: u64) -> PyResult<()> {
-        self.call(py, |transfer| transfer.finish_store(JobId(job)))
+    /// `stream` as for `layer_ready`.
+    #[pyo3(signature = (job, stream = None))]
+    fn finish_store(&self, py: Python<'_>, job: u64, stream: Option<u64>) -> PyResult<()> {
+        let finished = self.ordered_call(py, stream, |transfer| transfer.finish_store(JobId(job)));
+        if finished.is_err() {
+            // Nobody will finish it, so it must not be waited for until its deadline.
+            self.cancel(py, job)?;
+        }
+        finished
     }
 
-    #[pyo3(signature = (keys, block_ids, timeout_ms, layer_major = false))]
+    /// `stream`: the compute stream whose steps may still write the blocks.
+    #[pyo3(signature = (keys, block_ids, timeout_ms, layer_major = false, stream = None))]
     fn load(
         &self,
         py: Python<'_>,
@@ -204,9 +205,10 @@ impl FsWorker {
         block_ids: &Bound<'_, PyAny>,
         timeout_ms: u64,
         layer_major: bool,
+        stream: Option<u64>,
     ) -> PyResult<u64> {
         let blocks = u32_items(block_ids, 0)?;
-        self.call(py, |transfer| {
+        self.ordered_call(py, stream, |transfer| {
             let keys = parse_keys(keys)?;
             let order = if layer_major {
                 LoadOrder::LayerMajor
@@ -311,6 +313,30 @@ impl FsWorker {
             .ok_or_else(|| store_error(py, None, "the worker is closed"))
     }
 
+    /// As [`call`](Self::call), behind what is on the compute stream now.
+    fn ordered_call<T: Send>(
+        &self,
+        py: Python<'_>,
+        stream: Option<u64>,
+        work: impl FnOnce(&FsTransfer) -> kvlane_core::Result<T> + Send,
+    ) -> PyResult<T> {
+        // SAFETY: the caller of these methods (kvlane.vllm, from `torch.cuda.current_stream`) passes a live stream of the
+        // device that the tensors are on. The handle is used before this call returns, and not kept.
+        let stream = stream.map(|handle| unsafe { StreamHandle::from_raw(handle) });
+        self.call(py, |transfer| {
+            if transfer.needs_order() {
+                // Without it, KV of a step that has not run yet would be taken for computed.
+                let stream = stream.ok_or_else(|| kvlane_core::Error::InvalidArgument {
+                    argument: "stream",
+                    found: "None".to_owned(),
+                    allowed: "the compute stream, since the tensors are on a CUDA device".to_owned(),
+                })?;
+                transfer.order_after(stream)?;
+            }
+            work(transfer)
+        })
+    }
+
     /// Runs `work` without the interpreter lock.
     fn call<T: Send>(
         &self,
@@ -323,6 +349,26 @@ impl FsWorker {
                 .map_err(|error| transfer_error(py, &error))
         })
     }
+}
+
+/// The cache that a layout describes.
+fn cache_of(py: Python<'_>, map: &BlockMap, owner: Py<PyAny>, options: &FsOptions) -> PyResult<Cache> {
+    let map = map.clone();
+    // SAFETY, for both branches: the caller of the constructor (kvlane.vllm, from vLLM's own tensors) describes the tensors
+    // that `owner` is, and the cache keeps that object. The block map has checked that every run of every block lies
+    // inside the extent that shape and strides describe.
+    if map.regions().iter().all(|region| region.device == Device::Host) {
+        // SAFETY: as above; no Rust code has references into the tensors.
+        return Ok(unsafe { HostCache::from_map(map, Arc::new(owner)) }.into());
+    }
+    // SAFETY: as above; PyTorch's tensors live in the primary context.
+    let tensors = unsafe { DeviceTensors::from_map(map, Arc::new(owner)) };
+    // Each copying thread, of both directions, has one buffer at a time.
+    let buffers = 2 * options.threads();
+    let cache = py
+        .detach(|| DeviceCache::open(tensors, buffers))
+        .map_err(|error| cuda_error(py, &error))?;
+    Ok(cache.into())
 }
 
 /// Options travel as JSON: serde then names an option that does not exist or has a wrong type.

@@ -1,0 +1,85 @@
+"""KV on a GPU, as far as it goes without one. Risk: KV of a step that has not run yet is taken for computed; an engine
+dies where no CUDA driver is."""
+
+import ctypes
+import types
+
+import pytest
+from test_worker_half import LAYERS, ScriptedStore
+
+from kvlane import ConfigError
+from kvlane._native import FsWorker, Layout
+from kvlane.vllm.metadata import LoadJob, StepMetadata, StoreJob
+from kvlane.vllm.options import Options
+from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
+
+
+class OrderedStore(ScriptedStore):
+    """Takes the stream of a load, too."""
+
+    def load(self, keys, block_ids, timeout_ms, layer_major=False, stream=None):
+        self.calls.append(("load behind", stream))
+        return self._job("load", block_ids)
+
+
+def tensor(index=0, address=0x7F00_0000_0000):
+    """A tensor of 4 blocks with 256 bytes each, described as torch does; nobody reads it."""
+    device = types.SimpleNamespace(type="cuda", index=index)
+    return types.SimpleNamespace(
+        device=device,
+        shape=(4, 128),
+        stride=lambda: (128, 1),
+        data_ptr=lambda: address,
+        element_size=lambda: 2,
+    )
+
+
+def has_driver():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def test_tensors_on_a_gpu_are_described_with_their_device():
+    described = describe_tensors({"l.0": tensor(index=3)})
+    assert described == [("l.0", 0x7F00_0000_0000, "cuda:3", 2, [4, 128], [128, 1])]
+
+
+def test_without_a_driver_opening_names_the_library_and_creates_nothing(tmp_path):
+    if has_driver():
+        pytest.skip("NOT RUN: this machine has a CUDA driver")
+    layout = Layout(describe_tensors({"l.0": tensor()}), 4)
+    with pytest.raises(ConfigError, match=r"libcuda\.so\.1"):
+        FsWorker(str(tmp_path / "kv"), bytes(32), layout, None, {})
+    assert not (tmp_path / "kv").exists()
+
+
+def test_tensors_on_two_devices_are_refused_by_layer(tmp_path):
+    tensors = {"l.0": tensor(0), "l.1": tensor(1, address=0x7F80_0000_0000)}
+    layout = Layout(describe_tensors(tensors), 4)
+    with pytest.raises(ConfigError, match=r"'l\.1' is on Cuda\(1\)"):
+        FsWorker(str(tmp_path / "kv"), bytes(32), layout, None, {})
+
+
+def test_every_permission_to_copy_carries_the_compute_stream_of_its_moment():
+    half = WorkerHalf(Options(), WorkerSettings())
+    store = OrderedStore()
+    streams = iter(range(1000, 2000))
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get), lambda: (next(streams),))
+    stored = StoreJob("a", b"k" * 32, [1], 0)
+    loaded = LoadJob("b", b"k" * 32, [2])
+    half.begin_step(StepMetadata(stores=[stored], loads=[loaded]))
+    half.start_loads()
+    half.layer_saved("l.0")
+    store.end(1)
+    half.finish_stores()
+    assert ("load behind", 1000) in store.calls
+    assert ("layer_ready", 1, 0, 1001) in store.calls
+    assert ("finish_store", 1, 1002) in store.calls
+
+
+def test_tensors_in_host_memory_need_no_stream():
+    cpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cpu"))
+    assert compute_stream({"l.0": cpu})() == ()
