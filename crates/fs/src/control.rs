@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
@@ -24,7 +25,12 @@ pub(crate) struct Control {
     path: PathBuf,
     view: View,
     capacity_bytes: u64,
+    /// The epoch that this process has asked for; the file may lag behind while its file system accepts no writes.
+    epoch_wanted: AtomicU64,
 }
+
+/// How long a reset waits for the file system.
+const EPOCH_PATIENCE: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 enum View {
@@ -125,6 +131,7 @@ impl Control {
             path,
             view,
             capacity_bytes,
+            epoch_wanted: AtomicU64::new(0),
         }))
     }
 
@@ -144,7 +151,9 @@ impl Control {
     }
 
     pub(crate) fn epoch(&self) -> u64 {
-        self.read().load_u64(control::EPOCH as usize)
+        self.read()
+            .load_u64(control::EPOCH as usize)
+            .max(self.epoch_wanted.load(Ordering::Acquire))
     }
 
     pub(crate) fn changes(&self) -> u64 {
@@ -181,9 +190,35 @@ impl Control {
         self.bump(control::CHANGES);
     }
 
-    /// Starts a new epoch; `false` on a read-only folder.
-    pub(crate) fn bump_epoch(&self) -> bool {
-        self.bump(control::EPOCH)
+    /// Starts a new epoch: for this process at once, for all others when the file system takes the write, for which
+    /// this waits a bounded time.
+    pub(crate) fn start_epoch(self: &Arc<Self>) -> Result<()> {
+        if matches!(self.view, View::Read(_)) {
+            return Err(FsError::ReadOnly {
+                path: self.path.clone(),
+            });
+        }
+        let wanted = self.epoch() + 1;
+        self.epoch_wanted.fetch_max(wanted, Ordering::AcqRel);
+        // A store through the mapping of a frozen file system stands still, and nothing can end it: so a thread does it
+        // that nobody waits for any longer than this.
+        let (control, (sender, receiver)) = (Arc::clone(self), std::sync::mpsc::sync_channel(1));
+        std::thread::Builder::new()
+            .name("kvlane-epoch".into())
+            .spawn(move || {
+                control.bump(control::EPOCH);
+                let _ = sender.send(());
+            })
+            .map_err(FsError::io("start a thread for", &self.path))?;
+        let late = |_| {
+            FsError::io(
+                "write now, so that only this process sees the reset for now:",
+                &self.path,
+            )
+        };
+        receiver
+            .recv_timeout(EPOCH_PATIENCE)
+            .map_err(|timeout| late(timeout)(std::io::ErrorKind::TimedOut.into()))
     }
 
     /// Runs `change` while no other process changes the budget. `None` if the lock could not be had in `patience`: its

@@ -3,6 +3,7 @@
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
@@ -25,7 +26,7 @@ pub(crate) struct Directory {
     pub(crate) writable: bool,
     pub(crate) choice: MediumChoice,
     pub(crate) host_id: [u8; 16],
-    pub(crate) control: Control,
+    pub(crate) control: Arc<Control>,
 }
 
 impl Directory {
@@ -92,7 +93,7 @@ impl Directory {
             writable,
             choice,
             host_id: host_id(),
-            control,
+            control: Arc::new(control),
         }))
     }
 

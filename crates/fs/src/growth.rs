@@ -12,7 +12,7 @@ use crate::segment::{self, Geometry, OwnedSegment, SegmentView};
 use crate::shared::Shared;
 
 /// How long another process may hold the budget lock before we do without growing.
-const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+pub(crate) const LOCK_PATIENCE: Duration = Duration::from_millis(200);
 
 /// What came of the wish for another segment.
 #[derive(Debug)]
@@ -78,14 +78,14 @@ fn grow_locked(
                 }
                 // What is there can still be used, or make room.
                 Err(refusal) => match make_room(shared, place, own_bytes)? {
-                    Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
+                    Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
                     Room::Removed => continue,
                     Room::None => return Ok(Growth::Refused(refusal)),
                 },
             }
         }
         match make_room(shared, place, own_bytes)? {
-            Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
+            Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
             Room::Removed => {}
             Room::None => break,
         }
@@ -125,7 +125,7 @@ fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment
 
 /// What a search for orphans brought.
 enum Room {
-    Adopted(OwnedSegment),
+    Adopted(Box<OwnedSegment>),
     Removed,
     None,
 }
@@ -133,13 +133,13 @@ enum Room {
 /// Takes over a segment of a writer that is gone, or removes one that nobody here can use.
 fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
     let directory = &shared.directory;
-    if let Some(segment) = adopt_one(directory, &shared.geometry, shared.start_id) {
+    if let Some(segment) = adopt_one(directory, &shared.geometry) {
         Counters::add(&shared.counters.adopted_segments, 1);
         directory.control.set_wants(place, 0);
         directory
             .control
             .set_bytes_used(place, own_bytes + segment.header().file_bytes());
-        return Ok(Room::Adopted(segment));
+        return Ok(Room::Adopted(Box::new(segment)));
     }
     if remove_coldest_orphan(directory)? {
         return Ok(Room::Removed);
@@ -177,9 +177,9 @@ pub(crate) fn should_give_back(
 }
 
 /// The segment of a writer that is gone, of our geometry.
-fn adopt_one(directory: &Directory, geometry: &Geometry, start_id: u64) -> Option<OwnedSegment> {
+fn adopt_one(directory: &Directory, geometry: &Geometry) -> Option<OwnedSegment> {
     for (_, name) in directory.segment_names().ok()? {
-        match OwnedSegment::adopt(directory, &name, geometry, start_id) {
+        match OwnedSegment::adopt(directory, &name, geometry) {
             Ok(Some(segment)) => return Some(segment),
             Ok(None) => {}
             Err(error) => tracing::debug!(%error, "a segment cannot be adopted"),

@@ -1,7 +1,7 @@
 //! A view of a folder without a cache: what a scheduler asks before it counts on blocks.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{Availability, BlockKey, NamespaceId};
@@ -67,12 +67,17 @@ impl FsReader {
         index.availability(chain, cursor)
     }
 
-    /// Starts a new epoch; `false` if the folder is read-only or not there.
+    /// Starts a new epoch; `false` if the folder is read-only or not there, or does not accept writes now: then only
+    /// this process sees the new epoch until it does.
     pub fn reset(&self) -> bool {
-        lock(&self.state)
-            .opened
-            .as_ref()
-            .is_some_and(|(directory, _)| directory.control.bump_epoch())
+        let control = match &lock(&self.state).opened {
+            Some((directory, _)) => Arc::clone(&directory.control),
+            None => return false,
+        };
+        control
+            .start_epoch()
+            .inspect_err(|error| tracing::warn!(%error, "cannot start a new epoch"))
+            .is_ok()
     }
 
     /// (used, limit) bytes of the folder. Lists it: not for every step of an engine.

@@ -5,13 +5,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
+use kvlane_core::{BlockKey, NamespaceId};
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
 
 use crate::control::open_trusted;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
 use crate::format::{
-    self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, counters,
+    self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
+    counters,
 };
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
@@ -237,12 +239,7 @@ impl OwnedSegment {
     }
 
     /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
-    pub(crate) fn adopt(
-        directory: &Directory,
-        name: &str,
-        geometry: &Geometry,
-        start_id: u64,
-    ) -> Result<Option<Self>> {
+    pub(crate) fn adopt(directory: &Directory, name: &str, geometry: &Geometry) -> Result<Option<Self>> {
         let path = directory.path.join(name);
         let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
             return Ok(None);
@@ -258,6 +255,8 @@ impl OwnedSegment {
         if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
             return Ok(None);
         }
+        // A number of its own: this process may be the old owner too, if it has lost its lock without noticing.
+        let start_id = random_u64();
         let Some(segment) = Self::finish_open(directory, file, name, start_id)? else {
             return Ok(None);
         };
@@ -347,6 +346,24 @@ impl OwnedSegment {
         let published = word.compare_exchange(odd, odd + 1, Ordering::AcqRel, Ordering::Relaxed);
         self.bump_changes();
         published.is_ok()
+    }
+
+    /// Makes the slot one that holds nothing, for everybody to see.
+    pub(crate) fn clear(&self, slot: u32) {
+        let odd = self.invalidate(slot);
+        let mut record = SlotRecord {
+            sequence: 0,
+            state: SlotState::Free,
+            depth: 0,
+            key: BlockKey([0; 32]),
+            namespace: NamespaceId([0; 32]),
+            payload_bytes: 0,
+            deadline_unix_ms: 0,
+            owner: 0,
+            written_unix_ms: 0,
+            layer_crcs: Vec::new(),
+        };
+        self.publish(slot, odd, &mut record);
     }
 
     pub(crate) fn bump_changes(&self) {

@@ -20,6 +20,9 @@ pub(crate) const MARK_MS: u64 = 10_000;
 /// Marks that wait to be written; more would be forgotten first anyway.
 const TOUCHED_MAX: usize = 1 << 16;
 
+/// Commands that may wait for the writer thread before new work is refused.
+const COMMANDS_MAX: usize = 1 << 14;
+
 /// The mark for "used now".
 pub(crate) fn mark_now() -> u32 {
     (unix_ms() / MARK_MS) as u32
@@ -82,6 +85,14 @@ impl Shared {
         self.writer
             .as_ref()
             .is_some_and(|writer| writer.send(command).is_ok())
+    }
+
+    /// Whether the writer thread has more to do than it will get done in time: it stands still in a file system. What
+    /// can be dropped is dropped then.
+    pub(crate) fn writer_is_behind(&self) -> bool {
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| writer.len() >= COMMANDS_MAX)
     }
 
     pub(crate) fn can_store(&self) -> bool {

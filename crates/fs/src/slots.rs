@@ -72,8 +72,8 @@ impl Slots {
             } else if let Some((key, depth)) = block_in(&segment, slot, sequence) {
                 Slot::Committed { key, depth }
             } else {
-                // A promise of a writer that is gone, or damaged: nobody shall find it.
-                segment.invalidate(slot);
+                // Free already, a promise of a writer that is gone, or damaged: nobody shall find it.
+                segment.clear(slot);
                 Slot::Free
             };
             slots.push(state);

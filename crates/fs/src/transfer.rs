@@ -11,7 +11,7 @@ use kvlane_core::{
     Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
     StoreRequest,
 };
-use kvlane_cuda::StreamHandle;
+use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
 use crate::counters::FsStats;
@@ -26,6 +26,8 @@ use crate::shared::{MARK_MS, Shared};
 use crate::store::StoreJob;
 use crate::writer::{Command, StoreTask, Writer};
 
+/// Loads that may wait for a thread before new ones are refused.
+const LOADS_WAITING_MAX: usize = 1 << 14;
 /// How long an orderly end waits for the threads; one that hangs in a file system is left behind.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -155,20 +157,29 @@ impl FsTransfer {
         self.shared.geometry.payload_bytes
     }
 
-    /// Whether copies must be told behind which work they come: see [`order_after`](Self::order_after).
+    /// Whether stores and loads must be told behind which work of the program they come, since the cache is on a device:
+    /// [`order_stores_after`](Self::order_stores_after) and [`load_after`](Self::load_after).
     pub fn needs_order(&self) -> bool {
         matches!(self.shared.cache, Cache::Device(_))
     }
 
-    /// Every copy from and to a device that starts from now on runs after what is on `stream` now.
-    ///
-    /// With a cache on a device, call it right before each `layer_ready`, `finish_store` and `load`: the calls of the
-    /// program that come before them in its own order may not have run yet. With a cache in host memory it does nothing.
-    pub fn order_after(&self, stream: StreamHandle) -> Result<()> {
+    /// What a store reads from a device from now on is what the work on `stream` so far leaves there. Call it before each
+    /// `layer_ready` and `finish_store`. With a cache in host memory it does nothing.
+    pub fn order_stores_after(&self, stream: StreamHandle) -> Result<()> {
         match &self.shared.cache {
-            Cache::Device(cache) if !self.is_forked() => Ok(cache.order_after(stream)?),
+            Cache::Device(cache) if !self.is_forked() => Ok(cache.order_stores_after(stream)?),
             _ => Ok(()),
         }
+    }
+
+    /// As `load`, behind the work on `stream` so far, which may still write the blocks: they may have been freed while a
+    /// step that uses them is running.
+    pub fn load_after(&self, request: LoadRequest, stream: StreamHandle) -> kvlane_core::Result<JobId> {
+        let mark = match &self.shared.cache {
+            Cache::Device(cache) if !self.is_forked() => Some(cache.mark(stream).map_err(FsError::from)?),
+            _ => None,
+        };
+        self.start_load(request, mark)
     }
 
     /// How many leading blocks of a chain can be had, continuing from what `cursor` remembers of the same chain.
@@ -211,6 +222,41 @@ impl FsTransfer {
 
     fn is_forked(&self) -> bool {
         self.process != std::process::id()
+    }
+
+    fn start_load(&self, request: LoadRequest, after: Option<Mark>) -> kvlane_core::Result<JobId> {
+        request.check(self.shared.cache.map())?;
+        let id = self.shared.jobs.next_id();
+        let blocks = request.keys.len();
+        if blocks == 0 {
+            self.shared.jobs.finish(id, Outcome::Done);
+            return Ok(id);
+        }
+        if self.is_forked() {
+            self.miss_all(id, blocks, MissReason::Dropped);
+            return Ok(id);
+        }
+        let found = {
+            let mut index = lock(&self.shared.index);
+            index.refresh(&self.shared.directory);
+            request.keys.iter().map(|key| index.find(0, key)).collect()
+        };
+        let job = LoadJob::new(&self.shared, id, request, found, after);
+        if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
+            self.miss_all(id, blocks, MissReason::Dropped);
+            return Ok(id);
+        }
+        if let Some(loads) = &*lock(&self.loads) {
+            if loads.len() >= LOADS_WAITING_MAX {
+                // The threads stand still in a file system.
+                job.close(MissReason::Dropped);
+                return Ok(id);
+            }
+            for _ in 0..self.load_threads.min(job.block_count()) {
+                let _ = loads.send(Arc::clone(&job));
+            }
+        }
+        Ok(id)
     }
 
     fn check_layer(&self, layer: usize) -> kvlane_core::Result<()> {
@@ -256,6 +302,9 @@ impl KvTransfer for FsTransfer {
         if self.is_forked() || chain.is_empty() {
             return Ok(());
         }
+        if self.shared.writer_is_behind() {
+            return Ok(());
+        }
         let deadline = deadline.min(Instant::now() + RESERVATION_MAX);
         self.shared.tell_writer(Command::Reserve {
             keys: chain.to_vec(),
@@ -293,6 +342,7 @@ impl KvTransfer for FsTransfer {
         };
         let job = StoreJob::new(&self.shared, id, request, namespace);
         let accepted = !self.is_forked()
+            && !self.shared.writer_is_behind()
             && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
             && self.shared.tell_writer(Command::Begin(job));
         if !accepted {
@@ -305,7 +355,7 @@ impl KvTransfer for FsTransfer {
         self.check_layer(layer)?;
         self.check_job(job)?;
         // On a disk whole slots are written at the end; a message per layer would only cost time.
-        if self.shared.directory.mapped_payload() {
+        if self.shared.directory.mapped_payload() && !self.shared.writer_is_behind() {
             self.shared.tell_writer(Command::Layer(job, layer));
         }
         Ok(())
@@ -321,34 +371,9 @@ impl KvTransfer for FsTransfer {
         self.lookup_from(chain, &mut LookupCursor::default())
     }
 
+    /// With a cache on a device: nothing orders it behind a compute stream, see [`FsTransfer::load_after`].
     fn load(&self, request: LoadRequest) -> kvlane_core::Result<JobId> {
-        request.check(self.shared.cache.map())?;
-        let id = self.shared.jobs.next_id();
-        let blocks = request.keys.len();
-        if blocks == 0 {
-            self.shared.jobs.finish(id, Outcome::Done);
-            return Ok(id);
-        }
-        if self.is_forked() {
-            self.miss_all(id, blocks, MissReason::Dropped);
-            return Ok(id);
-        }
-        let found = {
-            let mut index = lock(&self.shared.index);
-            index.refresh(&self.shared.directory);
-            request.keys.iter().map(|key| index.find(0, key)).collect()
-        };
-        let job = LoadJob::new(&self.shared, id, request, found);
-        if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
-            self.miss_all(id, blocks, MissReason::Dropped);
-            return Ok(id);
-        }
-        if let Some(loads) = &*lock(&self.loads) {
-            for _ in 0..self.load_threads.min(job.block_count()) {
-                let _ = loads.send(Arc::clone(&job));
-            }
-        }
-        Ok(id)
+        self.start_load(request, None)
     }
 
     fn wait_layer(&self, job: JobId, layer: usize, deadline: Instant) -> kvlane_core::Result<bool> {
@@ -387,13 +412,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn reset(&self) -> kvlane_core::Result<()> {
-        if !self.shared.directory.control.bump_epoch() {
-            return Err(FsError::ReadOnly {
-                path: self.shared.directory.path.clone(),
-            }
-            .into());
-        }
-        Ok(())
+        Ok(self.shared.directory.control.start_epoch()?)
     }
 }
 

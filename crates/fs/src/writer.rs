@@ -172,6 +172,10 @@ impl Writer {
                 _ => self.free(at),
             }
         }
+        if self.slots.bytes() == 0 {
+            // At least one segment, before anybody needs it.
+            self.grow();
+        }
         if growth::should_give_back(&self.shared.directory, self.place, self.slots.bytes()) {
             self.give_back();
         }
@@ -189,19 +193,18 @@ impl Writer {
     }
 
     fn give_back(&mut self) {
-        let Some(number) = self.slots.coldest() else {
-            return;
-        };
-        let Some(segment) = self.slots.remove(number) else {
-            return;
-        };
-        segment.retire(&self.shared.directory);
-        Counters::add(&self.shared.counters.returned_segments, 1);
-        self.shared
-            .directory
-            .control
-            .set_bytes_used(self.place, self.slots.bytes());
-        self.shared.measure();
+        let shared = Arc::clone(&self.shared);
+        let control = &shared.directory.control;
+        // Under the lock: between losing its name and giving its space back, nobody may count on that space.
+        let retired = control.with_budget_lock(growth::LOCK_PATIENCE, || {
+            let segment = self.slots.remove(self.slots.coldest()?)?;
+            segment.retire(&shared.directory);
+            control.set_bytes_used(self.place, self.slots.bytes());
+            Some(segment)
+        });
+        let Some(Some(segment)) = retired else { return };
+        Counters::add(&shared.counters.returned_segments, 1);
+        shared.measure();
         tracing::info!(path = %segment.view.path.display(), "gave a segment back for another writer");
     }
 
@@ -284,20 +287,7 @@ impl Writer {
         if let Some(segment) = self.slots.segment(at).cloned()
             && segment.is_ours()
         {
-            let odd = segment.invalidate(at.slot);
-            let mut record = SlotRecord {
-                sequence: 0,
-                state: SlotState::Free,
-                depth: 0,
-                key: BlockKey([0; 32]),
-                namespace: NamespaceId([0; 32]),
-                payload_bytes: 0,
-                deadline_unix_ms: 0,
-                owner: 0,
-                written_unix_ms: 0,
-                layer_crcs: Vec::new(),
-            };
-            segment.publish(at.slot, odd, &mut record);
+            segment.clear(at.slot);
         }
         self.slots.set(at, Slot::Free);
     }

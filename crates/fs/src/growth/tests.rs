@@ -166,7 +166,7 @@ fn a_full_file_system_is_no_reason_to_leave_orphans_alone() {
     // There is room by the budget, but neither the memory limit nor the file system allow a new file.
     let mut adopted = 0;
     while let Room::Adopted(segment) = make_room(&process.shared, place, process.bytes()).unwrap() {
-        process.segments.push(segment);
+        process.segments.push(*segment);
         adopted += 1;
         assert!(adopted <= 3);
     }

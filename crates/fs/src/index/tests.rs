@@ -133,7 +133,7 @@ fn an_adopted_segment_is_seen_even_if_its_maker_died_before_it_told_anybody() {
     index.refresh(&folder.directory);
     assert_eq!(index.segment_count(), 0);
     drop(segment);
-    let adopted = OwnedSegment::adopt(&folder.directory, &name, &crate::fixture::geometry(), 2)
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &crate::fixture::geometry())
         .unwrap()
         .unwrap();
     commit(&adopted, 0, key(1), 0, 1);
@@ -181,7 +181,7 @@ fn a_new_epoch_hides_everything_and_its_own_blocks_are_found() {
     let mut index = index();
     commit(&segment, 0, key(1), 0, 1);
     assert_eq!(slot_of(&mut index, &folder.directory, 1), Some(0));
-    assert!(folder.directory.control.bump_epoch());
+    folder.directory.control.start_epoch().unwrap();
     assert_eq!(slot_of(&mut index, &folder.directory, 1), None);
     let namespace = index.effective(0);
     assert_eq!(namespace, NAMESPACE.with_epoch(1));

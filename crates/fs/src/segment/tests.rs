@@ -13,13 +13,13 @@ fn a_segment_has_one_owner() {
     assert!(segment.view.owner_lives());
     let name = name_of(&segment);
     assert!(
-        OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+        OwnedSegment::adopt(&folder.directory, &name, &geometry())
             .unwrap()
             .is_none()
     );
     assert!(!remove_orphan(&folder.directory, &name).unwrap());
     drop(segment);
-    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry())
         .unwrap()
         .unwrap();
     assert!(adopted.is_ours());
@@ -37,7 +37,7 @@ fn an_old_owner_stops_writing_once_another_one_has_taken_over() {
     let odd = segment.invalidate(1);
     // As for a network file system that lost the lock of a client that did not answer.
     OWNER_LOCK.unlock(&segment.file).unwrap();
-    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry())
         .unwrap()
         .unwrap();
     assert!(!segment.is_ours());
@@ -118,7 +118,7 @@ fn a_segment_of_another_geometry_is_not_adopted_but_can_be_removed() {
     let name = name_of(&segment);
     drop(segment);
     assert!(
-        OwnedSegment::adopt(&folder.directory, &name, &geometry(), 2)
+        OwnedSegment::adopt(&folder.directory, &name, &geometry())
             .unwrap()
             .is_none()
     );
@@ -132,7 +132,7 @@ fn on_a_network_only_the_creating_host_adopts_and_removes() {
     let mut network = folder.open_as(crate::options::Medium::Network);
     network.host_id = [9; 16];
     assert!(
-        OwnedSegment::adopt(&network, &name, &geometry(), 2)
+        OwnedSegment::adopt(&network, &name, &geometry())
             .unwrap()
             .is_none()
     );
@@ -144,8 +144,7 @@ fn on_a_network_only_the_creating_host_adopts_and_removes() {
         OwnedSegment::adopt(
             &folder.open_as(crate::options::Medium::Network),
             &name,
-            &geometry(),
-            2
+            &geometry()
         )
         .unwrap()
         .is_some()

@@ -109,7 +109,7 @@ fn an_adopted_segment_brings_its_blocks_and_its_half_written_slots_rest() {
     let name = crate::directory::segment_name(first.header().segment_id);
     drop(first);
     let geometry = crate::fixture::geometry();
-    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry, 2)
+    let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry)
         .unwrap()
         .unwrap();
     let mut slots = Slots::default();
