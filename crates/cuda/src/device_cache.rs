@@ -1,6 +1,6 @@
 //! A paged KV cache on a CUDA device.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{BlockMap, PagedMemory};
@@ -46,6 +46,10 @@ impl std::fmt::Debug for Patience<'_> {
     }
 }
 
+/// A point in a stream of the embedding program.
+#[derive(Clone, Debug)]
+pub struct Mark(Arc<Event>);
+
 /// A paged KV cache whose regions are memory of one CUDA device.
 ///
 /// A method that names a block or a layer that the map does not have panics.
@@ -53,8 +57,6 @@ impl std::fmt::Debug for Patience<'_> {
 pub struct DeviceCache {
     memory: Arc<DeviceMemory>,
     pool: Arc<Pool>,
-    /// The compute stream's latest mark, while it may be ahead of us.
-    order: Mutex<Option<Arc<Event>>>,
     /// Why the device was lost.
     lost: OnceLock<CudaError>,
 }
@@ -74,7 +76,6 @@ impl DeviceCache {
         Ok(Self {
             memory,
             pool: Pool::new(buffers, buffer_bytes),
-            order: Mutex::default(),
             lost: OnceLock::new(),
         })
     }
@@ -89,15 +90,22 @@ impl DeviceCache {
         self.pool.buffer_bytes()
     }
 
-    /// Every copy that starts from now on runs after what is on `stream` now. Does not wait.
+    /// Every copy *out of* the cache that starts from now on runs after what is on `stream` now. Does not wait.
     ///
-    /// Call it before a store's bytes may be read, and before a load: freed blocks may still be written by a step that
-    /// is running.
-    pub fn order_after(&self, stream: StreamHandle) -> Result<()> {
+    /// Call it when a store's bytes may be read: the step that writes them may not have run yet.
+    pub fn order_stores_after(&self, stream: StreamHandle) -> Result<()> {
         self.check()?;
-        let event = self.memory.device().order_after(stream)?;
-        *self.order() = Some(Arc::new(event));
-        Ok(())
+        let device = self.memory.device();
+        device.order_out_after(&device.mark(stream)?)
+    }
+
+    /// What is on `stream` now, for [`copy_block_in`](Self::copy_block_in) to come after. Does not wait.
+    ///
+    /// Take it when a load starts: freed blocks may still be written by a step that is running. Each load has a mark of
+    /// its own and the copy stream waits for none, since on a busy server there is always a later step to wait for.
+    pub fn mark(&self, stream: StreamHandle) -> Result<Mark> {
+        self.check()?;
+        Ok(Mark(Arc::new(self.memory.device().mark(stream)?)))
     }
 
     /// A buffer to fill for [`copy_block_in`](Self::copy_block_in). Waits for one. Who fills it with non-temporal stores
@@ -121,19 +129,22 @@ impl DeviceCache {
     /// Copies one block of `layers`, which lie one after the other in `staging`, into the cache.
     ///
     /// When this returns, nothing of it can reach the cache any more: bytes that are on their way are waited for, however
-    /// long that takes. So that it does not take long, the copies are started only once the compute stream has come to
-    /// where they may run; `patience` ends before that, and then the cache is untouched. Any other error: the part of
-    /// the block holds undefined bytes.
+    /// long that takes. So that it does not take long, the copies are started only once what `after` marks is over;
+    /// `patience` ends before that, and then the cache is untouched. Any other error: the part of the block holds undefined
+    /// bytes.
     pub fn copy_block_in(
         &self,
         block: u32,
         layers: &[usize],
         staging: Lease,
+        after: Option<&Mark>,
         patience: &Patience<'_>,
     ) -> Result<()> {
         self.check()?;
         patience.check("the start of a copy")?;
-        self.wait_for_order(patience)?;
+        if let Some(mark) = after {
+            self.wait_for(mark, patience)?;
+        }
         let Some(staging) = staging.into_staging() else {
             return Err(CudaError::Cancelled { what: "a buffer" });
         };
@@ -152,7 +163,7 @@ impl DeviceCache {
     pub fn write(&self, layer: usize, block: u32, data: &[u8], patience: &Patience<'_>) -> Result<()> {
         let mut staging = self.staging(patience)?;
         staging[..data.len()].copy_from_slice(data);
-        self.copy_block_in(block, &[layer], staging, patience)
+        self.copy_block_in(block, &[layer], staging, None, patience)
     }
 
     /// Waits for the end of copies, or only as long as the caller has patience.
@@ -177,22 +188,13 @@ impl DeviceCache {
         }
     }
 
-    fn wait_for_order(&self, patience: &Patience<'_>) -> Result<()> {
+    fn wait_for(&self, mark: &Mark, patience: &Patience<'_>) -> Result<()> {
         let mut pause = Pause::default();
-        loop {
-            let Some(event) = self.order().clone() else {
-                return Ok(());
-            };
-            if self.latched(event.is_over())? {
-                let mut order = self.order();
-                if order.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, &event)) {
-                    *order = None;
-                }
-                return Ok(());
-            }
+        while !self.latched(mark.0.is_over())? {
             patience.check("the compute stream")?;
             pause.sleep();
         }
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {
@@ -207,10 +209,6 @@ impl DeviceCache {
             tracing::error!(%error, "the CUDA device is lost for KV transfer");
         }
         result
-    }
-
-    fn order(&self) -> MutexGuard<'_, Option<Arc<Event>>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,13 +1,14 @@
 //! KV blocks in the memory of a CUDA device, for backends that move bytes with the CPU.
 //!
 //! The one idea: a backend never sees a device address. It gets a block's bytes in a buffer of pinned host memory, or hands
-//! in such a buffer, and [`DeviceCache`] moves it with asynchronous copies on a stream of its own. A buffer is free again
+//! in such a buffer, and [`DeviceCache`] moves it with asynchronous copies on streams of its own. A buffer is free again
 //! when the event behind its copies says so, not when a call returns.
 //!
 //! Guarantees:
 //! - The driver is loaded when the first cache is made or [`probe`] is called. Without it there is an error that says what
 //!   was looked for; nothing is linked and nothing panics.
-//! - Copies start after the work that the program gave its compute stream before [`DeviceCache::order_after`].
+//! - Copies come after the work that the program gave its compute stream before: [`DeviceCache::order_stores_after`],
+//!   [`DeviceCache::mark`].
 //! - Every wait ends at its deadline, with one exception that is a promise of its own: bytes on their way *into* the cache
 //!   are waited for until they can no longer arrive.
 //! - Once the device is lost, every later call says so at once.
@@ -28,7 +29,7 @@ mod probe;
 mod raw;
 mod spans;
 
-pub use device_cache::{DeviceCache, Patience};
+pub use device_cache::{DeviceCache, Mark, Patience};
 pub use error::{CudaError, Result};
 pub use pool::Lease;
 pub use probe::{DriverInfo, probe};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
-use kvlane_cuda::{DeviceCache, Lease, Patience};
+use kvlane_cuda::{DeviceCache, Lease, Mark, Patience};
 
 use crate::cache::{Cache, gave_up};
 use crate::counters::Counters;
@@ -26,6 +26,8 @@ const READ_BYTES: usize = 512 << 10;
 pub(crate) struct LoadJob {
     id: JobId,
     request: LoadRequest,
+    /// Work of the program that may still write the blocks, if they are on a device.
+    after: Option<Mark>,
     /// Where each key was found; `None` was missed from the start.
     found: Vec<Option<Found>>,
     records: Vec<OnceLock<Option<SlotRecord>>>,
@@ -52,6 +54,7 @@ impl LoadJob {
         id: JobId,
         request: LoadRequest,
         found: Vec<Option<Found>>,
+        after: Option<Mark>,
     ) -> Arc<Self> {
         let layers = shared.geometry.layer_bytes.len();
         let blocks = found.len();
@@ -81,6 +84,7 @@ impl LoadJob {
             progress: Mutex::new(()),
             progressed: Condvar::new(),
             request,
+            after,
             found,
         })
     }
@@ -373,7 +377,8 @@ impl LoadJob {
             return Err(MissReason::Recycled);
         }
         let layers: Vec<usize> = part.layers.clone().collect();
-        self.enter(|| cache.copy_block_in(part.block, &layers, staging, &patience))
+        let after = self.after.as_ref();
+        self.enter(|| cache.copy_block_in(part.block, &layers, staging, after, &patience))
             .map_or_else(|| Err(self.closing_reason()), |copied| copied.map_err(missed))
     }
 

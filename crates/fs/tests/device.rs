@@ -121,6 +121,24 @@ impl Rig {
         self.transfer.load(request).expect("a load")
     }
 
+    fn start_load_after(
+        &self,
+        stream: &ComputeStream,
+        keys: &[BlockKey],
+        blocks: &[u32],
+        deadline: Instant,
+    ) -> JobId {
+        let request = LoadRequest {
+            keys: keys.to_vec(),
+            blocks: blocks.to_vec(),
+            deadline,
+            order: LoadOrder::LayerMajor,
+        };
+        self.transfer
+            .load_after(request, stream.handle())
+            .expect("a load")
+    }
+
     fn end(&self, job: JobId) -> Outcome {
         let ended = self.transfer.wait(job, far()).expect("a known job");
         ended.expect("the job ends in time").outcome
@@ -195,7 +213,9 @@ fn a_store_carries_what_the_step_before_it_computes() {
         let keys = keys(1);
         let job = rig.begin(&keys, &[0], far());
         rig.kernel(&stream, 0, 0x77, 60);
-        rig.transfer.order_after(stream.handle()).expect("an order");
+        rig.transfer
+            .order_stores_after(stream.handle())
+            .expect("an order");
         rig.transfer.layer_ready(job, 0).expect("the store is open");
         rig.transfer.finish_store(job).expect("the store is open");
         assert_eq!(rig.end(job), Outcome::Done);
@@ -215,10 +235,11 @@ fn a_load_lands_behind_the_step_that_runs_when_it_starts() {
         assert_eq!(rig.store(&keys, &[0]), Outcome::Done);
         // Blocks that were just freed: the step still writes them.
         rig.kernel(&stream, 3, 0x99, 60);
-        rig.transfer.order_after(stream.handle()).expect("an order");
-        let job = rig.start_load(&keys, &[3], far());
+        let job = rig.start_load_after(&stream, &keys, &[3], far());
         assert_eq!(rig.end(job), Outcome::Done);
-        rig.transfer.order_after(stream.handle()).expect("an order");
+        rig.transfer
+            .order_stores_after(stream.handle())
+            .expect("an order");
         assert!(rig.holds(3, 0x11), "{medium:?}");
     }
 }
@@ -234,9 +255,8 @@ fn a_load_behind_a_long_step_misses_in_time_and_nothing_arrives_later() {
         assert_eq!(rig.store(&keys, &[0, 1]), Outcome::Done);
         rig.set(3, 0x33);
         rig.kernel(&stream, 7, 0x99, 500);
-        rig.transfer.order_after(stream.handle()).expect("an order");
         let started = Instant::now();
-        let job = rig.start_load(&keys, &[3, 4], started + Duration::from_millis(50));
+        let job = rig.start_load_after(&stream, &keys, &[3, 4], started + Duration::from_millis(50));
         let missed = Outcome::Miss {
             positions: vec![0, 1],
             reason: MissReason::TimedOut,
@@ -277,7 +297,9 @@ fn a_cancelled_store_lets_go_of_its_slots_while_the_device_is_busy() {
         let stream = rig.device.compute_stream();
         let keys = keys(1);
         rig.kernel(&stream, 0, 0x11, 400);
-        rig.transfer.order_after(stream.handle()).expect("an order");
+        rig.transfer
+            .order_stores_after(stream.handle())
+            .expect("an order");
         let started = Instant::now();
         let job = rig.begin(&keys, &[0], far());
         rig.transfer.finish_store(job).expect("the store is open");

@@ -182,13 +182,19 @@ impl FsWorker {
     /// `stream`: the compute stream that writes the layer, as PyTorch's `cuda_stream`; for tensors on a CUDA device.
     #[pyo3(signature = (job, layer, stream = None))]
     fn layer_ready(&self, py: Python<'_>, job: u64, layer: usize, stream: Option<u64>) -> PyResult<()> {
-        self.ordered_call(py, stream, |transfer| transfer.layer_ready(JobId(job), layer))
+        self.call(py, |transfer| {
+            order_stores(transfer, stream)?;
+            transfer.layer_ready(JobId(job), layer)
+        })
     }
 
     /// `stream` as for `layer_ready`.
     #[pyo3(signature = (job, stream = None))]
     fn finish_store(&self, py: Python<'_>, job: u64, stream: Option<u64>) -> PyResult<()> {
-        let finished = self.ordered_call(py, stream, |transfer| transfer.finish_store(JobId(job)));
+        let finished = self.call(py, |transfer| {
+            order_stores(transfer, stream)?;
+            transfer.finish_store(JobId(job))
+        });
         if finished.is_err() {
             // Nobody will finish it, so it must not be waited for until its deadline.
             self.cancel(py, job)?;
@@ -208,19 +214,23 @@ impl FsWorker {
         stream: Option<u64>,
     ) -> PyResult<u64> {
         let blocks = u32_items(block_ids, 0)?;
-        self.ordered_call(py, stream, |transfer| {
+        self.call(py, |transfer| {
             let keys = parse_keys(keys)?;
             let order = if layer_major {
                 LoadOrder::LayerMajor
             } else {
                 LoadOrder::BlockMajor
             };
-            let job = transfer.load(LoadRequest {
+            let request = LoadRequest {
                 keys,
                 blocks,
                 deadline: deadline(timeout_ms),
                 order,
-            })?;
+            };
+            let job = match stream_of(transfer, stream)? {
+                Some(stream) => transfer.load_after(request, stream),
+                None => transfer.load(request),
+            }?;
             Ok(job.0)
         })
     }
@@ -313,30 +323,6 @@ impl FsWorker {
             .ok_or_else(|| store_error(py, None, "the worker is closed"))
     }
 
-    /// As [`call`](Self::call), behind what is on the compute stream now.
-    fn ordered_call<T: Send>(
-        &self,
-        py: Python<'_>,
-        stream: Option<u64>,
-        work: impl FnOnce(&FsTransfer) -> kvlane_core::Result<T> + Send,
-    ) -> PyResult<T> {
-        // SAFETY: the caller of these methods (kvlane.vllm, from `torch.cuda.current_stream`) passes a live stream of the
-        // device that the tensors are on. The handle is used before this call returns, and not kept.
-        let stream = stream.map(|handle| unsafe { StreamHandle::from_raw(handle) });
-        self.call(py, |transfer| {
-            if transfer.needs_order() {
-                // Without it, KV of a step that has not run yet would be taken for computed.
-                let stream = stream.ok_or_else(|| kvlane_core::Error::InvalidArgument {
-                    argument: "stream",
-                    found: "None".to_owned(),
-                    allowed: "the compute stream, since the tensors are on a CUDA device".to_owned(),
-                })?;
-                transfer.order_after(stream)?;
-            }
-            work(transfer)
-        })
-    }
-
     /// Runs `work` without the interpreter lock.
     fn call<T: Send>(
         &self,
@@ -348,6 +334,30 @@ impl FsWorker {
             py.detach(|| work(&transfer))
                 .map_err(|error| transfer_error(py, &error))
         })
+    }
+}
+
+/// What stores read is what the compute stream leaves behind.
+fn order_stores(transfer: &FsTransfer, stream: Option<u64>) -> kvlane_core::Result<()> {
+    if let Some(stream) = stream_of(transfer, stream)? {
+        transfer.order_stores_after(stream)?;
+    }
+    Ok(())
+}
+
+/// The compute stream; must be given for a cache on a device: without it, KV of a step that has not run yet would be taken
+/// for computed. For other caches it means nothing.
+fn stream_of(transfer: &FsTransfer, stream: Option<u64>) -> kvlane_core::Result<Option<StreamHandle>> {
+    match stream {
+        _ if !transfer.needs_order() => Ok(None),
+        // SAFETY: the caller of the methods with a stream (kvlane.vllm, from `torch.cuda.current_stream`) passes a live
+        // stream of the device that the tensors are on. The handle is used before the method returns, and not kept.
+        Some(handle) => Ok(Some(unsafe { StreamHandle::from_raw(handle) })),
+        None => Err(kvlane_core::Error::InvalidArgument {
+            argument: "stream",
+            found: "None".to_owned(),
+            allowed: "the compute stream, since the tensors are on a CUDA device".to_owned(),
+        }),
     }
 }
 

@@ -51,7 +51,14 @@ impl Rig {
     fn load(&self, block: u32, bytes: &[u8], patience: &Patience<'_>) -> Result<()> {
         let mut staging = self.cache.staging(patience)?;
         staging[..bytes.len()].copy_from_slice(bytes);
-        self.cache.copy_block_in(block, &all(), staging, patience)
+        self.cache.copy_block_in(block, &all(), staging, None, patience)
+    }
+
+    fn load_after(&self, mark: &Mark, block: u32, bytes: &[u8], patience: &Patience<'_>) -> Result<()> {
+        let mut staging = self.cache.staging(patience)?;
+        staging[..bytes.len()].copy_from_slice(bytes);
+        self.cache
+            .copy_block_in(block, &all(), staging, Some(mark), patience)
     }
 
     fn block(&self, block: u32) -> Vec<u8> {
@@ -140,7 +147,7 @@ fn a_store_reads_what_the_compute_stream_was_about_to_write() {
     let rig = Rig::new(0, 1);
     let stream = rig.stand_in.compute_stream();
     rig.kernel(&stream, 2, 7, 50);
-    rig.cache.order_after(stream.handle()).unwrap();
+    rig.cache.order_stores_after(stream.handle()).unwrap();
     assert!(rig.block(2)[..WIDTH].iter().all(|&byte| byte == 7));
 }
 
@@ -158,10 +165,10 @@ fn a_load_lands_behind_a_step_that_still_writes_its_blocks() {
     let rig = Rig::new(0, 1);
     let stream = rig.stand_in.compute_stream();
     rig.kernel(&stream, 2, 7, 50);
-    rig.cache.order_after(stream.handle()).unwrap();
-    rig.load(2, &content(2), &long()).unwrap();
+    let mark = rig.cache.mark(stream.handle()).unwrap();
+    rig.load_after(&mark, 2, &content(2), &long()).unwrap();
     // Behind everything on the stream.
-    rig.cache.order_after(stream.handle()).unwrap();
+    rig.cache.order_stores_after(stream.handle()).unwrap();
     assert!(rig.block(2) == content(2));
 }
 
@@ -170,9 +177,9 @@ fn a_load_whose_deadline_passes_behind_a_long_step_touches_nothing() {
     let rig = Rig::new(0, 1);
     let stream = rig.stand_in.compute_stream();
     rig.kernel(&stream, 0, 7, 300);
-    rig.cache.order_after(stream.handle()).unwrap();
+    let mark = rig.cache.mark(stream.handle()).unwrap();
     let started = Instant::now();
-    let error = rig.load(2, &content(2), &within(30)).unwrap_err();
+    let error = rig.load_after(&mark, 2, &content(2), &within(30)).unwrap_err();
     assert!(
         started.elapsed() < Duration::from_millis(250),
         "it waited for the step"
@@ -185,6 +192,27 @@ fn a_load_whose_deadline_passes_behind_a_long_step_touches_nothing() {
     );
     assert_eq!(rig.stand_in.copies(), 0);
     assert!(rig.block(2).iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_load_waits_for_no_step_that_came_after_it() {
+    let rig = Rig::new(0, 1);
+    let stream = rig.stand_in.compute_stream();
+    let mark = rig.cache.mark(stream.handle()).unwrap();
+    rig.kernel(&stream, 0, 7, 500);
+    rig.cache.order_stores_after(stream.handle()).unwrap();
+    rig.cache.mark(stream.handle()).unwrap();
+    rig.load_after(&mark, 2, &content(2), &within(250)).unwrap();
+}
+
+#[test]
+fn the_default_stream_is_a_stream_too() {
+    // What PyTorch uses unless it was told otherwise has the number zero.
+    let rig = Rig::new(0, 1);
+    let stream = rig.stand_in.default_stream();
+    rig.kernel(&stream, 2, 7, 50);
+    rig.cache.order_stores_after(stream.handle()).unwrap();
+    assert!(rig.block(2)[..WIDTH].iter().all(|&byte| byte == 7));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! One device: its primary context, a stream for copies, events, pinned memory.
+//! One device: its primary context, a stream for the copies of each direction, events, pinned memory.
 
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
@@ -23,13 +23,22 @@ impl StreamHandle {
     }
 }
 
+/// Which way a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the device.
+    Out = 0,
+    /// To the device.
+    In = 1,
+}
+
 /// A device that is in use.
 pub(crate) struct Device {
     driver: &'static Driver,
     handle: CUdevice,
     context: CUcontext,
-    /// Null until it is made.
-    stream: CUstream,
+    /// For copies from the device and for copies to it; null until they are made.
+    streams: [CUstream; 2],
     /// The process that may use it: contexts do not survive a fork.
     process: u32,
 }
@@ -53,19 +62,20 @@ impl Device {
             driver,
             handle,
             context,
-            stream: ptr::null_mut(),
+            streams: [ptr::null_mut(); 2],
             process: std::process::id(),
         };
-        let mut stream = ptr::null_mut();
-        {
+        for direction in [Direction::Out, Direction::In] {
+            let mut stream = ptr::null_mut();
             let entered = device.enter()?;
             // Non-blocking: it must neither wait for the program's default stream nor hold it up.
             let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             // SAFETY: writes one handle; the context is current.
             let code = unsafe { (entered.calls().cuStreamCreate)(&raw mut stream, flags) };
-            driver.check(code, "cuStreamCreate", "making the copy stream")?;
+            driver.check(code, "cuStreamCreate", "making a copy stream")?;
+            drop(entered);
+            device.streams[direction as usize] = stream;
         }
-        device.stream = stream;
         Ok(Arc::new(device))
     }
 
@@ -105,9 +115,8 @@ impl Device {
         })
     }
 
-    /// Everything that is put on the copy stream from now on runs after what is on `stream` now. The event tells when that
-    /// point is reached.
-    pub(crate) fn order_after(self: &Arc<Self>, stream: StreamHandle) -> Result<Event> {
+    /// An event that is over when `stream` has done what is on it now.
+    pub(crate) fn mark(self: &Arc<Self>, stream: StreamHandle) -> Result<Event> {
         let event = self.event()?;
         let entered = self.enter()?;
         let stream = ptr::with_exposed_provenance_mut(stream.0 as usize);
@@ -115,18 +124,25 @@ impl Device {
         let code = unsafe { (entered.calls().cuEventRecord)(event.handle, stream) };
         self.driver
             .check(code, "cuEventRecord", "marking the compute stream")?;
-        // SAFETY: both are ours. The wait is for what was just recorded, whatever happens to the event later.
-        let code = unsafe { (entered.calls().cuStreamWaitEvent)(self.stream, event.handle, 0) };
-        self.driver
-            .check(code, "cuStreamWaitEvent", "waiting for the compute stream")?;
         Ok(event)
     }
 
-    /// Records `event` behind all copies so far.
-    pub(super) fn record(&self, event: &Event) -> Result<()> {
+    /// Copies from the device that start from now on run after `event`.
+    pub(crate) fn order_out_after(&self, event: &Event) -> Result<()> {
         let entered = self.enter()?;
+        let stream = self.streams[Direction::Out as usize];
+        // SAFETY: both are ours. The wait is for what was recorded last, whatever happens to the event later.
+        let code = unsafe { (entered.calls().cuStreamWaitEvent)(stream, event.handle, 0) };
+        self.driver
+            .check(code, "cuStreamWaitEvent", "waiting for the compute stream")
+    }
+
+    /// Records `event` behind all copies of a direction so far.
+    pub(super) fn record(&self, event: &Event, direction: Direction) -> Result<()> {
+        let entered = self.enter()?;
+        let stream = self.streams[direction as usize];
         // SAFETY: both are ours and live.
-        let code = unsafe { (entered.calls().cuEventRecord)(event.handle, self.stream) };
+        let code = unsafe { (entered.calls().cuEventRecord)(event.handle, stream) };
         self.driver
             .check(code, "cuEventRecord", "marking the end of a copy")
     }
@@ -144,9 +160,10 @@ impl Device {
         len_bytes: usize,
     ) -> Result<()> {
         let target = staging.place(offset_bytes, len_bytes).cast();
+        let stream = self.streams[Direction::Out as usize];
         let entered = self.enter()?;
         // SAFETY: the target is inside of the buffer, as just checked; the caller vouches for the rest.
-        let code = unsafe { (entered.calls().cuMemcpyDtoHAsync_v2)(target, address, len_bytes, self.stream) };
+        let code = unsafe { (entered.calls().cuMemcpyDtoHAsync_v2)(target, address, len_bytes, stream) };
         self.driver
             .check(code, "cuMemcpyDtoHAsync_v2", "starting a copy from the device")
     }
@@ -163,9 +180,10 @@ impl Device {
         len_bytes: usize,
     ) -> Result<()> {
         let source = staging.place(offset_bytes, len_bytes).cast_const().cast();
+        let stream = self.streams[Direction::In as usize];
         let entered = self.enter()?;
         // SAFETY: the source is inside of the buffer, as just checked; the caller vouches for the rest.
-        let code = unsafe { (entered.calls().cuMemcpyHtoDAsync_v2)(address, source, len_bytes, self.stream) };
+        let code = unsafe { (entered.calls().cuMemcpyHtoDAsync_v2)(address, source, len_bytes, stream) };
         self.driver
             .check(code, "cuMemcpyHtoDAsync_v2", "starting a copy to the device")
     }
@@ -192,11 +210,11 @@ impl Drop for Device {
         if self.is_forked() {
             return;
         }
-        if !self.stream.is_null()
-            && let Ok(entered) = self.enter()
-        {
-            // SAFETY: ours, and nobody has it any more; what is still on it runs to its end.
-            let _ = unsafe { (entered.calls().cuStreamDestroy_v2)(self.stream) };
+        if let Ok(entered) = self.enter() {
+            for stream in self.streams.into_iter().filter(|stream| !stream.is_null()) {
+                // SAFETY: ours, and nobody has it any more; what is still on it runs to its end.
+                let _ = unsafe { (entered.calls().cuStreamDestroy_v2)(stream) };
+            }
         }
         // At the end of the process the driver may be gone already; then it says so, and there is nothing to do.
         // SAFETY: retained once in `open`, released once here.

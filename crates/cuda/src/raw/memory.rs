@@ -6,19 +6,10 @@ use std::sync::Arc;
 
 use kvlane_core::BlockMap;
 
-use super::device::{Device, Event, Staging};
+use super::device::{Device, Direction, Event, Staging};
 use super::driver::Driver;
 use crate::error::{CudaError, Result};
 use crate::spans::{part_bytes, spans};
-
-/// Which way a copy goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    /// From the device.
-    Out,
-    /// To the device.
-    In,
-}
 
 /// KV tensors on a device that belong to the embedding program.
 pub struct DeviceTensors {
@@ -152,7 +143,7 @@ impl DeviceMemory {
                 break;
             }
         }
-        match self.device.record(&event) {
+        match self.device.record(&event, direction) {
             Ok(()) => Progress::Running(InFlight {
                 staging,
                 event,

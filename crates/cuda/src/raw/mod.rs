@@ -10,7 +10,7 @@ mod memory;
 pub mod stand_in;
 
 pub use device::StreamHandle;
-pub(crate) use device::{Event, Staging};
+pub(crate) use device::{Direction, Event, Staging};
 pub(crate) use driver::Driver;
 pub use memory::DeviceTensors;
-pub(crate) use memory::{DeviceMemory, Direction, InFlight, Progress};
+pub(crate) use memory::{DeviceMemory, InFlight, Progress};

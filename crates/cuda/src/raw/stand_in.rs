@@ -107,6 +107,18 @@ impl StandIn {
         ComputeStream { stream, handle }
     }
 
+    /// The stream that has the number zero.
+    pub fn default_stream(&self) -> ComputeStream {
+        let stream = self
+            .device
+            .default_stream
+            .get_or_init(|| Stream::start(&self.device));
+        ComputeStream {
+            stream: Arc::clone(stream),
+            handle: 0,
+        }
+    }
+
     /// From now on `call` fails with `code`, after it has worked `after` more times; `None` mends it.
     pub fn fail(&self, call: &'static str, failure: Option<(usize, u32)>) {
         let mut failing = lock(&self.device.failing);
