@@ -6,7 +6,7 @@
 //! moment, and the worst that a reader sees is a miss.
 //!
 //! [`FsTransfer`] stores and loads for one paged cache, [`FsReader`] answers what is there. The bytes on disk are in
-//! [`format`] and in `docs/segment-format.md`.
+//! [`mod@format`] and in `docs/segment-format.md`.
 
 #![deny(unsafe_code)]
 
