@@ -11,6 +11,8 @@
 pub mod claims;
 pub mod fixture;
 pub mod layouts;
+pub mod process;
+pub mod worker;
 
 /// Generates one `#[test]` per claim for the factory that the expression names.
 #[macro_export]

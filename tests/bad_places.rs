@@ -1,0 +1,335 @@
+//! Places with less room or fewer rights than a store wants: a full tmpfs, a container's memory limit, a read-only mount.
+//! The risks: a SIGBUS where pages cannot be had, an out-of-memory kill, an engine that does not start or hangs.
+//!
+//! Mounts are made in a mount namespace of their own, so nothing is left behind.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use kvlane_core::Outcome;
+use kvlane_fs::Medium;
+use kvlane_tests::process::{PeerProcess, not_run};
+use kvlane_tests::worker::{Setup, Worker};
+
+const PEER: &str = env!("CARGO_BIN_EXE_kvlane-test-peer");
+const PATIENCE: Duration = Duration::from_secs(10);
+const MIB: u64 = 1 << 20;
+
+fn folder() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("kvlane-place-")
+        .tempdir_in("/dev/shm")
+        .expect("a folder")
+}
+
+/// Starts a peer in a namespace; `None`, after saying so, where this machine does not allow that.
+fn in_namespace(what: &str, prelude: &str, folder: &Path, setup: &Setup) -> Option<(PeerProcess, String)> {
+    let prelude = format!("{prelude} && echo mounted &&");
+    let mut process = PeerProcess::start_in_namespace(&prelude, PEER, folder, setup);
+    if process.line_within(PATIENCE).as_deref() != Some("mounted") {
+        not_run(what, &process.warnings());
+        return None;
+    }
+    let opened = process.line();
+    Some((process, opened))
+}
+
+/// A tmpfs of 8 MiB at `folder`, with `more` done to it.
+fn small_tmpfs(folder: &Path, more: &str) -> String {
+    format!(
+        "mount -t tmpfs -o size=8m none {0} && cd {0} && {more}",
+        folder.display()
+    )
+}
+
+/// Stores more than fits, all of which must end well, and finds the newest.
+fn store_a_lot(process: &mut PeerProcess, chains: usize) {
+    process.tell(&format!("stream many 6 {chains} 0"));
+    let mut done = 0;
+    loop {
+        let line = process.line();
+        if line == "streamed" {
+            break;
+        }
+        assert!(
+            line.starts_with("done ") || line.starts_with("missed Dropped"),
+            "{line}"
+        );
+        done += usize::from(line.starts_with("done "));
+    }
+    assert!(done > 0, "nothing could be stored");
+    assert_eq!(process.ask("store newest 6"), "done");
+    assert_eq!(process.ask("load newest 6"), "done");
+}
+
+#[test]
+fn a_tmpfs_smaller_than_the_capacity_is_used_as_far_as_it_goes() {
+    let folder = folder();
+    for capacity_bytes in [None, Some(64 * MIB)] {
+        let setup = Setup {
+            capacity_bytes,
+            segment_bytes: Some(MIB),
+            ..Setup::default()
+        };
+        let what = "a tmpfs of 8 MiB";
+        let Some((mut process, opened)) =
+            in_namespace(what, &small_tmpfs(folder.path(), "true"), folder.path(), &setup)
+        else {
+            return;
+        };
+        assert_eq!(opened, "open");
+        store_a_lot(&mut process, 60);
+        if capacity_bytes.is_some() {
+            assert!(
+                process.warnings().contains("the file system is full"),
+                "{}",
+                process.warnings()
+            );
+        }
+        process.tell("quit");
+        assert!(process.ended_well());
+    }
+}
+
+#[test]
+fn a_segment_larger_than_the_file_system_is_a_clear_message_and_a_miss() {
+    let folder = folder();
+    let setup = Setup {
+        capacity_bytes: Some(64 * MIB),
+        segment_bytes: None,
+        ..Setup::default()
+    };
+    let Some((mut process, opened)) = in_namespace(
+        "a tmpfs of 8 MiB",
+        &small_tmpfs(folder.path(), "true"),
+        folder.path(),
+        &setup,
+    ) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    let stored = process.ask("store chain 4");
+    assert!(stored == "done" || stored == "missed Dropped 4", "{stored}");
+    assert!(
+        process.warnings().contains("full") || stored == "done",
+        "{}",
+        process.warnings()
+    );
+    process.tell("quit");
+    assert!(process.ended_well());
+}
+
+#[test]
+fn a_full_tmpfs_is_a_clear_error_at_the_start_and_a_miss_later() {
+    let folder = folder();
+    let setup = Setup {
+        capacity_bytes: Some(4 * MIB),
+        ..Setup::default()
+    };
+    // Not even the control file fits.
+    let full = small_tmpfs(folder.path(), "{ cat /dev/zero > filler 2>/dev/null || true; }");
+    let Some((_process, opened)) = in_namespace("a full tmpfs", &full, folder.path(), &setup) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused cannot create") && opened.contains("No space left"),
+        "{opened}"
+    );
+    // The control file fits, and nothing else.
+    let full = small_tmpfs(
+        folder.path(),
+        "{ cat /dev/zero > filler 2>/dev/null || true; } && truncate -s -65536 filler",
+    );
+    let Some((mut process, opened)) = in_namespace("a full tmpfs", &full, folder.path(), &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    assert_eq!(process.ask("store chain 4"), "missed Dropped 4");
+    assert_eq!(process.ask("ready chain 4"), "ready 0 0");
+    assert!(
+        process.warnings().contains("the file system is full"),
+        "{}",
+        process.warnings()
+    );
+    process.tell("quit");
+    assert!(process.ended_well());
+}
+
+#[test]
+fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
+    let (folder, mount) = (folder(), folder());
+    let setup = Setup {
+        medium: Medium::Memory,
+        ..Setup::default()
+    };
+    let (from, to) = (folder.path().display(), mount.path().display());
+    let read_only = format!("mount --bind {from} {to} && mount -o remount,bind,ro {to}");
+    let what = "a read-only mount";
+    let Some((_process, opened)) = in_namespace(what, &read_only, mount.path(), &setup.reader()) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused") && opened.contains("not writable"),
+        "{opened}"
+    );
+    let writer = Worker::open(folder.path(), &setup).expect("it is writable here");
+    assert_eq!(writer.store("before", 5, PATIENCE), Outcome::Done);
+    let Some((_process, opened)) = in_namespace(what, &read_only, mount.path(), &setup) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused") && opened.contains("not writable"),
+        "{opened}"
+    );
+    let Some((mut reader, opened)) = in_namespace(what, &read_only, mount.path(), &setup.reader()) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    assert_eq!(reader.ask("load before 5"), "done");
+    assert_eq!(writer.store("later", 6, PATIENCE), Outcome::Done);
+    assert_eq!(reader.ask("ready later 6"), "ready 6 0");
+    assert_eq!(reader.ask("load later 6"), "done");
+    let reset = reader.ask("reset");
+    assert!(reset.starts_with("refused"), "{reset}");
+    let missing = mount.path().join("below");
+    let Some((_process, opened)) = in_namespace(what, &read_only, &missing, &setup) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused cannot create") && opened.contains("Read-only"),
+        "{opened}"
+    );
+}
+
+/// A cgroup with a memory limit, removed when dropped. Processes in it are ended before.
+struct Limited {
+    path: PathBuf,
+    version_two: bool,
+}
+
+impl Limited {
+    fn new(limit_bytes: u64) -> Result<Self, String> {
+        let text = |error: std::io::Error| error.to_string();
+        let memberships = fs::read_to_string("/proc/self/cgroup").map_err(text)?;
+        let mut v1 = None;
+        let mut v2 = None;
+        for line in memberships.lines() {
+            let mut fields = line.splitn(3, ':').skip(1);
+            match (fields.next(), fields.next()) {
+                (Some(""), Some(path)) => v2 = Some(format!("/sys/fs/cgroup{path}")),
+                (Some(names), Some(path)) if names.split(',').any(|name| name == "memory") => {
+                    v1 = Some(format!("/sys/fs/cgroup/memory{path}"));
+                }
+                _ => {}
+            }
+        }
+        let version_two = v1.is_none();
+        let parent = PathBuf::from(v1.or(v2).ok_or("there are no cgroups")?);
+        let path = parent.join(format!("kvlane-test-{}", std::process::id()));
+        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let limited = Limited { path, version_two };
+        let name = if version_two {
+            "memory.max"
+        } else {
+            "memory.limit_in_bytes"
+        };
+        if version_two && !limited.path.join(name).exists() {
+            fs::write(parent.join("cgroup.subtree_control"), "+memory").map_err(text)?;
+        }
+        fs::write(limited.path.join(name), limit_bytes.to_string()).map_err(text)?;
+        Ok(limited)
+    }
+
+    /// Processes that the kernel killed here.
+    fn kills(&self) -> u64 {
+        let name = if self.version_two {
+            "memory.events"
+        } else {
+            "memory.oom_control"
+        };
+        let events = fs::read_to_string(self.path.join(name)).expect("it can be read");
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills
+            .expect("the kernel counts them")
+            .trim()
+            .parse()
+            .expect("a number")
+    }
+
+    fn start(&self, folder: &Path, setup: &Setup) -> Option<(PeerProcess, String)> {
+        let mut command = Command::new("sh");
+        let enter = format!(
+            "echo $$ > {}/cgroup.procs && echo inside && exec \"$0\" \"$@\"",
+            self.path.display()
+        );
+        command.args(["-c", &enter, PEER]);
+        let mut process = PeerProcess::start(command, folder, setup);
+        if process.line_within(PATIENCE).as_deref() != Some("inside") {
+            not_run("a limited cgroup", &process.warnings());
+            return None;
+        }
+        let opened = process.line();
+        Some((process, opened))
+    }
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        for _ in 0..200 {
+            if fs::remove_dir(&self.path).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        eprintln!("{} is left behind", self.path.display());
+    }
+}
+
+#[test]
+fn a_memory_limit_below_the_capacity_is_respected_instead_of_being_killed() {
+    let limited = match Limited::new(176 * MIB) {
+        Ok(limited) => limited,
+        Err(error) => return not_run("a limited cgroup", &error),
+    };
+    let folder = folder();
+    let setup = Setup {
+        medium: Medium::Memory,
+        capacity_bytes: Some(1024 * MIB),
+        segment_bytes: Some(16 * MIB),
+        block_bytes: 256 << 10,
+        ..Setup::default()
+    };
+    let Some((mut process, opened)) = limited.start(folder.path(), &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    // 300 MiB: more than the limit, less than the capacity.
+    store_a_lot(&mut process, 200);
+    let warnings = process.warnings();
+    assert!(
+        warnings.contains("bytes of memory left") && warnings.contains("counts against its memory limit"),
+        "{warnings}"
+    );
+    assert_eq!(limited.kills(), 0);
+    let used: u64 = fs::read_dir(folder.path())
+        .expect("a folder")
+        .flatten()
+        .filter_map(|file| file.metadata().ok())
+        .map(|meta| meta.len())
+        .sum();
+    assert!((16 * MIB..176 * MIB).contains(&used), "{used} bytes in use");
+    process.kill();
+    // The memory of the dead one's segments is taken, but they can be adopted.
+    let Some((mut process, opened)) = limited.start(folder.path(), &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    assert_eq!(process.ask("load newest 6"), "done");
+    assert_eq!(process.ask("store restarted 6"), "done");
+    store_a_lot(&mut process, 30);
+    assert_eq!(limited.kills(), 0);
+    process.tell("quit");
+    assert!(process.ended_well());
+}
