@@ -91,7 +91,7 @@ impl PeerProcess {
     pub fn line(&mut self) -> String {
         match self.lines.recv_timeout(ANSWER) {
             Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => panic!("the process does not answer"),
+            Err(RecvTimeoutError::Timeout) => panic!("the process does not answer:\n{}", self.threads()),
             Err(RecvTimeoutError::Disconnected) => {
                 let status = self.child.wait();
                 panic!("the process ended: {status:?}\n{}", self.warnings());
@@ -175,6 +175,18 @@ impl PeerProcess {
         false
     }
 
+    /// What its threads are doing, as far as the kernel tells.
+    fn threads(&self) -> String {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.id())) else {
+            return "it is gone".to_owned();
+        };
+        let describe = |thread: std::fs::DirEntry| {
+            let read = |name: &str| std::fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+            format!("{}\n{}", read("stat").trim(), read("stack"))
+        };
+        threads.flatten().map(describe).collect()
+    }
+
     fn signal(&self, signal: Signal) {
         let id = Pid::from_child(&self.child);
         kill_process(id, signal).expect("our own child can be signalled");
@@ -197,7 +209,7 @@ impl Drop for PeerProcess {
         // A crash that nobody saw because the process could not end yet.
         if let Ok(status) = self.child.wait()
             && let Some(signal) = status.signal()
-            && signal != Signal::KILL.as_raw()
+            && (signal != Signal::KILL.as_raw() || std::thread::panicking())
         {
             eprintln!("the process ended by {status}");
         }
