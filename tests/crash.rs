@@ -216,7 +216,7 @@ fn kill_writers(rounds: usize, setup: &Setup, strict: bool, random: &mut StdRng,
             let salt = format!("round{round}");
             *watched.journal.current.lock().expect("no writer thread panicked") = salt.clone();
             // Where nothing may be evicted, each writer stores little: its last chain may leave its slots resting.
-            let (chains, pause_us) = if strict { (3, 300) } else { (u64::MAX, 0) };
+            let (chains, pause_us) = if strict { (2, 300) } else { (u64::MAX, 0) };
             let mut writer = PeerProcess::start(std::process::Command::new(PEER), watched.path(), setup);
             let early = random.random_bool(0.2);
             if !early {
@@ -254,6 +254,11 @@ fn kill_writers(rounds: usize, setup: &Setup, strict: bool, random: &mut StdRng,
         }
         if strict {
             assert_eq!(writer.stats().evicted_blocks, 0);
+            let (_, missing) = watched.check_blocks();
+            assert!(
+                missing.is_empty(),
+                "nothing was evicted, but {missing:?} were committed"
+            );
         }
         watched.check_space();
         watched.finish(counts);
@@ -409,10 +414,11 @@ fn stop_writers(
 }
 
 fn large(medium: Medium) -> Setup {
-    // Room for ten writers that store three chains each, and whose last chain rests.
+    // Six segments of 15 blocks: room for ten writers that store two chains each and a last one, but only if the later
+    // ones adopt what the earlier ones have left.
     Setup {
         medium,
-        capacity_bytes: Some(16 << 20),
+        capacity_bytes: Some(6 << 20),
         segment_bytes: Some(1 << 20),
         ..Setup::default()
     }

@@ -176,7 +176,7 @@ impl PeerProcess {
     }
 
     /// What its threads are doing, as far as the kernel tells.
-    fn threads(&self) -> String {
+    pub fn threads(&self) -> String {
         let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.id())) else {
             return "it is gone".to_owned();
         };

@@ -209,7 +209,7 @@ impl Worker {
             keys: keys.clone(),
             blocks: (0..count as u32).collect(),
             deadline: Instant::now() + patience,
-            order: if count % 2 == 0 {
+            order: if count.is_multiple_of(2) {
                 LoadOrder::BlockMajor
             } else {
                 LoadOrder::LayerMajor

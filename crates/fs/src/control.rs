@@ -170,6 +170,16 @@ impl Control {
         }
     }
 
+    /// Returns once the file system accepts writes. A store through a mapping would wait for that too, but inside a page
+    /// fault, and before Linux 6.7 with the lock of the whole address space: every thread of the engine that allocates
+    /// memory would wait as well. A freeze stops writes before it stops page faults, so what follows this is let through.
+    pub(crate) fn wait_until_writable(&self) {
+        use std::os::unix::fs::FileExt;
+        if let Err(error) = self.file.write_all_at(&[0; 8], control::SCRATCH) {
+            tracing::debug!(path = %self.path.display(), %error, "cannot write the control file");
+        }
+    }
+
     /// Tells all readers that segments appeared or disappeared.
     pub(crate) fn bump_generation(&self) {
         self.bump(control::GENERATION);
@@ -206,6 +216,7 @@ impl Control {
         std::thread::Builder::new()
             .name("kvlane-epoch".into())
             .spawn(move || {
+                control.wait_until_writable();
                 control.bump(control::EPOCH);
                 let _ = sender.send(());
             })

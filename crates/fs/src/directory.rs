@@ -127,6 +127,19 @@ impl Directory {
         Ok(used)
     }
 
+    /// Returns once the folder accepts writes; for a thread that is about to write through a mapping and may wait.
+    pub(crate) fn wait_until_writable(&self) {
+        // Nobody can freeze a file system that lives in memory.
+        if self.writable && !self.lives_in_memory() {
+            self.control.wait_until_writable();
+        }
+    }
+
+    /// Whether the files are memory, whatever way the bytes take to them.
+    pub(crate) fn lives_in_memory(&self) -> bool {
+        matches!(self.choice.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+    }
+
     /// Whether the payload goes through mappings.
     pub(crate) fn mapped_payload(&self) -> bool {
         self.choice.medium == Medium::Memory

@@ -458,6 +458,8 @@ pub mod control {
     pub const EPOCH: u64 = 72;
     /// u64, grows after changes of any segment: one load tells a reader that nothing happened.
     pub const CHANGES: u64 = 80;
+    /// u64, written as zero by whoever wants to know whether the file system accepts writes.
+    pub const SCRATCH: u64 = 88;
     /// First writer entry.
     pub const WRITERS: u64 = super::PAGE_BYTES;
     /// Bytes of a writer entry.

@@ -366,6 +366,7 @@ impl StoreJob {
             written_unix_ms: 0,
             layer_crcs: crcs.iter().map(|crc| crc.load(Ordering::Acquire)).collect(),
         };
+        shared.directory.wait_until_writable();
         if !place.segment.publish(place.slot, place.odd, &mut record) {
             self.end_block(position, false);
             return;

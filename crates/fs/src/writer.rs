@@ -117,6 +117,7 @@ impl Writer {
             self.tick();
         }
         self.shared.write_marks();
+        self.shared.directory.wait_until_writable();
         // Only promises: a slot that rests since its adoption must stay odd, so that the next owner lets it rest too.
         for at in self.slots.promises() {
             self.free(at);
@@ -132,6 +133,9 @@ impl Writer {
     }
 
     fn obey(&mut self, command: Command) {
+        if !matches!(command, Command::Layer(..) | Command::Finish(_) | Command::Stop) {
+            self.shared.directory.wait_until_writable();
+        }
         match command {
             Command::Reserve {
                 keys,
@@ -165,7 +169,11 @@ impl Writer {
             self.marks_written = now;
         }
         self.let_go_of_lost();
-        for at in self.slots.overdue(now) {
+        let overdue = self.slots.overdue(now);
+        if !overdue.is_empty() {
+            self.shared.directory.wait_until_writable();
+        }
+        for at in overdue {
             let rested = matches!(self.slots.state(at), Some(Slot::Quarantined { .. }));
             match self.slots.block_in(at) {
                 Some((key, depth)) if rested => self.slots.set(at, Slot::Committed { key, depth }),
@@ -195,6 +203,7 @@ impl Writer {
     fn give_back(&mut self) {
         let shared = Arc::clone(&self.shared);
         let control = &shared.directory.control;
+        shared.directory.wait_until_writable();
         // Under the lock: between losing its name and giving its space back, nobody may count on that space.
         let retired = control.with_budget_lock(growth::LOCK_PATIENCE, || {
             let segment = self.slots.remove(self.slots.coldest()?)?;
@@ -382,6 +391,7 @@ impl Writer {
         if now < self.grow_after {
             return false;
         }
+        self.shared.directory.wait_until_writable();
         let own_bytes = self.slots.bytes();
         match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
             Growth::Grown(segment) => {
@@ -426,7 +436,8 @@ impl Writer {
 
 /// Maps the pages of a new segment in the background: a first copy would pay a fault for each of them.
 fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
-    if !shared.directory.mapped_payload() {
+    // On a disk that someone freezes, it would stand still with the lock of the whole address space.
+    if !shared.directory.mapped_payload() || !shared.directory.lives_in_memory() {
         return;
     }
     let segment = Arc::clone(segment);
