@@ -121,13 +121,13 @@ def test_decode_may_ask_while_prefill_still_computes(pair, prompts):
 def test_preemption_pressure(pair, prompts, prefix_caching, options):
     """So few blocks that running requests are thrown out and come back, with loads in between."""
     few = {
-        "num_gpu_blocks_override": 24,
+        "num_gpu_blocks_override": 22,
         "max_model_len": 512,
         "max_num_batched_tokens": 512,
         "prefix_caching": prefix_caching,
     }
     pair.open(prefill={}, decode=few, options=options)
-    requests = [ask(f"r{i}", prompts.tokens(4 * BLOCK_TOKENS + 5 + i), max_tokens=64) for i in range(6)]
+    requests = [ask(f"r{i}", prompts.tokens(4 * BLOCK_TOKENS + 5 + i), max_tokens=96) for i in range(6)]
     before = pair.decode.counters()["vllm:num_preemptions"]
     answers, external_tokens = pair.hand_over(requests)
     assert pair.decode.counters()["vllm:num_preemptions"] > before, "the test made no pressure"

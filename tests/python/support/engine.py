@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from support.cpus import omp_binding
 from support.places import log_path
@@ -30,9 +31,12 @@ class Engine:
     def __init__(self, name, cpus):
         self.name = name
         self._log_path = log_path(f"engine-{name}")
-        self._configuration = None
         self._cpus = cpus
-        environment = vllm_environment(cpus)
+        self._start()
+
+    def _start(self):
+        self._configuration = None
+        environment = vllm_environment(self._cpus)
         # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["PYTHONPATH"] = str(HERE.parent)
@@ -51,7 +55,7 @@ class Engine:
         os.close(write_end)
         self._answers = queue.SimpleQueue()
         self._jobs_sent = 0
-        threading.Thread(target=self._read_answers, args=(read_end,), daemon=True).start()
+        threading.Thread(target=self._read_answers, args=(read_end, self._answers), daemon=True).start()
 
     def __enter__(self):
         return self
@@ -71,8 +75,11 @@ class Engine:
         self.finish_open()
 
     def begin_open(self, settings, transfer=None, cpus=None):
-        """The first half of `open`, so that two processes can start their engines at once."""
+        """The first half of `open`, so that two processes can start their engines at once. A process that died in an
+        earlier test is replaced."""
         self._opening = None
+        if self._process.poll() is not None:
+            self._start()
         binding = omp_binding(cpus or self._cpus, settings.get("tensor_parallel_size", 1))
         if self._configuration != (settings, transfer, binding):
             self._configuration = None
@@ -88,7 +95,8 @@ class Engine:
     def close(self):
         """Closes the engine; the process stays."""
         self._configuration = None
-        self._call("close")
+        if self._process.poll() is None:
+            self._call("close")
 
     def run(self, requests, limit_s=RUN_LIMIT_S):
         """Runs requests together; returns per id: choices (tokens, logprobs, finish_reason), cached_tokens, ttft_s."""
@@ -138,7 +146,7 @@ class Engine:
         try:
             line = json.dumps({"number": self._jobs_sent, "job": job, **arguments})
             print(line, file=self._process.stdin, flush=True)
-        except BrokenPipeError as error:
+        except (BrokenPipeError, ValueError) as error:
             raise EngineError(f"engine process '{self.name}' is gone; its log: {self._log_path}") from error
 
     def _receive(self, limit_s):
@@ -148,6 +156,7 @@ class Engine:
             try:
                 line = self._answers.get(timeout=limit_s)
             except queue.Empty:
+                self._dump_stacks()
                 self.stop()
                 raise EngineError(
                     f"engine process '{self.name}' did not answer within {limit_s} s and was killed; "
@@ -161,8 +170,15 @@ class Engine:
             raise EngineError(f"engine process '{self.name}': {answer['error']}; its log: {self._log_path}")
         return answer["ok"]
 
-    def _read_answers(self, read_end):
+    def _dump_stacks(self):
+        """Lets the process write the stacks of its threads into its log."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+
+    @staticmethod
+    def _read_answers(read_end, queue_of_answers):
         with os.fdopen(read_end) as answers:
             for line in answers:
-                self._answers.put(line)
-        self._answers.put(None)
+                queue_of_answers.put(line)
+        queue_of_answers.put(None)

@@ -4,9 +4,11 @@ Started by engine.py with the descriptor for answers as its argument; vLLM's own
 open, run, counters, free_blocks, settle, reset_prefix_cache, close.
 """
 
+import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -153,6 +155,8 @@ def _sampling(request):
 
 
 def main():
+    # Asked for by the parent before it kills a process that does not answer: the log then says where it stood.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     answers = os.fdopen(int(sys.argv[1]), "w")
     host = EngineHost()
     for line in sys.stdin:
