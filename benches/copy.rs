@@ -46,12 +46,20 @@ impl Case {
         let file = memory_file();
         file.set_len(TOTAL_BYTES as u64).expect("memory for the segment");
         let segment = WriteMapping::new(&file, TOTAL_BYTES).expect("a mapping");
-        segment.populate_write(0..TOTAL_BYTES).expect("memory for the segment");
+        segment
+            .populate_write(0..TOTAL_BYTES)
+            .expect("memory for the segment");
         let mut order: Vec<u32> = (0..count).collect();
         order.shuffle(&mut rand::rngs::StdRng::seed_from_u64(1));
-        let case = Self { cache, segment, order, run_bytes };
+        let case = Self {
+            cache,
+            segment,
+            order,
+            run_bytes,
+        };
         for block in 0..count {
-            case.cache.copy_layer_in(0, block, content(block, run_bytes).as_slice().into(), None);
+            case.cache
+                .copy_layer_in(0, block, content(block, run_bytes).as_slice().into(), None);
         }
         case
     }
@@ -64,7 +72,9 @@ impl Case {
                 .map(|part| scope.spawn(move || self.copy_part(direction, part * share, share, is_checked)))
                 .collect();
             let own = self.copy_part(direction, 0, share, is_checked);
-            parts.into_iter().fold(own, |sum, part| sum ^ part.join().expect("a copy thread"))
+            parts
+                .into_iter()
+                .fold(own, |sum, part| sum ^ part.join().expect("a copy thread"))
         })
     }
 
@@ -96,17 +106,26 @@ impl Case {
             crc.update(&content(block, self.run_bytes));
             sum ^ crc.value()
         });
-        assert_eq!(self.copy(Direction::Gather, 2, true), expected, "checksum of the gather");
+        assert_eq!(
+            self.copy(Direction::Gather, 2, true),
+            expected,
+            "checksum of the gather"
+        );
         let mut bytes = vec![0; self.run_bytes];
         for block in 0..self.order.len() as u32 {
             self.cache.copy_layer_in(0, block, bytes.as_slice().into(), None);
         }
-        assert_eq!(self.copy(Direction::Scatter, 2, true), expected, "checksum of the scatter");
+        assert_eq!(
+            self.copy(Direction::Scatter, 2, true),
+            expected,
+            "checksum of the scatter"
+        );
         for (slot, &block) in self.order.iter().enumerate() {
             let content = content(block, self.run_bytes);
             self.segment.read_bytes(slot * self.run_bytes, &mut bytes);
             assert!(bytes == content, "block {block} in the segment");
-            self.cache.copy_layer_out(0, block, bytes.as_mut_slice().into(), None);
+            self.cache
+                .copy_layer_out(0, block, bytes.as_mut_slice().into(), None);
             assert!(bytes == content, "block {block} in the cache");
         }
     }
@@ -116,7 +135,9 @@ impl Case {
 fn content(block: u32, len: usize) -> Vec<u8> {
     let mut word = u64::from(block) + 1;
     let mut next = || {
-        word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        word = word
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         word.to_le_bytes()
     };
     (0..len / 8).flat_map(|_| next()).collect()
@@ -124,12 +145,16 @@ fn content(block: u32, len: usize) -> Vec<u8> {
 
 /// A file without a name, in memory.
 fn memory_file() -> File {
-    rustix::fs::memfd_create("kvlane-bench", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory").into()
+    rustix::fs::memfd_create("kvlane-bench", rustix::fs::MemfdFlags::CLOEXEC)
+        .expect("a file in memory")
+        .into()
 }
 
 fn copy(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("copy-96MiB");
-    group.sample_size(15).throughput(Throughput::Bytes(TOTAL_BYTES as u64));
+    group
+        .sample_size(15)
+        .throughput(Throughput::Bytes(TOTAL_BYTES as u64));
 
     let source = vec![1_u8; TOTAL_BYTES];
     let mut target = vec![2_u8; TOTAL_BYTES];
@@ -145,9 +170,12 @@ fn copy(criterion: &mut Criterion) {
             for threads in [1, 2] {
                 for (suffix, is_checked) in [("", true), ("-unchecked", false)] {
                     let id = format!("{name}{suffix}/{threads}-thread");
-                    group.bench_function(BenchmarkId::new(id, format!("{}KiB", run_bytes >> 10)), |bencher| {
-                        bencher.iter(|| black_box(case.copy(direction, threads, is_checked)));
-                    });
+                    group.bench_function(
+                        BenchmarkId::new(id, format!("{}KiB", run_bytes >> 10)),
+                        |bencher| {
+                            bencher.iter(|| black_box(case.copy(direction, threads, is_checked)));
+                        },
+                    );
                 }
             }
         }
