@@ -217,7 +217,7 @@ def test_requests_leave_no_state_behind():
     half.step(output(new=[("a", [1, 2, 3, 4, 5, 6], 96, 4)]))
     half.finished(asked.request_id)
     half.step(output())
-    assert not (half._requests or half._storing or half._loading)
+    assert (half._requests, half._storing, half._loading) == ({}, {}, {})
 
 
 # ---- stores

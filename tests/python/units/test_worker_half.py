@@ -1,4 +1,4 @@
-"""Risk: a worker reports a request twice or never (the engine dies or hangs), or reads blocks after vLLM reused them."""
+"""Risk: a worker reports a request twice or never (the engine dies or hangs), or reads blocks that vLLM reused."""
 
 import types
 
