@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvlane_core::{BlockMap, Device, NamespaceId};
 use kvlane_cuda::{DeviceCache, stand_in::StandIn};
@@ -13,6 +13,9 @@ use kvlane_tests::layouts::Plan;
 
 /// How late each copy of the stand-in begins: long against everything that does not wait for it.
 const COPY_DELAY: Duration = Duration::from_micros(200);
+
+/// No writer waits so long for its first segment unless something is wrong.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Through mappings, on a file system that lives in memory.
 mod memory {
@@ -76,6 +79,26 @@ impl Fs {
     }
 }
 
+impl FsPlace {
+    /// Waits until every writer has its first segment. A writer that gets its share later gets it from the others, with
+    /// the blocks that are in it, which the claims about a full place do not expect.
+    fn settle(&self) {
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        loop {
+            let info = kvlane_fs::inspect::list(self.folder.path()).expect("a store");
+            if info.writers.iter().all(|writer| writer.used_bytes > 0) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "a writer got no segment: {:?}",
+                info.writers
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
 impl Factory for Fs {
     fn place(&self) -> Box<dyn Place> {
         Box::new(self.open(96 << 20, 4 << 20))
@@ -99,6 +122,7 @@ impl Place for FsPlace {
             true,
         )
         .expect("a store");
+        self.settle();
         Peer {
             backend: Arc::new(backend),
             cache,
@@ -135,8 +159,10 @@ impl Place for DevicePlace {
         let cache = Arc::new(cache);
         let FsPlace { folder, options, .. } = &self.0;
         let backend = FsTransfer::open(folder.path(), namespace, Arc::clone(&cache), options, true);
+        let backend = backend.expect("a store");
+        self.0.settle();
         Peer {
-            backend: Arc::new(backend.expect("a store")),
+            backend: Arc::new(backend),
             cache,
         }
     }
