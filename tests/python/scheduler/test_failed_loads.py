@@ -9,6 +9,7 @@ from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import LAYERS, expected_tokens
 
 PROMPT_BLOCKS = 6
+ATTEMPTS = 8
 
 
 @pytest.fixture
@@ -107,16 +108,20 @@ def test_failure_then_preemption(store, stored, prompts, asynchronous, bad, late
     # both grow until there is no room for both.
     older_blocks, max_tokens = (3, 24) if _leaves_room_for_loads() else (1, 80)
     older = prompts(older_blocks * BLOCK_TOKENS - later_steps)
-    with PaperEngine("consumer", store, asynchronous=asynchronous, blocks=13, step_tokens=40) as engine:
-        engine.add("older", older, max_tokens=80)
-        for _ in range(6 * later_steps):
-            engine.step()
-        engine.add("a", prompt, max_tokens=max_tokens)
-        engine.run()
-        assert engine.preemptions["a"] + engine.preemptions["older"] > 0, "the test made no pressure"
-        assert engine.answers["a"] == expected_tokens(prompt, max_tokens)
-        assert engine.answers["older"] == expected_tokens(older, 80)
-        assert_nothing_bad_is_left(engine, prompt)
+    # How many steps the load takes is up to the machine; where it was so slow that the older request had ended, again.
+    for _ in range(ATTEMPTS):
+        with PaperEngine("consumer", store, asynchronous=asynchronous, blocks=13, step_tokens=40) as engine:
+            engine.add("older", older, max_tokens=80)
+            for _ in range(6 * later_steps):
+                engine.step()
+            engine.add("a", prompt, max_tokens=max_tokens)
+            engine.run()
+            assert engine.answers["a"] == expected_tokens(prompt, max_tokens)
+            assert engine.answers["older"] == expected_tokens(older, 80)
+            assert_nothing_bad_is_left(engine, prompt)
+            if engine.preemptions["a"] + engine.preemptions["older"] > 0:
+                return
+    pytest.fail(f"the test made no pressure in {ATTEMPTS} runs")
 
 
 def test_failure_while_other_requests_run(store, stored, prompts, asynchronous):
