@@ -1,6 +1,7 @@
 """Risk: an order of events that nobody thought of. Seeded campaigns mix arrivals, shared prefixes, aborts, shortage of
 blocks, spoiled and late loads on both scheduler classes; every answer is checked on paper."""
 
+import collections
 import os
 import random
 
@@ -14,6 +15,9 @@ from paper_model import LAYERS, expected_tokens
 CAMPAIGNS = 200 if os.environ.get("KVLANE_SOAK") else 6
 BASE_SEED = int(os.environ.get("KVLANE_SEED", "1"))
 REQUESTS = 24
+
+# What the campaigns of this run met.
+seen = collections.Counter()
 
 
 @pytest.mark.parametrize("seed", range(BASE_SEED, BASE_SEED + CAMPAIGNS))
@@ -55,8 +59,17 @@ def test_every_answer_is_right_in_a_random_campaign(store, asynchronous, seed):
             assert got == expected, f"seed {seed}, {request_id}"
         assert decode.settle() == decode.free_blocks_at_start
         assert prefill.settle() == prefill.free_blocks_at_start
-        assert decode.loads.total() > 0, "nothing was loaded in the whole campaign"
+        seen.update(campaigns=1, loads=decode.loads.total(), preemptions=decode.preemptions.total())
         print(f"{decode.loads.total()} loads, {decode.preemptions.total()} preemptions, {decode.steps} steps")
+
+
+def test_the_campaigns_met_loads_and_preemptions():
+    """One campaign may meet none, as an old vLLM's pool is soon full; all of them together must."""
+    if not seen["campaigns"]:
+        pytest.skip("no campaign ran before")
+    print(dict(seen))
+    assert seen["loads"] > seen["campaigns"]
+    assert seen["preemptions"] > 0
 
 
 def _prompt(draw):
