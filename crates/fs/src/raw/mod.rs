@@ -19,18 +19,25 @@
 
 mod aligned_buffer;
 mod copy;
+mod crc;
+mod fold;
 mod fork_guard;
 mod host_cache;
+mod kernel;
 mod mapping;
 mod ofd_lock;
+mod range;
 mod vectored;
 
 pub use aligned_buffer::AlignedBuffer;
-pub use copy::{ByteSource, ByteTarget, Kernel, LayerCrc, copy_bytes, store_fence};
+pub use copy::{copy_bytes, store_fence};
+pub use crc::LayerCrc;
 pub use fork_guard::ForkGuard;
 pub use host_cache::{HostCache, Runs};
+pub use kernel::Kernel;
 pub use mapping::{ReadMapping, WriteMapping};
 pub use ofd_lock::OfdLock;
+pub use range::{ByteSource, ByteTarget};
 pub use vectored::{preadv_nowait, pwritev_all};
 
 /// Size that direct I/O, slots and pages are aligned to.
