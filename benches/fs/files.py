@@ -84,6 +84,30 @@ class DirectRead:
         return time.perf_counter() - start
 
 
+class BareWrite:
+    """The floor of a store on a disk: the same runs written to the same kind of place, and nothing else done."""
+
+    def __init__(self, folder: str | Path, block_bytes: int, blocks: int) -> None:
+        self._block_bytes, self._blocks = block_bytes, blocks
+        self._file = os.open(Path(folder) / "bare-write", os.O_RDWR | os.O_CREAT, 0o600)
+        os.posix_fallocate(self._file, 0, block_bytes * blocks)
+        for number in range(blocks):
+            os.pwrite(self._file, bytes(block_bytes), number * block_bytes)
+        os.fdatasync(self._file)
+
+    def seconds(self, runs: list[list[memoryview]], evicted: bool) -> float:
+        """``runs``: those of each block."""
+        if evicted:
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        for number, block in enumerate(runs):
+            written = os.pwritev(self._file, block, number * self._block_bytes)
+            assert written == self._block_bytes
+        taken = time.perf_counter() - start
+        os.fdatasync(self._file)
+        return taken
+
+
 def _files(folder: str | Path) -> list[Path]:
     return [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
 

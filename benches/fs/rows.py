@@ -7,6 +7,11 @@ from workload import REQUEST_BYTES, Sample
 
 MOVES = "of_memcpy is the median over all rounds of (mean of the memcpy before and the memcpy after) / (the case)"
 
+# Names of floors beside memcpy.
+DIRECT_READ = "one O_DIRECT read of a file of that size"
+BARE_WRITE = "pwritev of the same runs, no checksum"
+TWO_MEMCPYS = "memcpy by two threads, half each"
+
 # Only these are calls; all other cases move the whole request.
 CALLS_MEDIUM = "memory"
 
@@ -51,12 +56,31 @@ class Samples:
                 rows.append(row(key, seconds, None))
                 continue
             ratio = statistics.median(statistics.mean(s.floor_seconds) / s.seconds for s in samples)
-            extra = {
-                f"of_{name}": round(statistics.median(s.extra[name] / s.seconds for s in samples), 3)
-                for name in samples[0].extra
-            }
-            rows.append({**row(key, seconds, ratio), **extra})
+            rows.append(row(key, seconds, ratio))
         return rows
+
+    def other_floors(self) -> list[dict]:
+        """What else bounds a row: the floor's own time, and the row's speed as a share of it."""
+        found = []
+        for key in sorted(self.by_key):
+            samples = self.by_key[key]
+            for name in samples[0].other_floors:
+                seconds = statistics.median(sample.other_floors[name] for sample in samples)
+                share = statistics.median(sample.other_floors[name] / sample.seconds for sample in samples)
+                memcpy = [statistics.mean(sample.floor_seconds) / sample.other_floors[name] for sample in samples]
+                found.append(
+                    {
+                        "system": key.system,
+                        "case": key.case,
+                        "medium": key.medium,
+                        "threads": key.threads,
+                        "floor": name,
+                        "floor_ms": round(seconds * 1e3, 3),
+                        "of_floor": round(share, 3),
+                        "floor_of_memcpy": round(statistics.median(memcpy), 3),
+                    }
+                )
+        return found
 
     def spread(self, key: Key) -> tuple[float, float]:
         """Fastest and slowest seconds of a row."""
@@ -104,9 +128,10 @@ class Bar:
         return self.figure <= self.limit if self.is_ceiling else self.figure >= self.limit
 
 
-def bars(rows: list[dict]) -> list[Bar]:
+def bars(rows: list[dict], other_floors: list[dict]) -> list[Bar]:
     """The promises of the filesystem backend. They are information: a slow machine does not fail the run."""
     found = {(r["system"], r["case"], r["medium"], r["threads"]): r for r in rows}
+    direct = [floor["of_floor"] for floor in other_floors if (floor["floor"], floor["threads"]) == (DIRECT_READ, 1)]
 
     def value(column: str, *key) -> float | None:
         return found.get(key, {}).get(column)
@@ -144,7 +169,7 @@ def bars(rows: list[dict]) -> list[Bar]:
             0.85,
             "",
             False,
-            value("of_direct_read", "kvlane", "load-cold", "disk", 1),
+            direct[0] if direct else None,
         ),
         call("lookup", 20, "us", 1e3),
         call("keys-first", 3, "ms", 1),

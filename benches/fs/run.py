@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
     if options.json:
         facts |= {"rounds": options.rounds, "method": MOVES, "not_run": not_run}
         facts["disturbance"] = round(samples.disturbance(), 2)
+        facts["other_floors"] = samples.other_floors()
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
         print(f"wrote {options.json}")
@@ -189,9 +190,12 @@ def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
             continue
         fastest, slowest = samples.spread(key)
         spread = f"[{fastest * 1e3:.1f}..{slowest * 1e3:.1f}]"
-        direct = f", {row['of_direct_read']:.2f} of an O_DIRECT read" if "of_direct_read" in row else ""
-        print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s", end="")
-        print(f"{row['of_memcpy']:7.3f} of memcpy{direct}")
+        print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s{row['of_memcpy']:7.3f} of memcpy")
+    other_floors = samples.other_floors()
+    for floor in other_floors:
+        name = f"{floor['system']:18} {floor['case']:18} {floor['medium']:7} {floor['threads']}"
+        print(f"{name} {floor['of_floor']:7.3f} of {floor['floor']}", end="")
+        print(f" ({floor['floor_ms']:.2f} ms, {floor['floor_of_memcpy']:.3f} of memcpy)")
     for line in not_run:
         print(f"NOT RUN: {line}")
     if samples.disturbance() > DISTURBED:
@@ -199,7 +203,7 @@ def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
             f"The machine was busy: memcpy itself varied by {samples.disturbance():.1f}x. Run again when it is quiet."
         )
     print("\nBars (for information):")
-    for bar in bars(rows):
+    for bar in bars(rows, other_floors):
         print(f"  {mark(bar)} {bar.text}")
 
 

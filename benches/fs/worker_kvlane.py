@@ -10,11 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-from files import DirectRead, drop, empty, settle
+from files import BareWrite, DirectRead, drop, empty, settle
 from kvlane import _native
 from kvlane_side import REQUESTS_TO_FILL, keys_of, open_worker, store
+from rows import BARE_WRITE, DIRECT_READ, TWO_MEMCPYS
 from turns import Worker, serve
-from workload import REQUEST_BYTES, Floor, PagedCache, Sample, scattered
+from workload import BLOCK_BYTES, BLOCKS, REQUEST_BYTES, Floor, PagedCache, Sample, scattered
 
 THREADS = (1, 2)
 
@@ -28,6 +29,7 @@ class System:
         self._writers: dict[str, _native.FsWorker] = {}
         self._serial = 0
         self._direct_read: DirectRead | None = None
+        self._bare_write: BareWrite | None = None
 
     def cases(self) -> list[tuple[str, str, int]]:
         moves = ("store", "load", "load-fresh-reader", "first-fill")
@@ -38,25 +40,31 @@ class System:
         return {"kvlane": _native.__version__}
 
     def turn(self, case: str, medium: str, threads: int, round_number: int) -> Sample:
-        folder = str(Path(self._folders[medium], f"{threads}-threads"))
+        # The kernel drops no page that a process has mapped, so the reader of these folders comes and goes.
+        is_cold = case in ("store-evicted", "load-cold")
+        folder = str(Path(self._folders[medium], f"{threads}-threads" + "-cold" * is_cold))
         if case == "first-fill":
             return self._first_fill(folder + "-first", threads)
         if folder not in self._writers:
             self._fill(folder, threads)
         writer, serial = self._writers[folder], self._next_serial()
         if case in ("store", "store-evicted"):
-            if case == "store-evicted":
-                drop(folder)
+            if is_cold:
+                self._drop(folder)
             sample = self._timed_store(writer, serial)
+            if medium == "disk" and threads == 1:
+                sample.other_floors[BARE_WRITE] = self._bare_write_floor(serial, is_cold)
             self._read("load", folder, threads, serial)
         else:
             store(writer, keys_of(serial), scattered("source", serial))
-            drop(folder) if case == "load-cold" else settle(folder)
-            floor = self._direct_floor() if case == "load-cold" else None
+            self._drop(folder) if is_cold else settle(folder)
+            floor = self._direct_floor() if is_cold else None
             sample = self._read("load_afresh" if case == "load-fresh-reader" else "load", folder, threads, serial)
             if floor is not None:
                 # Before and after, as with memcpy: the device's speed drifts too.
-                sample.extra["direct_read"] = (floor + self._direct_floor()) / 2
+                sample.other_floors[DIRECT_READ] = (floor + self._direct_floor()) / 2
+        if medium == "tmpfs" and threads == 2 and case in ("store", "load"):
+            sample.other_floors[TWO_MEMCPYS] = self._floor.seconds_of_two(self._cores)
         settle(folder)
         return sample
 
@@ -92,6 +100,16 @@ class System:
 
     def _read(self, method: str, folder: str, threads: int, serial: int) -> Sample:
         return Sample(**self._reader.call(method, folder=folder, threads=threads, serial=serial))
+
+    def _drop(self, folder: str) -> None:
+        self._reader.call("forget", folder=folder)
+        drop(folder)
+
+    def _bare_write_floor(self, serial: int, is_cold: bool) -> float:
+        if self._bare_write is None:
+            self._bare_write = BareWrite(self._folders["disk"], BLOCK_BYTES, BLOCKS)
+        runs = [[layer[block].data for layer in self._source.layers] for block in scattered("source", serial)]
+        return self._bare_write.seconds(runs, is_cold)
 
     def _direct_floor(self) -> float:
         if self._direct_read is None:

@@ -11,9 +11,12 @@ has, and the same for every system and for the floor.
 
 import ctypes
 import mmap
+import os
 import random
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,11 +41,11 @@ class WrongBytes(Exception):
 
 @dataclass
 class Sample:
-    """One timed case: its seconds, and those of the memcpys right before and right after it."""
+    """One timed case: its seconds, those of the memcpys right before and after it, and of other floors by name."""
 
     seconds: float
     floor_seconds: list[float]
-    extra: dict[str, float] = field(default_factory=dict)
+    other_floors: dict[str, float] = field(default_factory=dict)
 
 
 def anonymous(size_bytes: int, shared: bool = False) -> np.ndarray:
@@ -100,6 +103,7 @@ class Floor:
         self._memcpy = ctypes.CDLL(None).memcpy
         self._memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self._memcpy.restype = ctypes.c_void_p
+        self._pool = self._ready = None
         self.seconds()
 
     def seconds(self) -> float:
@@ -107,6 +111,24 @@ class Floor:
         start = time.perf_counter()
         self._memcpy(target, source, REQUEST_BYTES)
         return time.perf_counter() - start
+
+    def seconds_of_two(self, cores: list[int]) -> float:
+        """Half of the same memcpy on each of two cores."""
+        half = REQUEST_BYTES // 2
+        target, source = self._target.ctypes.data, self._source.ctypes.data
+        if self._pool is None:
+            pin = iter(cores[:2])
+            self._pool = ThreadPoolExecutor(2, initializer=lambda: os.sched_setaffinity(0, [next(pin)]))
+            self._ready = threading.Barrier(2)
+
+        def copy(offset: int) -> tuple[float, float]:
+            self._ready.wait()
+            start = time.perf_counter()
+            self._memcpy(target + offset, source + offset, half)
+            return start, time.perf_counter()
+
+        spans = list(self._pool.map(copy, [0, half]))
+        return max(end for _, end in spans) - min(start for start, _ in spans)
 
     def around(self, work: Callable[[], object]) -> Sample:
         """Time ``work`` with a memcpy right before and right after it."""

@@ -60,13 +60,13 @@ def test_a_byte_in_a_neighbour_block_is_a_wrong_result(caches):
 
 
 def test_every_key_gives_one_row_of_the_agreed_form():
-    from rows import Key, Samples
+    from rows import DIRECT_READ, Key, Samples
     from workload import REQUEST_BYTES, Sample
 
     samples = Samples()
     for _ in range(3):
         samples.add(Key("tmpfs", "load", 2, "kvlane"), Sample(0.010, [0.018, 0.022]))
-        cold = Sample(0.050, [0.020, 0.020], {"direct_read": 0.045})
+        cold = Sample(0.050, [0.020, 0.020], {DIRECT_READ: 0.045})
         samples.add(Key("disk", "load-cold", 1, "kvlane"), cold)
         samples.add(Key("memory", "lookup", 1, "kvlane"), Sample(7e-6, []))
     rows = samples.rows()
@@ -81,7 +81,19 @@ def test_every_key_gives_one_row_of_the_agreed_form():
     by_case = {r["case"]: r for r in rows}
     assert by_case["load"]["of_memcpy"] == 2.0
     assert by_case["load"]["gbps"] == pytest.approx(REQUEST_BYTES / 0.010 / 1e9, abs=0.001)
-    assert by_case["load-cold"]["of_direct_read"] == 0.9
+    assert all(set(row) == {"system", "case", "medium", "threads", "ms", "gbps", "of_memcpy"} for row in rows)
+    assert samples.other_floors() == [
+        {
+            "system": "kvlane",
+            "case": "load-cold",
+            "medium": "disk",
+            "threads": 1,
+            "floor": DIRECT_READ,
+            "floor_ms": 45.0,
+            "of_floor": 0.9,
+            "floor_of_memcpy": 0.444,
+        }
+    ]
     assert [by_case["lookup"][name] for name in ("ms", "gbps", "of_memcpy")] == [0.007, None, None]
 
 
@@ -94,7 +106,8 @@ def test_a_bar_is_missed_below_a_floor_and_above_a_ceiling():
             {**row, "case": "store", "medium": "tmpfs", "ms": 20.0, "of_memcpy": 0.99},
             {**row, "case": "store", "medium": "tmpfs", "system": "example-connector", "ms": 100.0, "of_memcpy": 0.19},
             {**row, "case": "lookup", "medium": "memory", "ms": 0.021, "of_memcpy": None},
-        ]
+        ],
+        [],
     )
     verdicts = {bar.text: bar.holds for bar in found}
     assert verdicts["tmpfs store, 1 thread: share of memcpy"] is False

@@ -143,5 +143,8 @@ pub(crate) fn idle_load(shared: &Arc<Shared>, lasts: Duration) -> (kvlane_core::
         deadline: Instant::now() + lasts,
         order: LoadOrder::BlockMajor,
     };
-    (id, Job::Load(LoadJob::new(shared, id, request, vec![None], None)))
+    (
+        id,
+        Job::Load(LoadJob::new(shared, id, request, vec![None], None, None)),
+    )
 }

@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod cache;
+mod cold;
 mod control;
 mod counters;
 mod directory;

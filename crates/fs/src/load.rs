@@ -1,6 +1,7 @@
 //! Loads: from slots into the paged cache.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -10,12 +11,14 @@ use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
 use kvlane_cuda::{DeviceCache, Lease, Mark, Patience};
 
 use crate::cache::{Cache, gave_up};
+use crate::cold::{Bounce, ColdQueue, ColdRead};
 use crate::counters::Counters;
 use crate::format::{SlotRecord, SlotState};
 use crate::gate::Gate;
 use crate::index::Found;
 use crate::jobs::lock;
-use crate::raw::{AlignedBuffer, HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
+use crate::options::Medium;
+use crate::raw::{HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
 use crate::shared::Shared;
 
 /// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
@@ -32,6 +35,8 @@ pub(crate) struct LoadJob {
     found: Vec<Option<Found>>,
     records: Vec<OnceLock<Option<SlotRecord>>>,
     shared: Weak<Shared>,
+    /// Takes blocks that are not in the page cache; `None` where there is no such thing.
+    cold: Option<ColdQueue>,
     gate: Gate,
     /// Blocks, or (layer, block) pairs in layer-major order.
     next_item: AtomicUsize,
@@ -55,6 +60,7 @@ impl LoadJob {
         request: LoadRequest,
         found: Vec<Option<Found>>,
         after: Option<Mark>,
+        cold: Option<ColdQueue>,
     ) -> Arc<Self> {
         let layers = shared.geometry.layer_bytes.len();
         let blocks = found.len();
@@ -86,6 +92,7 @@ impl LoadJob {
             request,
             after,
             found,
+            cold,
         })
     }
 
@@ -125,7 +132,7 @@ impl LoadJob {
     }
 
     /// What a loading thread does for this job: items until there are none.
-    pub(crate) fn run(&self, bounce: &mut Bounce) {
+    pub(crate) fn run(self: &Arc<Self>, bounce: &mut Bounce) {
         let Some(shared) = self.shared.upgrade() else {
             return;
         };
@@ -149,28 +156,68 @@ impl LoadJob {
                 self.close(MissReason::TimedOut);
                 break;
             }
-            match self.load(&shared, position, span.clone(), bounce) {
-                // Only what succeeded is counted: `complete` may run right now, and what it finds uncounted is bad.
-                Ok(()) => {
-                    self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
-                }
-                Err(reason) => {
-                    lock(&self.bad).entry(position).or_insert(reason);
-                }
+            if self.defer(&shared, position, &span) {
+                continue;
             }
-            let mut layer_complete = false;
-            for layer in span {
-                layer_complete |= self.blocks_left[layer].fetch_sub(1, Ordering::AcqRel) == 1;
-            }
-            if layer_complete && self.request.order == LoadOrder::LayerMajor {
-                drop(lock(&self.progress));
-                self.progressed.notify_all();
-            }
-            if self.items_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.complete();
-            }
+            let result = self.load(&shared, position, span.clone(), bounce);
+            self.end_item(position, span, result);
         }
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
+    }
+
+    /// What a cold reader does for this job.
+    pub(crate) fn run_cold(&self, position: usize, span: Range<usize>, bounce: &mut Bounce) {
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        if self.gate.is_closed() {
+            return;
+        }
+        let started = Instant::now();
+        let result = self.load(&shared, position, span.clone(), bounce);
+        self.end_item(position, span, result);
+        Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
+    }
+
+    /// Gives a block to the cold readers, if it is not in the page cache and they are there.
+    fn defer(self: &Arc<Self>, shared: &Shared, position: usize, layers: &Range<usize>) -> bool {
+        let (Some(cold), Some(found)) = (&self.cold, &self.found[position]) else {
+            return false;
+        };
+        // Layer by layer the pieces are small, and the kernel's readahead is better at those.
+        if self.request.order == LoadOrder::LayerMajor || found.is_resident(shared, layers) {
+            return false;
+        }
+        let read = ColdRead {
+            job: Arc::clone(self),
+            position,
+            layers: layers.clone(),
+        };
+        cold.send(read).is_ok()
+    }
+
+    /// Counts an item that has ended.
+    fn end_item(&self, position: usize, span: Range<usize>, result: Result<(), MissReason>) {
+        match result {
+            // Only what succeeded is counted: `complete` may run right now, and what it finds uncounted is bad.
+            Ok(()) => {
+                self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
+            }
+            Err(reason) => {
+                lock(&self.bad).entry(position).or_insert(reason);
+            }
+        }
+        let mut layer_complete = false;
+        for layer in span {
+            layer_complete |= self.blocks_left[layer].fetch_sub(1, Ordering::AcqRel) == 1;
+        }
+        if layer_complete && self.request.order == LoadOrder::LayerMajor {
+            drop(lock(&self.progress));
+            self.progressed.notify_all();
+        }
+        if self.items_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.complete();
+        }
     }
 
     fn complete(&self) {
@@ -219,7 +266,7 @@ impl LoadJob {
         &self,
         shared: &Shared,
         position: usize,
-        layers: std::ops::Range<usize>,
+        layers: Range<usize>,
         bounce: &mut Bounce,
     ) -> Result<(), MissReason> {
         let Some(found) = &self.found[position] else {
@@ -285,43 +332,84 @@ impl LoadJob {
         .unwrap_or_else(|| Err(self.closing_reason()))
     }
 
-    /// Straight from the page cache where the pages are resident, through the bounce buffer where not: only a read
-    /// that cannot block may know the address of the paged cache.
+    /// From the page cache where the pages are resident, through the bounce buffer where not: only what cannot block
+    /// may know the address of the paged cache.
     fn copy_read(&self, cache: &HostCache, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
-        let direct = self
-            .enter(|| self.read_resident(cache, part))
-            .unwrap_or(Some(Err(self.closing_reason())));
-        if let Some(result) = direct {
-            return result;
+        let choice = &part.shared.directory.choice;
+        if choice.medium == Medium::Disk {
+            if part.found.is_resident(part.shared, &part.layers) {
+                return self.copy_resident(cache, part);
+            }
+        } else {
+            let direct = self
+                .enter(|| self.read_resident(cache, part))
+                .unwrap_or(Some(Err(self.closing_reason())));
+            if let Some(result) = direct {
+                return result;
+            }
         }
-        if !self.readahead.swap(true, Ordering::Relaxed) {
+        let is_whole = self.request.order == LoadOrder::BlockMajor;
+        let direct = if choice.medium == Medium::Disk && is_whole {
+            part.found.view.direct()
+        } else {
+            None
+        };
+        if direct.is_none() && !self.readahead.swap(true, Ordering::Relaxed) {
             self.start_readahead(part.shared);
         }
-        let bytes: u64 = part
-            .layers
-            .clone()
-            .map(|layer| part.shared.geometry.layer_bytes[layer])
-            .sum();
-        let buffer = bounce.buffer(bytes as usize);
+        let sizes = &part.shared.geometry.layer_bytes;
+        let bytes: u64 = sizes[part.layers.clone()].iter().sum();
         let offset = part.layer_offset(part.layers.start);
-        if let Err(error) = buffer.pread_into(&part.found.view.file, offset, bytes as usize) {
+        let read = bounce.read(&part.found.view.file, direct, offset, bytes as usize);
+        let bytes = read.map_err(|error| {
             tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
-            return Err(MissReason::Io);
-        }
+            MissReason::Io
+        })?;
         self.enter(|| {
             let mut at = 0;
             let mut whole = true;
             for layer in part.layers.clone() {
-                let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+                let layer_bytes = sizes[layer] as usize;
                 let mut crc = part.crc(layer);
-                cache.copy_layer_in(layer, part.block, buffer[at..at + bytes].into(), crc.as_mut());
+                cache.copy_layer_in(
+                    layer,
+                    part.block,
+                    bytes[at..at + layer_bytes].into(),
+                    crc.as_mut(),
+                );
                 whole &= part.matches(layer, crc);
-                at += bytes;
+                at += layer_bytes;
             }
             store_fence();
             if whole { Ok(()) } else { Err(MissReason::Corrupt) }
         })
         .unwrap_or_else(|| Err(self.closing_reason()))
+    }
+
+    /// From the mapping of a file on a disk. Its pages were in the page cache a moment ago; one that is gone by now is
+    /// read again while this thread waits, so it must not be inside the gate then.
+    fn copy_resident(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
+        let mapping = part.found.view.mapping();
+        let mut offset = part.layer_offset(part.layers.start);
+        let mut whole = true;
+        for layer in part.layers.clone() {
+            let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+            let source = mapping.source(offset as usize, bytes);
+            let mut crc = part.crc(layer);
+            let deliver = |copy: &dyn Fn()| {
+                let copied = self.enter(|| {
+                    copy();
+                    store_fence();
+                });
+                copied.is_some()
+            };
+            if !cache.copy_layer_in_staged(layer, part.block, source, crc.as_mut(), &deliver) {
+                return Err(self.closing_reason());
+            }
+            whole &= part.matches(layer, crc);
+            offset += bytes as u64;
+        }
+        if whole { Ok(()) } else { Err(MissReason::Corrupt) }
     }
 
     /// `None`: not all of it is resident.
@@ -399,19 +487,34 @@ impl LoadJob {
     }
 }
 
+impl Found {
+    fn layer_offset(&self, shared: &Shared, layer: usize) -> u64 {
+        let before: u64 = shared.geometry.layer_bytes[..layer].iter().sum();
+        self.view.header.slot_offset(self.slot) + before
+    }
+
+    /// Whether all bytes of `layers` are in the page cache now.
+    fn is_resident(&self, shared: &Shared, layers: &Range<usize>) -> bool {
+        let (start, end) = (
+            self.layer_offset(shared, layers.start),
+            self.layer_offset(shared, layers.end),
+        );
+        self.view.mapping().is_resident(start as usize..end as usize)
+    }
+}
+
 /// Some layers of one block of a load.
 struct Part<'a> {
     shared: &'a Shared,
     found: &'a Found,
     record: &'a SlotRecord,
     block: u32,
-    layers: std::ops::Range<usize>,
+    layers: Range<usize>,
 }
 
 impl Part<'_> {
     fn layer_offset(&self, layer: usize) -> u64 {
-        let before: u64 = self.shared.geometry.layer_bytes[..layer].iter().sum();
-        self.found.view.header.slot_offset(self.found.slot) + before
+        self.found.layer_offset(self.shared, layer)
     }
 
     fn crc(&self, layer: usize) -> Option<LayerCrc> {
@@ -457,19 +560,6 @@ impl Part<'_> {
 
     fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {
         crc.is_none_or(|crc| crc.value() == self.record.layer_crcs[layer])
-    }
-}
-
-/// A loading thread's buffer for reads that may block.
-#[derive(Default)]
-pub(crate) struct Bounce(Option<AlignedBuffer>);
-
-impl Bounce {
-    fn buffer(&mut self, bytes: usize) -> &mut AlignedBuffer {
-        if self.0.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
-            self.0 = None;
-        }
-        self.0.get_or_insert_with(|| AlignedBuffer::new(bytes))
     }
 }
 

@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use kvlane_core::{BlockKey, NamespaceId};
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
 
+use crate::cold::open_direct;
 use crate::control::open_trusted;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
@@ -15,6 +17,7 @@ use crate::format::{
     self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
     counters,
 };
+use crate::options::Medium;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
 /// The lock that says that a segment's writer lives.
@@ -26,6 +29,8 @@ pub(crate) struct SegmentView {
     pub(crate) header: SegmentHeader,
     pub(crate) path: PathBuf,
     pub(crate) file: File,
+    /// The file opened for reads past the page cache, once somebody asked for it.
+    direct: OnceLock<Option<File>>,
     mapping: ReadMapping,
 }
 
@@ -41,19 +46,25 @@ impl SegmentView {
 
     fn from_file(directory: &Directory, file: File, path: PathBuf, name: &str) -> Result<Self> {
         let header = read_header(&file, &path, name)?;
-        // Disk payload never goes through the mapping, so only the tables are mapped there.
-        let mapped = if directory.mapped_payload() {
-            header.file_bytes()
-        } else {
+        // What a mapping of a network or overlay file shows may differ from the file: only the tables are mapped there.
+        let mapped = if directory.choice.medium == Medium::Network {
             header.data_offset()
+        } else {
+            header.file_bytes()
         };
         let mapping = ReadMapping::new(&file, mapped as usize).map_err(FsError::io("map", &path))?;
         Ok(SegmentView {
             header,
             path,
             file,
+            direct: OnceLock::new(),
             mapping,
         })
+    }
+
+    /// The file for reads past the page cache, where that is to be had.
+    pub(crate) fn direct(&self) -> Option<&File> {
+        self.direct.get_or_init(|| open_direct(&self.file)).as_ref()
     }
 
     pub(crate) fn mapping(&self) -> &ReadMapping {

@@ -17,8 +17,9 @@ use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::writer::Command;
 
-/// Bytes written in one call on the way through the page cache: the checksum has just brought them into the CPU's cache.
-const WRITE_BYTES: u64 = 512 << 10;
+/// Bytes written in one call on the way through the page cache. The checksum has just brought them into the CPU's cache,
+/// and the larger the call, the larger the pieces in which the kernel keeps its books.
+const WRITE_BYTES: u64 = 2 << 20;
 
 /// The slot that a block goes to.
 #[derive(Debug, Clone)]

@@ -14,13 +14,14 @@ use kvlane_core::{
 use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
+use crate::cold::{Bounce, COLD_READS, ColdQueue, cold_thread};
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
-use crate::load::{Bounce, IDLE_CHECK, LoadJob};
-use crate::options::{FsOptions, RESERVATION_MAX};
+use crate::load::{IDLE_CHECK, LoadJob};
+use crate::options::{FsOptions, Medium, RESERVATION_MAX};
 use crate::segment::Geometry;
 use crate::shared::{MARK_MS, Shared};
 use crate::store::StoreJob;
@@ -39,6 +40,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 pub struct FsTransfer {
     shared: Arc<Shared>,
     loads: std::sync::Mutex<Option<Sender<Arc<LoadJob>>>>,
+    cold: std::sync::Mutex<Option<ColdQueue>>,
     threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
     load_threads: usize,
     abandoned: Arc<AtomicBool>,
@@ -137,9 +139,26 @@ impl FsTransfer {
                 Box::new(move || load_thread(&loads, &stop)),
             )?;
         }
+        // A cache on a device has its pinned pool to wait for, and everything in memory is there already.
+        let has_cold_blocks = shared.directory.choice.medium == Medium::Disk;
+        let cold = match &shared.cache {
+            Cache::Host(_) if has_cold_blocks => {
+                let (sender, reads) = unbounded();
+                for number in 0..COLD_READS {
+                    let (reads, stop) = (reads.clone(), Arc::clone(&abandoned));
+                    spawn(
+                        format!("kvlane-cold-{number}"),
+                        Box::new(move || cold_thread(&reads, &stop)),
+                    )?;
+                }
+                Some(sender)
+            }
+            _ => None,
+        };
         Ok(FsTransfer {
             shared,
             loads: std::sync::Mutex::new(Some(load_sender)),
+            cold: std::sync::Mutex::new(cold),
             threads: std::sync::Mutex::new(handles),
             load_threads: threads,
             abandoned,
@@ -203,6 +222,7 @@ impl FsTransfer {
         self.shared.tell_writer(Command::Stop);
         // Without a sender, the loading threads end at once.
         *lock(&self.loads) = None;
+        *lock(&self.cold) = None;
         let handles = std::mem::take(&mut *lock(&self.threads));
         let deadline = Instant::now() + CLOSE_PATIENCE;
         for handle in &handles {
@@ -241,7 +261,8 @@ impl FsTransfer {
             index.refresh(&self.shared.directory);
             request.keys.iter().map(|key| index.find(0, key)).collect()
         };
-        let job = LoadJob::new(&self.shared, id, request, found, after);
+        let cold = lock(&self.cold).clone();
+        let job = LoadJob::new(&self.shared, id, request, found, after, cold);
         if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
             self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);

@@ -103,6 +103,24 @@ impl ReadMapping {
         })
     }
 
+    /// Whether all pages of `range` are in memory now. They may be gone a moment later. `false` too where the kernel
+    /// does not tell.
+    pub fn is_resident(&self, range: Range<usize>) -> bool {
+        /// 2 MiB in one call.
+        const PAGES_PER_CALL: usize = 512;
+        let mut states = [0_u8; PAGES_PER_CALL];
+        let pages = self.pages(&range);
+        pages.clone().step_by(PAGES_PER_CALL * PAGE_BYTES).all(|start| {
+            let len = (pages.end - start).min(PAGES_PER_CALL * PAGE_BYTES);
+            let states = &mut states[..len.div_ceil(PAGE_BYTES)];
+            let address = self.at(start, 1, len).cast_mut().cast();
+            // SAFETY: the range is inside the mapping, as `at` checked, and starts at a page, as `pages` makes it; the
+            // kernel writes one byte for each of its pages, for which there is room.
+            let result = unsafe { libc::mincore(address, len, states.as_mut_ptr()) };
+            result == 0 && states.iter().all(|state| state & 1 == 1)
+        })
+    }
+
     /// Keeps the mapping out of child processes, which must not write the segments of their parent.
     pub fn dont_fork(&self) -> io::Result<()> {
         self.raw.advise(Advice::DontFork)
