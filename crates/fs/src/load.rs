@@ -156,10 +156,11 @@ impl LoadJob {
                 self.close(MissReason::TimedOut);
                 break;
             }
-            if self.defer(&shared, position, &span) {
+            let is_resident = self.is_resident(&shared, position, &span);
+            if !is_resident && self.defer(position, &span) {
                 continue;
             }
-            let result = self.load(&shared, position, span.clone(), bounce);
+            let result = self.load(&shared, position, span.clone(), is_resident, bounce);
             self.end_item(position, span, result);
         }
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
@@ -174,26 +175,34 @@ impl LoadJob {
             return;
         }
         let started = Instant::now();
-        let result = self.load(&shared, position, span.clone(), bounce);
+        let result = self.load(&shared, position, span.clone(), false, bounce);
         self.end_item(position, span, result);
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
     }
 
-    /// Gives a block to the cold readers, if it is not in the page cache and they are there.
-    fn defer(self: &Arc<Self>, shared: &Shared, position: usize, layers: &Range<usize>) -> bool {
-        let (Some(cold), Some(found)) = (&self.cold, &self.found[position]) else {
-            return false;
-        };
+    /// Whether the bytes of `layers` are known to be in memory, and can be taken from the mapping.
+    fn is_resident(&self, shared: &Shared, position: usize, layers: &Range<usize>) -> bool {
+        let found = self.found[position].as_ref();
+        match shared.directory.choice.medium {
+            Medium::Disk => found.is_some_and(|found| found.is_resident(shared, layers)),
+            Medium::Memory => true,
+            _ => false,
+        }
+    }
+
+    /// Gives a block that is not in the page cache to the cold readers, if they are there.
+    fn defer(self: &Arc<Self>, position: usize, layers: &Range<usize>) -> bool {
         // Layer by layer the pieces are small, and the kernel's readahead is better at those.
-        if self.request.order == LoadOrder::LayerMajor || found.is_resident(shared, layers) {
+        if self.found[position].is_none() || self.request.order == LoadOrder::LayerMajor {
             return false;
         }
-        let read = ColdRead {
-            job: Arc::clone(self),
+        let read = |job| ColdRead {
+            job,
             position,
             layers: layers.clone(),
         };
-        cold.send(read).is_ok()
+        let cold = self.cold.as_ref();
+        cold.is_some_and(|cold| cold.send(read(Arc::clone(self))).is_ok())
     }
 
     /// Counts an item that has ended.
@@ -267,6 +276,7 @@ impl LoadJob {
         shared: &Shared,
         position: usize,
         layers: Range<usize>,
+        is_resident: bool,
         bounce: &mut Bounce,
     ) -> Result<(), MissReason> {
         let Some(found) = &self.found[position] else {
@@ -293,6 +303,7 @@ impl LoadJob {
         };
         let copied = match &shared.cache {
             Cache::Host(cache) if shared.directory.mapped_payload() => self.copy_mapped(cache, &part),
+            Cache::Host(cache) if is_resident => self.copy_resident(cache, &part),
             Cache::Host(cache) => self.copy_read(cache, &part, bounce),
             Cache::Device(cache) => self.copy_staged(cache, &part),
         };
@@ -332,15 +343,11 @@ impl LoadJob {
         .unwrap_or_else(|| Err(self.closing_reason()))
     }
 
-    /// From the page cache where the pages are resident, through the bounce buffer where not: only what cannot block
-    /// may know the address of the paged cache.
+    /// From the page cache where it has all the bytes and says so without waiting, through the bounce buffer where not:
+    /// only what cannot block may know the address of the paged cache.
     fn copy_read(&self, cache: &HostCache, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
-        let choice = &part.shared.directory.choice;
-        if choice.medium == Medium::Disk {
-            if part.found.is_resident(part.shared, &part.layers) {
-                return self.copy_resident(cache, part);
-            }
-        } else {
+        let medium = part.shared.directory.choice.medium;
+        if medium != Medium::Disk {
             let direct = self
                 .enter(|| self.read_resident(cache, part))
                 .unwrap_or(Some(Err(self.closing_reason())));
@@ -349,7 +356,7 @@ impl LoadJob {
             }
         }
         let is_whole = self.request.order == LoadOrder::BlockMajor;
-        let direct = if choice.medium == Medium::Disk && is_whole {
+        let direct = if medium == Medium::Disk && is_whole {
             part.found.view.direct()
         } else {
             None
@@ -386,28 +393,29 @@ impl LoadJob {
         .unwrap_or_else(|| Err(self.closing_reason()))
     }
 
-    /// From the mapping of a file on a disk. Its pages were in the page cache a moment ago; one that is gone by now is
-    /// read again while this thread waits, so it must not be inside the gate then.
+    /// From the mapping of a file on a disk.
+    ///
+    /// A page that is not there is read while the thread waits, which must not happen inside the gate: a disk that does
+    /// not answer would hold the job beyond its deadline. So the pages of a layer are touched outside, microseconds before
+    /// they are copied. The kernel does not let go of a page that was used that recently.
     fn copy_resident(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
         let mapping = part.found.view.mapping();
-        let mut offset = part.layer_offset(part.layers.start);
+        let mut offset = part.layer_offset(part.layers.start) as usize;
         let mut whole = true;
         for layer in part.layers.clone() {
             let bytes = part.shared.geometry.layer_bytes[layer] as usize;
-            let source = mapping.source(offset as usize, bytes);
+            mapping.touch(offset..offset + bytes);
             let mut crc = part.crc(layer);
-            let deliver = |copy: &dyn Fn()| {
-                let copied = self.enter(|| {
-                    copy();
-                    store_fence();
-                });
-                copied.is_some()
-            };
-            if !cache.copy_layer_in_staged(layer, part.block, source, crc.as_mut(), &deliver) {
+            let copied = self.enter(|| {
+                let source = mapping.source(offset, bytes);
+                cache.copy_layer_in(layer, part.block, source, crc.as_mut());
+                store_fence();
+            });
+            if copied.is_none() {
                 return Err(self.closing_reason());
             }
             whole &= part.matches(layer, crc);
-            offset += bytes as u64;
+            offset += bytes;
         }
         if whole { Ok(()) } else { Err(MissReason::Corrupt) }
     }

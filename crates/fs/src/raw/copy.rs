@@ -17,15 +17,12 @@
 use std::mem::MaybeUninit;
 use std::sync::atomic::{Ordering, fence};
 
-use super::fold::{Store, fold_pages};
+use super::fold::fold_pages;
 use super::kernel::{LINE_BYTES, gather, stream};
 use super::{ByteSource, ByteTarget, Kernel, LayerCrc};
 
 /// Bytes that are copied, checksummed and written while they are in the L1 cache.
 const CHUNK_BYTES: usize = 4096;
-/// Bytes that are taken out of reach of a file system before they are delivered: four pages side by side, in half of the
-/// L1 cache.
-pub(super) const STAGE_BYTES: usize = 4 * CHUNK_BYTES;
 
 /// Says that nothing is known about the next copy.
 pub(super) const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
@@ -88,7 +85,7 @@ pub(super) unsafe fn copy_run(
                 let mut done = head;
                 if kernel.folds() {
                     let (from, to) = (source.add(done), target.add(done));
-                    done += fold_pages(kernel, from, to, body_end - done, Store::Past, None);
+                    done += fold_pages(kernel, from, Some(to), body_end - done, None);
                 }
                 stream(
                     kernel,
@@ -102,20 +99,20 @@ pub(super) unsafe fn copy_run(
                     .copy_to_nonoverlapping(target.add(body_end), tail);
             }
             Some(crc) => {
-                let mut chunk = Chunk::<CHUNK_BYTES>::new();
+                let mut chunk = Chunk::new();
                 let mut done = head;
                 if head > 0 {
                     chunk
-                        .fill(kernel, source, head, Some(crc))
+                        .fill(kernel, source, head, crc)
                         .copy_to_nonoverlapping(target, head);
                 }
                 if kernel.folds() {
                     let (from, to) = (source.add(done), target.add(done));
-                    done += fold_pages(kernel, from, to, body_end - done, Store::Past, Some(crc));
+                    done += fold_pages(kernel, from, Some(to), body_end - done, Some(crc));
                 }
                 while done < body_end {
                     let step = CHUNK_BYTES.min(body_end - done);
-                    let bytes = chunk.fill(kernel, source.add(done), step, Some(crc));
+                    let bytes = chunk.fill(kernel, source.add(done), step, crc);
                     let behind = done + step;
                     let ahead = if behind < body_end {
                         (source.add(behind), body_end - behind)
@@ -127,7 +124,7 @@ pub(super) unsafe fn copy_run(
                 }
                 if tail > 0 {
                     chunk
-                        .fill(kernel, source.add(done), tail, Some(crc))
+                        .fill(kernel, source.add(done), tail, crc)
                         .copy_to_nonoverlapping(target.add(done), tail);
                 }
             }
@@ -143,65 +140,54 @@ pub(super) unsafe fn copy_run(
 pub(super) unsafe fn checksum_run(kernel: Kernel, source: *const u8, len: usize, crc: &mut LayerCrc) {
     let mut done = 0;
     if kernel.folds() {
-        let nowhere = std::ptr::null_mut();
         // SAFETY: the caller's contract; nothing is stored.
-        done = unsafe { fold_pages(kernel, source, nowhere, len, Store::Nowhere, Some(crc)) };
+        done = unsafe { fold_pages(kernel, source, None, len, Some(crc)) };
     }
-    let mut chunk = Chunk::<CHUNK_BYTES>::new();
+    let mut chunk = Chunk::new();
     while done < len {
         let step = CHUNK_BYTES.min(len - done);
         // SAFETY: done + step is at most `len`.
-        unsafe { chunk.fill(kernel, source.add(done), step, Some(crc)) };
+        unsafe { chunk.fill(kernel, source.add(done), step, crc) };
         done += step;
     }
 }
 
-/// Bytes on their way, in memory that nobody else writes.
+/// The bytes on their way, in memory that nobody else writes.
 #[repr(align(64))]
-pub(super) struct Chunk<const BYTES: usize>([MaybeUninit<u8>; BYTES]);
+struct Chunk([MaybeUninit<u8>; CHUNK_BYTES]);
 
-impl<const BYTES: usize> Chunk<BYTES> {
-    pub(super) fn new() -> Self {
-        Self([MaybeUninit::uninit(); BYTES])
+impl Chunk {
+    fn new() -> Self {
+        Self([MaybeUninit::uninit(); CHUNK_BYTES])
     }
 
-    /// Takes `len` bytes of `source`, appends them to `crc`, if one is given, and returns where they lie.
+    /// Takes `len` bytes of `source`, appends them to `crc` and returns where they lie.
     ///
     /// # Safety
-    /// `len` bytes are readable at `source`, `len` is at most `BYTES`, and this machine has the instructions of `kernel`.
-    /// Others may write the source meanwhile.
+    /// `len` bytes are readable at `source`, `len` is at most [`CHUNK_BYTES`], and this machine has the instructions of
+    /// `kernel`.
     #[inline]
-    pub(super) unsafe fn fill(
+    unsafe fn fill(
         &mut self,
         kernel: Kernel,
         source: *const u8,
         len: usize,
-        crc: Option<&mut LayerCrc>,
+        crc: &mut LayerCrc,
     ) -> *const u8 {
-        debug_assert!(len <= BYTES);
+        debug_assert!(len <= CHUNK_BYTES);
         let bytes = self.0.as_mut_ptr().cast::<u8>();
-        let mut crc = crc;
-        let mut done = 0;
-        if kernel.folds() {
-            // SAFETY: the caller vouches for the source; the buffer is our own, long enough and aligned to a line.
-            done = unsafe { fold_pages(kernel, source, bytes, len, Store::Cached, crc.as_deref_mut()) };
-        }
-        let tail = (len - done) % LINE_BYTES;
-        let body = len - done - tail;
-        // SAFETY: as above; `done` is a number of whole pages, and so of lines.
+        let tail = len % LINE_BYTES;
+        let body = len - tail;
+        // SAFETY: the caller vouches for the source; the buffer is our own, long enough and aligned to a line.
         unsafe {
-            gather(kernel, source.add(done), bytes.add(done), body);
-            source
-                .add(done + body)
-                .copy_to_nonoverlapping(bytes.add(done + body), tail);
+            gather(kernel, source, bytes, body);
+            source.add(body).copy_to_nonoverlapping(bytes.add(body), tail);
         }
         // SAFETY: no instruction at all. To the compiler it may read and change the buffer, so that it cannot replace
         // the buffer by a second look at the source, which may be different by then.
         unsafe { std::arch::asm!("/* {0} */", in(reg) bytes, options(nostack, preserves_flags)) };
-        if let Some(crc) = crc {
-            // SAFETY: the copies above initialised `len` bytes, and nobody else has the buffer.
-            crc.update(unsafe { std::slice::from_raw_parts(bytes.add(done), len - done) });
-        }
+        // SAFETY: the copies above initialised `len` bytes, and nobody else has the buffer.
+        crc.update(unsafe { std::slice::from_raw_parts(bytes, len) });
         bytes
     }
 }

@@ -4,7 +4,7 @@
 //! for each step of two cache lines, for each of up to eight pages side by side:
 //!     load    -> registers
 //!     fold    the page's remainder by the step, add the step      (carry-less multiplication)
-//!     store   past the cache, or into it, or not at all
+//!     store   past the cache, or not at all
 //! ```
 //!
 //! The registers that are folded are the registers that are stored, so the bytes that are checked are the bytes that are
@@ -26,17 +26,6 @@ use super::kernel::{Kernel, LINE_BYTES};
 /// Bytes of a page that are handled before it is the next page's turn.
 const STEP_BYTES: usize = 2 * LINE_BYTES;
 
-/// Where the bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Store {
-    /// Nowhere: they are only checked.
-    Nowhere,
-    /// To the target, past the cache.
-    Past,
-    /// To the target, through the cache.
-    Cached,
-}
-
 impl Kernel {
     /// Whether [`fold_pages`] has a way for this kernel.
     pub(super) fn folds(self) -> bool {
@@ -44,18 +33,18 @@ impl Kernel {
     }
 }
 
-/// Handles the whole pages at the start of `source` and returns their bytes. Appends them to `crc`, if one is given.
+/// Handles the whole pages at the start of `source` and returns their bytes: copies them to `target` and appends them to
+/// `crc`, if one is given.
 ///
 /// # Safety
-/// `len` bytes are readable at `source`; unless `store` is `Nowhere`, as many are writable at `target`, which is aligned
-/// to a line if a page is there to be handled, and does not overlap the source. `kernel` folds and is one of this machine's. Others may write the source
-/// meanwhile: the target then holds a mix, and `crc` is the checksum of exactly that mix.
+/// `len` bytes are readable at `source` and, if it is given, writable at `target`. The two do not overlap, and the target
+/// is aligned to a line if there is a page to be handled. `kernel` folds and is one of this machine's. Others may write the
+/// source meanwhile: the target then holds a mix, and `crc` is the checksum of exactly that mix.
 pub(super) unsafe fn fold_pages(
     kernel: Kernel,
     source: *const u8,
-    target: *mut u8,
+    target: Option<*mut u8>,
     len: usize,
-    store: Store,
     crc: Option<&mut LayerCrc>,
 ) -> usize {
     let len = len - len % PAGE_BYTES;
@@ -63,7 +52,7 @@ pub(super) unsafe fn fold_pages(
         return 0;
     }
     debug_assert!(kernel.folds());
-    debug_assert!(store == Store::Nowhere || target.addr().is_multiple_of(LINE_BYTES));
+    debug_assert!(target.is_none_or(|target| target.addr().is_multiple_of(LINE_BYTES)));
     let mut line = [0; LINE_BYTES];
     let is_checked = crc.is_some();
     if let Some(crc) = &crc {
@@ -73,8 +62,8 @@ pub(super) unsafe fn fold_pages(
     // SAFETY: the caller's contract is that of each, and it vouches for the instructions.
     unsafe {
         match kernel {
-            Kernel::Avx512Fold => x86::avx512::pages(source, target, len, store, is_checked, &mut line),
-            _ => x86::avx2::pages(source, target, len, store, is_checked, &mut line),
+            Kernel::Avx512Fold => x86::avx512::pages(source, target, len, is_checked, &mut line),
+            _ => x86::avx2::pages(source, target, len, is_checked, &mut line),
         }
     }
     if let Some(crc) = crc {
@@ -106,14 +95,13 @@ const PAGE_FACTORS: [u64; 2] = factors(PAGE_BYTES);
 mod x86 {
     macro_rules! folding {
         (
-            $name:ident, $feature:literal, $class:ident, $($most:literal)|+ pages, $vector:ty, $zero:ident, $load:ident, $store:ident,
-            $store_past:ident, $multiply:ident, $xor:ident, $broadcast:expr
+            $name:ident, $feature:literal, $class:ident, $($most:literal)|+ pages, $vector:ty, $zero:ident, $load:ident, $store_past:ident, $multiply:ident, $xor:ident, $broadcast:expr
         ) => {
             pub(super) mod $name {
                 use std::arch::asm;
                 use std::arch::x86_64::*;
 
-                use super::super::{LINE_BYTES, LINE_FACTORS, PAGE_BYTES, PAGE_FACTORS, STEP_BYTES, Store};
+                use super::super::{LINE_BYTES, LINE_FACTORS, PAGE_BYTES, PAGE_FACTORS, STEP_BYTES};
 
                 /// Vectors of a cache line.
                 const VECTORS: usize = LINE_BYTES / size_of::<$vector>();
@@ -125,32 +113,25 @@ mod x86 {
                 #[target_feature(enable = $feature)]
                 pub(in super::super) unsafe fn pages(
                     source: *const u8,
-                    target: *mut u8,
+                    target: Option<*mut u8>,
                     len: usize,
-                    store: Store,
                     is_checked: bool,
                     line: &mut [u8; LINE_BYTES],
                 ) {
                     // SAFETY: the caller's contract.
                     unsafe {
-                        match (store, is_checked) {
-                            (Store::Past, true) => all::<PAST, true>(source, target, len, line),
-                            (Store::Past, false) => all::<PAST, false>(source, target, len, line),
-                            (Store::Cached, true) => all::<CACHED, true>(source, target, len, line),
-                            (Store::Cached, false) => all::<CACHED, false>(source, target, len, line),
-                            (Store::Nowhere, _) => all::<NOWHERE, true>(source, target, len, line),
+                        match (target, is_checked) {
+                            (Some(target), true) => all::<true, true>(source, target, len, line),
+                            (Some(target), false) => all::<true, false>(source, target, len, line),
+                            (None, _) => all::<false, true>(source, std::ptr::null_mut(), len, line),
                         }
                     }
                 }
 
-                const NOWHERE: u8 = 0;
-                const PAST: u8 = 1;
-                const CACHED: u8 = 2;
-
                 /// # Safety
                 /// As `pages`.
                 #[target_feature(enable = $feature)]
-                unsafe fn all<const STORE: u8, const IS_CHECKED: bool>(
+                unsafe fn all<const IS_COPIED: bool, const IS_CHECKED: bool>(
                     source: *const u8,
                     target: *mut u8,
                     len: usize,
@@ -169,8 +150,8 @@ mod x86 {
                         // SAFETY: as many pages as are left, or fewer.
                         let pages = unsafe {
                             match left {
-                                $($most.. => some::<$most, STORE, IS_CHECKED>(from, to, seed, &mut total),)+
-                                _ => some::<1, STORE, IS_CHECKED>(from, to, seed, &mut total),
+                                $($most.. => some::<$most, IS_COPIED, IS_CHECKED>(from, to, seed, &mut total),)+
+                                _ => some::<1, IS_COPIED, IS_CHECKED>(from, to, seed, &mut total),
                             }
                         };
                         done += pages * PAGE_BYTES;
@@ -189,7 +170,7 @@ mod x86 {
                 /// As `pages`, for N pages.
                 #[inline]
                 #[target_feature(enable = $feature)]
-                unsafe fn some<const N: usize, const STORE: u8, const IS_CHECKED: bool>(
+                unsafe fn some<const N: usize, const IS_COPIED: bool, const IS_CHECKED: bool>(
                     source: *const u8,
                     target: *mut u8,
                     seed: Line,
@@ -210,12 +191,9 @@ mod x86 {
                                     unsafe {
                                         asm!("/* {0} */", inout($class) bytes, options(pure, nomem, nostack, preserves_flags));
                                     }
-                                    match STORE {
+                                    if IS_COPIED {
                                         // SAFETY: as above; the target is aligned to a line, and so to its vectors.
-                                        PAST => unsafe { $store_past(target.add(place).cast(), bytes) },
-                                        // SAFETY: as above.
-                                        CACHED => unsafe { $store(target.add(place).cast(), bytes) },
-                                        _ => {}
+                                        unsafe { $store_past(target.add(place).cast(), bytes) };
                                     }
                                     if !IS_CHECKED {
                                         continue;
@@ -262,11 +240,11 @@ mod x86 {
     }
 
     folding!(
-        avx512, "avx512f,vpclmulqdq", zmm_reg, 8 | 4 | 2 pages, __m512i, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_store_si512,
+        avx512, "avx512f,vpclmulqdq", zmm_reg, 8 | 4 | 2 pages, __m512i, _mm512_setzero_si512, _mm512_loadu_si512,
         _mm512_stream_si512, _mm512_clmulepi64_epi128, _mm512_xor_si512, _mm512_broadcast_i32x4
     );
     folding!(
-        avx2, "avx2,vpclmulqdq", ymm_reg, 4 | 2 pages, __m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_store_si256,
+        avx2, "avx2,vpclmulqdq", ymm_reg, 4 | 2 pages, __m256i, _mm256_setzero_si256, _mm256_loadu_si256,
         _mm256_stream_si256, _mm256_clmulepi64_epi128, _mm256_xor_si256, _mm256_broadcastsi128_si256
     );
 }

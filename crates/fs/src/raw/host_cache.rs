@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvlane_core::{BlockMap, Device, PagedMemory, Region};
 
-use super::copy::{Chunk, NOTHING, STAGE_BYTES, checksum_run, copy_run};
+use super::copy::{NOTHING, checksum_run, copy_run};
 use super::{AlignedBuffer, ByteSource, ByteTarget, Kernel, LayerCrc};
 
 /// A paged KV cache whose regions are host memory.
@@ -160,40 +160,6 @@ impl HostCache {
             unsafe { copy_run(self.kernel, place, run, len, crc.as_deref_mut(), next) };
             place = behind;
         }
-    }
-
-    /// As [`copy_layer_in`](Self::copy_layer_in), from a source whose reading may block: pieces of it are first taken into
-    /// memory of our own. `deliver` is then called for each piece, and runs what it is given, which copies the piece on
-    /// into the cache and never blocks; or it does not, and the copy ends. `false`: it ended so.
-    pub fn copy_layer_in_staged(
-        &self,
-        region: usize,
-        block: u32,
-        source: ByteSource<'_>,
-        crc: Option<&mut LayerCrc>,
-        deliver: &dyn Fn(&dyn Fn()) -> bool,
-    ) -> bool {
-        self.check_length(region, source.len());
-        let mut crc = crc;
-        let mut stage = Chunk::<STAGE_BYTES>::new();
-        let mut place = source.pointer();
-        for (run, len) in self.layer_runs(region, block) {
-            for done in (0..len).step_by(STAGE_BYTES) {
-                let step = STAGE_BYTES.min(len - done);
-                // SAFETY: the lengths of the runs add up to that of the source, as checked, and `step` stays inside the
-                // run; the kernel is one of this machine's.
-                let bytes = unsafe { stage.fill(self.kernel, place, step, crc.as_deref_mut()) };
-                // SAFETY: as in `copy_layer_in`; the stage has `step` bytes and is apart from the cache.
-                let copy = || unsafe {
-                    copy_run(self.kernel, bytes, run.wrapping_add(done), step, None, NOTHING);
-                };
-                if !deliver(&copy) {
-                    return false;
-                }
-                place = place.wrapping_add(step);
-            }
-        }
-        true
     }
 
     /// Appends one block of one region to `crc`.
