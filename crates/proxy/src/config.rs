@@ -29,7 +29,7 @@ pub struct ProxyConfig {
     pub idle_timeout: Duration,
     /// Longest wait for a client's request head, which is also how long an idle client connection is kept.
     pub client_head_timeout: Duration,
-    /// Longest wait for a client's request body.
+    /// Longest wait for a client's request body; where it is sent on while it arrives, for the next piece of it.
     pub client_body_timeout: Duration,
     /// Longest wait for requests in flight after a shutdown was asked for.
     pub drain_timeout: Duration,

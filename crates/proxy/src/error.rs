@@ -6,6 +6,7 @@ use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 
 use crate::client::SendError;
+use crate::client_body::BodyFault;
 use crate::rewrite::BodyError;
 
 /// Why the proxy answers instead of a server.
@@ -13,12 +14,8 @@ use crate::rewrite::BodyError;
 pub(crate) enum ProxyError {
     #[error("{0}")]
     BadBody(#[from] BodyError),
-    #[error("the request body could not be read: {0}")]
-    UnreadableBody(axum::Error),
-    #[error("the request body did not arrive within {0} ms")]
-    SlowBody(u128),
-    #[error("the request body is larger than {0} bytes")]
-    BodyTooLarge(usize),
+    #[error("the request body {0}")]
+    Body(#[from] BodyFault),
     #[error("{0} requests are in flight already")]
     Overloaded(usize),
     #[error("this path is not served here")]
@@ -34,9 +31,9 @@ pub(crate) enum ProxyError {
 impl ProxyError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::BadBody(_) | Self::UnreadableBody(_) => StatusCode::BAD_REQUEST,
-            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BadBody(_) | Self::Body(BodyFault::Unreadable(_)) => StatusCode::BAD_REQUEST,
+            Self::Body(BodyFault::Late(_) | BodyFault::Stalled(_)) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyFault::TooLarge(_)) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Overloaded(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::UnknownPath => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,

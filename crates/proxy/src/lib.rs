@@ -21,6 +21,7 @@ pub mod request_id;
 pub mod rewrite;
 
 mod client;
+mod client_body;
 mod error;
 mod exchange;
 mod headers;

@@ -1,18 +1,17 @@
 //! How a request is served: prefill, then decode, or decode alone; and how other requests pass through.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response};
-use http_body::Body as _;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
-use crate::client::{SendError, chain};
-use crate::config::ProxyConfig;
+use crate::client::SendError;
+use crate::client_body::{PassedBody, read_body, refuse_declared};
 use crate::error::ProxyError;
 use crate::exchange::Exchange;
 use crate::headers;
@@ -21,11 +20,6 @@ use crate::request_id;
 use crate::rewrite::prefill_body;
 use crate::routes::Shared;
 use crate::upstream::{Lease, Server};
-
-/// How much of a refused body is read and dropped, as a multiple of the limit, so that a client that writes before it
-/// reads gets its 413 instead of a reset connection.
-const DISCARD_FACTOR: usize = 4;
-const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 /// Serves a completion: the prompt to prefill, then the client's body to decode. The answer is decode's, or prefill's
 /// refusal when the request itself is at fault.
@@ -76,25 +70,22 @@ pub(crate) async fn pass_through(
     exchange: &mut Exchange,
     request: Request<Body>,
 ) -> Result<Response<Incoming>, ProxyError> {
-    let limit = shared.config.body_limit_bytes;
     let (head, mut body) = request.into_parts();
-    if declared_too_large(&body, limit) {
-        discard(&mut body, &head.headers, limit).await;
-        return Err(ProxyError::BodyTooLarge(limit));
-    }
+    refuse_declared(&mut body, &head.headers, &shared.config).await?;
     exchange.enter(Stage::Decode);
     let call = Call {
         path: path_of(&head.uri),
         headers: headers::to_upstream(&head.headers),
     };
-    // A body that was begun cannot be sent again, hence one server.
     let server = pick_decode(shared)?;
-    let request = call.request(&server, head.method, Body::new(Limited::new(body, limit)));
+    // A body that was begun cannot be sent again, hence one server.
+    let body = PassedBody::new(body, &shared.config);
+    let request = call.request(&server, head.method, Body::new(body));
     let result = shared
         .client
         .send(request, shared.config.first_byte_timeout)
         .await;
-    let response = result.map_err(|cause| decode_error(&server, cause, limit))?;
+    let response = result.map_err(|cause| decode_error(&server, cause))?;
     exchange.lease = Some(server);
     Ok(response)
 }
@@ -136,7 +127,7 @@ async fn prefill(
                 server.cool_down();
                 return Prefill::Failed(Fallback::TimedOut);
             }
-            Err(SendError::Broken(_) | SendError::BodyTooLarge) => return Prefill::Failed(Fallback::Broken),
+            Err(SendError::Broken(_) | SendError::Body(_)) => return Prefill::Failed(Fallback::Broken),
         };
         let status = response.status();
         if status.is_client_error() {
@@ -179,14 +170,14 @@ async fn send_to_decode(
             Err(cause @ SendError::Unreachable(_)) => {
                 tracing::warn!(server = server.address(), %cause, "decode server cannot be reached");
                 server.cool_down();
-                let error = decode_error(&server, cause, shared.config.body_limit_bytes);
+                let error = decode_error(&server, cause);
                 tried.push(server);
                 server = match shared.decode.pick(&tried, true) {
                     Some(next) => next,
                     None => return Err(error),
                 };
             }
-            Err(cause) => return Err(decode_error(&server, cause, shared.config.body_limit_bytes)),
+            Err(cause) => return Err(decode_error(&server, cause)),
         }
     }
 }
@@ -195,9 +186,9 @@ fn pick_decode(shared: &Shared) -> Result<Lease, ProxyError> {
     shared.decode.pick(&[], true).ok_or(ProxyError::NoDecodeServer)
 }
 
-fn decode_error(server: &Server, cause: SendError, limit: usize) -> ProxyError {
+fn decode_error(server: &Server, cause: SendError) -> ProxyError {
     match cause {
-        SendError::BodyTooLarge => ProxyError::BodyTooLarge(limit),
+        SendError::Body(fault) => fault.into(),
         cause => ProxyError::Decode {
             address: server.address().to_owned(),
             cause,
@@ -246,44 +237,4 @@ async fn drain(mut body: Incoming) -> Result<(), hyper::Error> {
         frame?;
     }
     Ok(())
-}
-
-async fn read_body(mut body: Body, headers: &HeaderMap, config: &ProxyConfig) -> Result<Bytes, ProxyError> {
-    let limit = config.body_limit_bytes;
-    if declared_too_large(&body, limit) {
-        discard(&mut body, headers, limit).await;
-        return Err(ProxyError::BodyTooLarge(limit));
-    }
-    let whole = Limited::new(&mut body, limit).collect();
-    match tokio::time::timeout(config.client_body_timeout, whole).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if chain(error.as_ref()).any(|cause| cause.is::<LengthLimitError>()) => {
-            discard(&mut body, headers, limit).await;
-            Err(ProxyError::BodyTooLarge(limit))
-        }
-        Ok(Err(error)) => Err(ProxyError::UnreadableBody(axum::Error::new(error))),
-        Err(_elapsed) => Err(ProxyError::SlowBody(config.client_body_timeout.as_millis())),
-    }
-}
-
-fn declared_too_large(body: &Body, limit: usize) -> bool {
-    body.size_hint().lower() > limit as u64
-}
-
-/// Reads on for a while and keeps nothing. A client that asked before sending (Expect) is not made to send.
-async fn discard(body: &mut Body, headers: &HeaderMap, limit: usize) {
-    if headers.contains_key(header::EXPECT) {
-        return;
-    }
-    let rest = async {
-        let mut left = limit.saturating_mul(DISCARD_FACTOR);
-        while let Some(Ok(frame)) = body.frame().await {
-            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-            if left == 0 {
-                break;
-            }
-        }
-    };
-    // Either way the client gets its 413; what differs is only how surely it sees it.
-    let _in_time = tokio::time::timeout(DISCARD_TIME, rest).await;
 }

@@ -249,11 +249,49 @@ async fn a_body_that_does_not_arrive_is_a_408() {
     let mut settings = config(&prefill, &decode);
     settings.client_body_timeout = Duration::from_millis(50);
     let proxy = Running::start(settings).await;
-    let (_feed, body) = Fed::new();
+    for path in ["/v1/completions", "/v1/embeddings"] {
+        for begun in [false, true] {
+            let (feed, body) = Fed::new();
+            if begun {
+                feed.send(Ok(Bytes::from_static(b"{"))).unwrap();
+            }
+            let response = proxy
+                .send(Request::post(path).body(Body::new(body)).unwrap())
+                .await;
+            assert_eq!(
+                response.status(),
+                StatusCode::REQUEST_TIMEOUT,
+                "{path}, begun: {begun}"
+            );
+            let error = error_of(response).await;
+            assert_eq!(
+                error["type"], "invalid_request_error",
+                "not decode's fault: {error}"
+            );
+        }
+    }
+    proxy.metric_reaches("kvlane_proxy_in_flight", 0.0).await;
+}
+
+#[tokio::test]
+async fn a_body_that_arrives_slowly_but_steadily_passes() {
+    let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
+    let mut settings = config(&prefill, &decode);
+    settings.client_body_timeout = Duration::from_millis(400);
+    let proxy = Running::start(settings).await;
+    let (feed, body) = Fed::new();
+    let pieces = tokio::spawn(async move {
+        for _ in 0..6 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            feed.send(Ok(Bytes::from_static(b"x"))).unwrap();
+        }
+    });
     let response = proxy
-        .send(Request::post("/v1/completions").body(Body::new(body)).unwrap())
+        .send(Request::post("/v1/embeddings").body(Body::new(body)).unwrap())
         .await;
-    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(response.status(), StatusCode::OK);
+    pieces.await.unwrap();
+    assert_eq!(decode.only_call().body, "xxxxxx");
 }
 
 #[tokio::test]
