@@ -78,16 +78,12 @@ pub(crate) async fn pass_through(
         headers: headers::to_upstream(&head.headers),
     };
     let server = pick_decode(shared)?;
-    // A body that was begun cannot be sent again, hence one server.
+    // A server that could not be reached has taken nothing of it, so the next gets it whole.
     let body = PassedBody::new(body, &shared.config);
-    let request = call.request(&server, head.method, Body::new(body));
-    let result = shared
-        .client
-        .send(request, shared.config.first_byte_timeout)
-        .await;
-    let response = result.map_err(|cause| decode_error(&server, cause))?;
-    exchange.lease = Some(server);
-    Ok(response)
+    send_to_decode(shared, exchange, server, |server| {
+        call.request(server, head.method.clone(), Body::new(body.clone()))
+    })
+    .await
 }
 
 enum Prefill {

@@ -115,6 +115,36 @@ async fn another_decode_takes_over_from_one_that_cannot_be_reached() {
 }
 
 #[tokio::test]
+async fn another_decode_takes_over_what_passes_through_with_the_whole_body() {
+    let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
+    let mut settings = config(&prefill, &decode);
+    settings.decode.push(dead_address());
+    // None is passed over, so that the dead one is tried in every second of these.
+    settings.cooldown = Duration::ZERO;
+    let proxy = Running::start(settings).await;
+    for _ in 0..6 {
+        assert_eq!(proxy.get("/v1/models").await.status(), StatusCode::OK);
+        let response = proxy.send(post("/v1/embeddings", "{\"input\":\"x\"}")).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        let (feed, body) = Fed::new();
+        for piece in ["one ", "two"] {
+            feed.send(Ok(Bytes::from(piece))).unwrap();
+        }
+        drop(feed);
+        let request = Request::post("/tokenize").body(Body::new(body)).unwrap();
+        assert_eq!(proxy.send(request).await.status(), StatusCode::OK);
+    }
+    for call in decode.calls() {
+        let expected = match call.uri.path() {
+            "/v1/models" => "",
+            "/tokenize" => "one two",
+            _ => "{\"input\":\"x\"}",
+        };
+        assert_eq!(call.body, expected, "{}", call.uri);
+    }
+}
+
+#[tokio::test]
 async fn a_request_that_prefill_refuses_is_refused_with_prefills_words() {
     for status in [400, 401, 404, 422, 429] {
         let (prefill, decode) = (
