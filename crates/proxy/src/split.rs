@@ -6,7 +6,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
@@ -20,6 +20,10 @@ use crate::request_id;
 use crate::rewrite::prefill_body;
 use crate::routes::Shared;
 use crate::upstream::{Lease, Server};
+
+/// Prefill servers that may fail on one request before decode gets it. More would let a request that kills engines kill all
+/// of them.
+const PREFILL_FAILURES_MAX: usize = 2;
 
 /// Serves a completion: the prompt to prefill, then the client's body to decode. The answer is decode's, or prefill's
 /// refusal when the request itself is at fault.
@@ -103,46 +107,83 @@ async fn prefill(
 ) -> Prefill {
     let deadline = Instant::now() + shared.config.prefill_timeout;
     let mut tried = Vec::new();
-    while let Some(server) = shared.prefill.pick(&tried, false) {
+    let mut failures = 0;
+    let mut reason = Fallback::Unreachable;
+    while failures < PREFILL_FAILURES_MAX
+        && let Some(server) = shared.prefill.pick(&tried, false)
+    {
         let id = request_id::transfer_id(&server.transfer_address, &decode.transfer_address);
         let request = call.with_id(&id).post(&server, body.clone());
-        let left = deadline.saturating_duration_since(Instant::now());
-        let response = match shared.client.send(request, left).await {
-            Ok(response) => response,
-            Err(SendError::Unreachable(cause)) => {
-                tracing::warn!(
-                    server = server.address(),
-                    cause,
-                    "prefill server cannot be reached"
-                );
-                server.cool_down();
-                tried.push(server);
-                continue;
+        match ask_prefill(shared, request, deadline).await {
+            Ok(None) => return Prefill::Done(id),
+            Ok(Some(refusal)) => {
+                exchange.transfer_id = Some(id);
+                exchange.lease = Some(server);
+                return Prefill::Refused(refusal);
             }
-            Err(SendError::TimedOut(_)) => {
+            Err((Fallback::TimedOut, _)) => {
+                // The time for all of them is over.
                 server.cool_down();
                 return Prefill::Failed(Fallback::TimedOut);
             }
-            Err(SendError::Broken(_) | SendError::Body(_)) => return Prefill::Failed(Fallback::Broken),
-        };
-        let status = response.status();
-        if status.is_client_error() {
-            exchange.transfer_id = Some(id);
-            exchange.lease = Some(server);
-            return Prefill::Refused(response);
+            Err((failure, cause)) => {
+                tracing::warn!(
+                    server = server.address(),
+                    reason = failure.name(),
+                    cause,
+                    "a prefill server failed"
+                );
+                if failure == Fallback::Unreachable {
+                    server.cool_down();
+                } else {
+                    server.failed();
+                    failures += 1;
+                    reason = failure;
+                }
+                tried.push(server);
+            }
         }
-        if !status.is_success() {
-            return Prefill::Failed(Fallback::Failed);
-        }
-        // Reading the answer to its end proves that it was whole, and gives the connection back to the pool.
-        let left = deadline.saturating_duration_since(Instant::now());
-        return match tokio::time::timeout(left, drain(response.into_body())).await {
-            Ok(Ok(())) => Prefill::Done(id),
-            Ok(Err(_broken)) => Prefill::Failed(Fallback::Broken),
-            Err(_elapsed) => Prefill::Failed(Fallback::TimedOut),
-        };
     }
-    Prefill::Failed(Fallback::Unreachable)
+    Prefill::Failed(reason)
+}
+
+/// One prefill server's work on a prompt: done, or its refusal of the request, or why another may be asked.
+async fn ask_prefill(
+    shared: &Shared,
+    request: Request<Body>,
+    deadline: Instant,
+) -> Result<Option<Response<Incoming>>, (Fallback, String)> {
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let response = shared.client.send(request, left()).await.map_err(|error| {
+        let reason = match error {
+            SendError::Unreachable(_) => Fallback::Unreachable,
+            SendError::TimedOut(_) => Fallback::TimedOut,
+            SendError::Broken(_) | SendError::Body(_) => Fallback::Broken,
+        };
+        (reason, error.to_string())
+    })?;
+    let status = response.status();
+    if is_servers_failure(status) || !(status.is_success() || status.is_client_error()) {
+        return Err((Fallback::Failed, format!("answered {status}")));
+    }
+    if status.is_client_error() {
+        return Ok(Some(response));
+    }
+    // Reading the answer to its end proves that it was whole, and gives the connection back to the pool.
+    match tokio::time::timeout(left(), drain(response.into_body())).await {
+        Ok(Ok(())) => Ok(None),
+        Ok(Err(broken)) => Err((Fallback::Broken, broken.to_string())),
+        Err(_elapsed) => Err((Fallback::TimedOut, "its answer stalled".to_owned())),
+    }
+}
+
+/// Whether an answer says that this server cannot serve now, rather than that the request is at fault.
+fn is_servers_failure(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
+        )
 }
 
 /// Sends to decode, and to the next decode server as long as none could be reached.
@@ -159,7 +200,11 @@ async fn send_to_decode(
             .send(request(&server), shared.config.first_byte_timeout)
             .await
         {
+            // Whatever it is, it is the answer: the work may have been done. The next request goes elsewhere.
             Ok(response) => {
+                if is_servers_failure(response.status()) {
+                    server.failed();
+                }
                 exchange.lease = Some(server);
                 return Ok(response);
             }
@@ -173,7 +218,12 @@ async fn send_to_decode(
                     None => return Err(error),
                 };
             }
-            Err(cause) => return Err(decode_error(&server, cause)),
+            Err(cause) => {
+                if !matches!(cause, SendError::Body(_)) {
+                    server.failed();
+                }
+                return Err(decode_error(&server, cause));
+            }
         }
     }
 }

@@ -54,6 +54,74 @@ async fn a_prefill_that_answers_5xx_costs_no_request() {
 }
 
 #[tokio::test]
+async fn a_prefill_that_is_too_busy_costs_no_request() {
+    for status in [408, 429] {
+        let (prefill, decode) = (fixed(status, "{}").await, Mock::completing().await);
+        falls_back(config(&prefill, &decode), &decode, "failed").await;
+    }
+}
+
+#[tokio::test]
+async fn another_prefill_takes_over_from_one_that_fails_and_gets_the_next_requests_too() {
+    for status in [429, 500, 503] {
+        let (failing, prefill, decode) = (
+            fixed(status, "{}").await,
+            Mock::completing().await,
+            Mock::completing().await,
+        );
+        let mut settings = config(&failing, &decode);
+        settings.prefill.push(prefill.url());
+        settings.cooldown = Duration::from_secs(600);
+        let proxy = Running::start(settings).await;
+        for _ in 0..6 {
+            assert_eq!(proxy.complete("{}").await.headers()["x-kvlane-prefill"], "done");
+        }
+        assert_eq!((failing.calls().len(), prefill.calls().len()), (1, 6), "{status}");
+        for (first, second) in prefill.calls().iter().zip(&decode.calls()) {
+            assert_eq!(first.header("x-request-id"), second.header("x-request-id"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_fails_everywhere_reaches_two_prefills_and_no_more() {
+    let failing = [
+        fixed(500, "{}").await,
+        fixed(500, "{}").await,
+        fixed(500, "{}").await,
+    ];
+    let decode = Mock::completing().await;
+    let mut settings = config(&failing[0], &decode);
+    settings.prefill = failing.iter().map(Mock::url).collect();
+    falls_back(settings, &decode, "failed").await;
+    let calls: usize = failing.iter().map(|prefill| prefill.calls().len()).sum();
+    assert_eq!(calls, 2);
+}
+
+#[tokio::test]
+async fn the_next_requests_go_past_a_decode_that_fails() {
+    for status in [429, 500, 503] {
+        let (prefill, failing, decode) = (
+            Mock::completing().await,
+            fixed(status, "{}").await,
+            Mock::completing().await,
+        );
+        let mut settings = config(&prefill, &failing);
+        settings.decode.push(decode.url());
+        settings.cooldown = Duration::from_secs(600);
+        let proxy = Running::start(settings).await;
+        for number in 0..8 {
+            if number % 2 == 0 {
+                text(proxy.complete("{}").await).await;
+            } else {
+                text(proxy.get("/v1/models").await).await;
+            }
+        }
+        assert_eq!((failing.calls().len(), decode.calls().len()), (1, 7), "{status}");
+    }
+}
+
+#[tokio::test]
 async fn a_prefill_that_never_answers_costs_no_request() {
     let (prefill, decode) = (
         Mock::start(async |_call| std::future::pending().await).await,
@@ -146,7 +214,7 @@ async fn another_decode_takes_over_what_passes_through_with_the_whole_body() {
 
 #[tokio::test]
 async fn a_request_that_prefill_refuses_is_refused_with_prefills_words() {
-    for status in [400, 401, 404, 422, 429] {
+    for status in [400, 401, 404, 422] {
         let (prefill, decode) = (
             fixed(status, r#"{"error":{"message":"no"}}"#).await,
             Mock::completing().await,
