@@ -425,6 +425,15 @@ async fn paths_and_methods_that_are_not_served_say_so() {
         "/reset_prefix_cache",
         "/collective_rpc",
         "/v1/load_lora_adapter",
+        "/v1/load_lora_adapter/",
+        "/v1/load%5Flora_adapter",
+        "/v1/%6coad_lora_adapter?x=1",
+        "/v1%2Fload_lora_adapter",
+        "/%76%31/unload_lora_adapter",
+        "/v1/../sleep",
+        "/v1/%2e%2E/sleep",
+        "/v1/./load_lora_adapter",
+        "/v1//load_lora_adapter",
     ] {
         let response = proxy.send(post(path, "{}")).await;
         assert_eq!(response.status(), StatusCode::NOT_FOUND, "{path}");
@@ -435,6 +444,11 @@ async fn paths_and_methods_that_are_not_served_say_so() {
     assert_eq!(response.headers()["allow"], "POST");
     assert_eq!(error_of(response).await["code"], 405);
     assert!(prefill.calls().is_empty() && decode.calls().is_empty());
+    for path in ["/v1/responses/resp_1", "/tokeni%7Ae", "/v1/embeddings/"] {
+        let response = proxy.send(post(path, "{}")).await;
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+    }
+    assert_eq!(decode.calls()[1].uri, "/tokeni%7Ae", "sent on as it came");
 }
 
 #[tokio::test]
