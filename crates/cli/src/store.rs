@@ -5,6 +5,7 @@
 mod content;
 mod explain;
 mod gc;
+mod progress;
 mod tokens;
 mod verify;
 

@@ -149,6 +149,34 @@ fn gc_removes_what_nobody_owns_and_only_after_its_time() {
 }
 
 #[test]
+fn gc_says_what_stays_and_why_and_leaves_foreign_files_alone() {
+    let mut store = Store::new();
+    store.store(&prompt(2), 0..2);
+    let foreign = store.folder().join("notes.tmp");
+    let old = std::time::SystemTime::now() - Duration::from_secs(86_400);
+    let file = std::fs::File::create(&foreign).unwrap();
+    file.set_modified(old).unwrap();
+    let gc = |store: &Store, more: &[&str]| {
+        let output = kvlane(&["store", "gc"], Some(store.shared.path()), more);
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stdout)
+    };
+    for more in [&["--unused-for", "0s"][..], &["--unused-for", "0s", "--dry-run"]] {
+        let shown = gc(&store, more);
+        assert!(shown.contains("a running server owns it"), "{shown}");
+    }
+    store.stop_writer();
+    let shown = gc(&store, &[]);
+    assert!(
+        shown.contains("kept") && shown.contains("used in the last 3600 s"),
+        "{shown}"
+    );
+    let removed = gc(&store, &["--unused-for", "0s"]);
+    assert!(!removed.contains("kept"), "{removed}");
+    assert!(foreign.exists());
+}
+
+#[test]
 fn explain_names_the_first_miss_and_its_reason() {
     let store = Store::new();
     let tokens = prompt(4);

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kvlane_core::{Chain, ChainRoot};
-use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence};
+use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence, Progress};
 use serde::Serialize;
 
+use super::progress::with_bar;
 use super::{FolderArguments, StoreError, existing_store, tokens};
 use crate::descriptors::{Names, NamespaceName};
 use crate::exit::Exit;
@@ -35,7 +36,7 @@ pub(super) struct ExplainArguments {
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.folder.path)?;
-    let names = Names::read(&folder, inspect::list(&folder)?.epoch);
+    let names = Names::read(&folder, inspect::epoch(&folder)?);
     let sizes: BTreeSet<u32> = match arguments.block_tokens {
         Some(given) => [given].into(),
         None => names.current().map(|(_, name)| name.block_tokens).collect(),
@@ -50,7 +51,9 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let mut namespaces: BTreeMap<String, NamespaceReport> = BTreeMap::new();
     for block_tokens in sizes {
         let chain = chain(&tokens, block_tokens, arguments.cache_salt.as_deref())?;
-        let found = explain(&folder, &chain, &names)?;
+        let found = with_bar(arguments.folder.json, |progress| {
+            explain(&folder, &chain, &names, progress)
+        })?;
         for explanation in found {
             let report = NamespaceReport::new(explanation, &chain, &names, block_tokens);
             if arguments.block_tokens.is_none() && report.is_of_another_size() {
@@ -84,8 +87,13 @@ fn chain(tokens: &[u32], block_tokens: u32, cache_salt: Option<&str>) -> Result<
 }
 
 /// What the folder has in every namespace that it has anything of, or that a server named.
-fn explain(folder: &Path, chain: &Chain, names: &Names) -> Result<Vec<Explanation>, StoreError> {
-    let mut found = inspect::explain(folder, chain.keys())?;
+fn explain(
+    folder: &Path,
+    chain: &Chain,
+    names: &Names,
+    progress: Progress<'_>,
+) -> Result<Vec<Explanation>, StoreError> {
+    let mut found = inspect::explain(folder, chain.keys(), progress)?;
     for (namespace, _) in names.current() {
         if !found.iter().any(|other| other.namespace == *namespace) {
             found.push(Explanation::nothing(namespace.clone(), chain.block_count()));
@@ -203,6 +211,7 @@ impl NamespaceReport {
 fn state_text(state: Presence) -> &'static str {
     match state {
         Presence::Ready => "there",
+        Presence::Writing => "being written",
         Presence::Promised => "promised",
         Presence::Overdue => "promised too long ago",
         Presence::Orphaned => "promised by a writer that is gone",
