@@ -100,21 +100,39 @@ mod tests {
         assert_eq!(run(&["kvlane", "proxy", "--help"]), 0);
         assert_eq!(run(&["kvlane"]), 2);
         assert_eq!(run(&["kvlane", "nonsense"]), 2);
-        assert_eq!(
-            run(&["kvlane", "proxy", "--prefill", "http://a:1"]),
-            2,
-            "decode is missing"
+    }
+
+    #[test]
+    fn a_proxy_without_what_it_needs_is_refused_by_name() {
+        let complete = [
+            "kvlane",
+            "proxy",
+            "--prefill=http://a:1",
+            "--decode=http://b:1",
+            "--kv-backend=fs",
+        ];
+        let parse =
+            |arguments: &[&str]| Arguments::try_parse_from(arguments).map_err(|error| error.to_string());
+        assert!(parse(&complete).is_ok());
+        for (missing, name) in [(2, "--prefill <URL>"), (3, "--decode <URL>"), (4, "--kv-backend")] {
+            let mut arguments = complete.to_vec();
+            arguments.remove(missing);
+            let message = parse(&arguments).unwrap_err();
+            let (_, named) = message.split_once("not provided:").unwrap();
+            let (named, _) = named.split_once("Usage").unwrap();
+            assert!(
+                named.contains(name) && named.trim().lines().count() == 1,
+                "{message}"
+            );
+            assert_eq!(run(arguments, PythonFacts::absent()), 2);
+        }
+        let mut encrypted = complete;
+        encrypted[2] = "--prefill=https://a:1";
+        let message = parse(&encrypted).unwrap_err();
+        assert!(
+            message.contains("--prefill") && message.contains("TLS"),
+            "{message}"
         );
-        assert_eq!(
-            run(&[
-                "kvlane",
-                "proxy",
-                "--prefill",
-                "https://a:1",
-                "--decode",
-                "http://b:1"
-            ]),
-            2
-        );
+        assert_eq!(run(encrypted, PythonFacts::absent()), 2);
     }
 }
