@@ -226,6 +226,40 @@ fn explain_names_the_first_miss_and_its_reason() {
 }
 
 #[test]
+fn explain_says_what_all_ranks_of_a_server_have_together() {
+    let store = Store::new();
+    let tokens = prompt(4);
+    store.store(&tokens, 0..4);
+    store.describe(16);
+    let one = explain(&store, &tokens, &[]);
+    assert_eq!(one["servers"][0]["ready_blocks"], 4);
+    assert_eq!(one["servers"][0]["first_miss"], serde_json::Value::Null);
+
+    store.store_as_other_rank(&tokens, [0, 1, 3]);
+    let both = explain(&store, &tokens, &[]);
+    assert_eq!(both["namespaces"].as_array().unwrap().len(), 2);
+    let servers = both["servers"].as_array().unwrap();
+    assert_eq!(servers.len(), 1, "{both}");
+    assert_eq!(servers[0]["namespaces"].as_array().unwrap().len(), 2);
+    assert_eq!(servers[0]["ready_blocks"], 2);
+    assert_eq!(
+        servers[0]["first_miss"],
+        "tensor rank 0 of 2, pipeline rank 0 of 1: block 2 is not there: not stored yet, or evicted"
+    );
+    let shown = kvlane_with(
+        &["store", "explain", "--tokens", "-"],
+        Some(store.shared.path()),
+        &[],
+        &words(&tokens),
+    );
+    let shown = text(&shown.stdout);
+    assert!(
+        shown.contains("all 2 ranks of org/model together: 2 leading blocks"),
+        "{shown}"
+    );
+}
+
+#[test]
 fn explain_tells_promises_and_resets_apart() {
     let mut store = Store::new();
     store.describe(16);

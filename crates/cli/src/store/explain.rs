@@ -71,6 +71,10 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let report = ChainReport {
         path: folder.display().to_string(),
         tokens: tokens.len(),
+        servers: names
+            .servers()
+            .filter_map(|ranks| ServerReport::new(ranks, &namespaces))
+            .collect(),
         namespaces: namespaces.into_values().collect(),
     };
     Ok(show(&report, arguments.folder.json))
@@ -106,7 +110,47 @@ fn explain(
 struct ChainReport {
     path: String,
     tokens: usize,
+    servers: Vec<ServerReport>,
     namespaces: Vec<NamespaceReport>,
+}
+
+/// What all ranks of a server have together: it loads a block only if every one of them can.
+#[derive(Serialize)]
+struct ServerReport {
+    model: String,
+    namespaces: Vec<String>,
+    ready_blocks: usize,
+    first_miss: Option<String>,
+}
+
+impl ServerReport {
+    fn new(ranks: &BTreeSet<String>, found: &BTreeMap<String, NamespaceReport>) -> Option<Self> {
+        let reports: Option<Vec<&NamespaceReport>> = ranks.iter().map(|rank| found.get(rank)).collect();
+        let worst = reports?.into_iter().min_by_key(|report| report.ready_blocks)?;
+        let name = worst.name.as_ref()?;
+        Some(Self {
+            model: name.model.clone(),
+            namespaces: ranks.iter().cloned().collect(),
+            ready_blocks: worst.ready_blocks,
+            first_miss: worst
+                .first_miss
+                .as_ref()
+                .map(|reason| format!("{}: {reason}", name.rank())),
+        })
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!(
+            "\nall {} ranks of {} together: {} leading blocks can be had\n",
+            self.namespaces.len(),
+            self.model,
+            self.ready_blocks
+        );
+        if let Some(reason) = &self.first_miss {
+            text += &format!("  first miss: {reason}\n");
+        }
+        text
+    }
 }
 
 #[derive(Serialize)]
@@ -158,6 +202,10 @@ impl Report for ChainReport {
         }
         for namespace in &self.namespaces {
             text += &namespace.text();
+        }
+        // Of a single rank it would say the same again.
+        for server in self.servers.iter().filter(|server| server.namespaces.len() > 1) {
+            text += &server.text();
         }
         text
     }
