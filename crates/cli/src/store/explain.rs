@@ -14,7 +14,7 @@ use crate::descriptors::{Names, NamespaceName};
 use crate::exit::Exit;
 use crate::output::{Report, show};
 
-/// Says which blocks of given tokens are there, and why the first missing one is missing.
+/// Say which blocks of given tokens are there, and why the first missing one is missing.
 ///
 /// A block is found by all tokens up to its end, the cache salt, the LoRA adapter and the images; requests with an
 /// adapter or images cannot be explained this way.

@@ -13,7 +13,7 @@ use super::{FolderArguments, StoreError, existing_store};
 use crate::exit::Exit;
 use crate::output::{Report, show};
 
-/// Removes segments that no running server owns and that were not used for a while.
+/// Remove segments that no running server owns and that were not used for a while.
 ///
 /// What stays is said with the reason; status 1 if something should have been removed and could not.
 #[derive(Args, Debug)]
