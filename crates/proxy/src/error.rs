@@ -2,8 +2,8 @@
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Method, StatusCode};
 
 use crate::client::SendError;
 use crate::client_body::BodyFault;
@@ -18,10 +18,13 @@ pub(crate) enum ProxyError {
     Body(#[from] BodyFault),
     #[error("{0} requests are in flight already")]
     Overloaded(usize),
-    #[error("this path is not served here")]
-    UnknownPath,
-    #[error("this path does not take that method")]
-    MethodNotAllowed,
+    #[error(
+        "the path {0} is not served here: OpenAI's paths under /v1/, /tokenize and other requests for an answer are; what \
+         changes a server has to be sent to each server itself"
+    )]
+    UnknownPath(String),
+    #[error("the path {path} does not take {method}; the header Allow names what it takes")]
+    MethodNotAllowed { path: String, method: Method },
     #[error("no decode server is configured")]
     NoDecodeServer,
     #[error("the decode server {address} {cause}")]
@@ -35,8 +38,8 @@ impl ProxyError {
             Self::Body(BodyFault::Late(_) | BodyFault::Stalled(_)) => StatusCode::REQUEST_TIMEOUT,
             Self::Body(BodyFault::TooLarge(_)) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Overloaded(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UnknownPath => StatusCode::NOT_FOUND,
-            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::UnknownPath(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Decode {
                 cause: SendError::TimedOut(_),
                 ..

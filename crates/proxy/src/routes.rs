@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{Request, StatusCode};
+use http::{Method, Request, StatusCode, Uri};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use tokio::sync::Semaphore;
@@ -84,7 +84,10 @@ impl Proxy {
             .route("/health", get(health::health))
             .route("/metrics", get(own_metrics))
             .fallback(other)
-            .method_not_allowed_fallback(async || ProxyError::MethodNotAllowed)
+            .method_not_allowed_fallback(async |method: Method, uri: Uri| ProxyError::MethodNotAllowed {
+                path: uri.path().to_owned(),
+                method,
+            })
             .with_state(Arc::clone(&self.shared))
     }
 }
@@ -146,7 +149,7 @@ async fn answer(shared: &Arc<Shared>, route: &'static str, request: Request<Body
             match how {
                 How::Split => split(shared, &mut exchange, request).await,
                 How::Pass => pass_through(shared, &mut exchange, request).await,
-                How::Unknown => Err(ProxyError::UnknownPath),
+                How::Unknown => Err(ProxyError::UnknownPath(request.uri().path().to_owned())),
             }
         }
     };

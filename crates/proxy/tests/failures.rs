@@ -437,12 +437,23 @@ async fn paths_and_methods_that_are_not_served_say_so() {
     ] {
         let response = proxy.send(post(path, "{}")).await;
         assert_eq!(response.status(), StatusCode::NOT_FOUND, "{path}");
-        assert_eq!(error_of(response).await["code"], 404);
+        let error = error_of(response).await;
+        assert_eq!(error["code"], 404);
+        let named = format!("the path {} is not", path.trim_end_matches("?x=1"));
+        assert!(error["message"].as_str().unwrap().contains(&named), "{error}");
     }
     let response = proxy.get("/v1/completions").await;
     assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
     assert_eq!(response.headers()["allow"], "POST");
-    assert_eq!(error_of(response).await["code"], 405);
+    let error = error_of(response).await;
+    assert_eq!(error["code"], 405);
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("/v1/completions does not take GET"),
+        "{error}"
+    );
     assert!(prefill.calls().is_empty() && decode.calls().is_empty());
     for path in ["/v1/responses/resp_1", "/tokeni%7Ae", "/v1/embeddings/"] {
         let response = proxy.send(post(path, "{}")).await;
