@@ -108,7 +108,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 fn each_segment(
     directory: &Directory,
     progress: Progress<'_>,
-    look: &mut dyn FnMut(String, Result<SegmentView>, &mut dyn FnMut(u64)),
+    mut look: impl FnMut(String, Result<SegmentView>, &mut dyn FnMut(u64)),
 ) -> Result<()> {
     let mut files = Vec::new();
     for (_, name) in directory.segment_names()? {
@@ -150,7 +150,7 @@ pub fn list(path: &Path) -> Result<StoreInfo> {
 pub fn list_with(path: &Path, progress: Progress<'_>) -> Result<StoreInfo> {
     let directory = open(path)?;
     let mut segments = Vec::new();
-    each_segment(&directory, progress, &mut |name, view, _| {
+    each_segment(&directory, progress, |name, view, _| {
         segments.push(match view {
             Ok(view) => describe(name, &view),
             Err(error) => rejected(name, &error),

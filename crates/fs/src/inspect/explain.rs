@@ -94,7 +94,7 @@ pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Resul
     let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
     let mut seen: BTreeMap<[u8; 32], HashMap<usize, BlockInfo>> = BTreeMap::new();
     let now_ms = unix_ms();
-    each_segment(&directory, progress, &mut |name, view, _| {
+    each_segment(&directory, progress, |name, view, _| {
         // A file that is no segment has no blocks; `verify` and `list` name it.
         let Ok(view) = view else { return };
         let alive = view.owner_lives();

@@ -66,7 +66,7 @@ pub fn gc(path: &Path, unused_ms: u64, dry_run: bool, progress: Progress<'_>) ->
 
 fn collect(directory: &Directory, unused_ms: u64, dry_run: bool, progress: Progress<'_>) -> Result<GcReport> {
     let mut report = GcReport::default();
-    each_segment(directory, progress, &mut |name, view, _| {
+    each_segment(directory, progress, |name, view, _| {
         let removed = view.map_err(Fate::of_unusable).and_then(|view| {
             let bytes = view.header.file_bytes();
             if let Some(reason) = reason_to_keep(directory, &view, unused_ms) {

@@ -52,7 +52,7 @@ pub struct VerifyReport {
 pub fn verify(path: &Path, progress: Progress<'_>) -> Result<VerifyReport> {
     let directory = open(path)?;
     let mut report = VerifyReport::default();
-    each_segment(&directory, progress, &mut |name, view, done| {
+    each_segment(&directory, progress, |name, view, done| {
         let checked = view.and_then(|view| {
             let layers = view.layer_bytes().map_err(|reject| FsError::Foreign {
                 path: view.path.clone(),
