@@ -36,7 +36,8 @@ pub struct ProxyConfig {
     pub client_stall_timeout: Duration,
     /// Longest wait for requests in flight after a shutdown was asked for.
     pub drain_timeout: Duration,
-    /// How long a server that refused a connection or timed out is passed over.
+    /// How long a server that refused a connection or timed out is passed over, and how long others come before one that
+    /// answered that it cannot serve.
     pub cooldown: Duration,
     /// How long an unused connection to a server is kept. Below uvicorn's five seconds, so that a server rarely closes a
     /// connection at the moment a request is written to it.
