@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 from typing import Any
 
@@ -13,6 +14,10 @@ from kvlane import _native, plugin
 
 def main() -> None:
     """Entry point of the console script; ends the process with the command's exit status."""
+    # Python's own handler only sets a flag that nobody looks at while native code runs: Ctrl-C would do nothing, and
+    # after the proxy's orderly stop it would raise KeyboardInterrupt. The proxy sets a handler of its own.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(_native.run_cli(sys.argv[1:], json.dumps(facts())))
 
 

@@ -3,7 +3,7 @@
 //! A namespace is a hash. These files tell which model and rank stand behind it; without one it stays a number. What
 //! they say is shown, never trusted with more than that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -33,14 +33,16 @@ pub(crate) struct NamespaceName {
 impl NamespaceName {
     /// One line without the number.
     pub(crate) fn line(&self) -> String {
-        let Self {
-            model,
-            pipeline_rank,
-            tensor_rank,
-            ..
-        } = self;
         let reset = if self.is_current { "" } else { ", before a reset" };
-        format!("{model}, tensor rank {tensor_rank}, pipeline rank {pipeline_rank}{reset}")
+        format!("{}, {}{reset}", self.model, self.rank())
+    }
+
+    /// Which part of the model it is.
+    pub(crate) fn rank(&self) -> String {
+        format!(
+            "tensor rank {}, pipeline rank {}",
+            self.tensor_rank, self.pipeline_rank
+        )
     }
 }
 
@@ -48,13 +50,17 @@ impl NamespaceName {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Names {
     names: BTreeMap<String, NamespaceName>,
+    servers: BTreeSet<BTreeSet<String>>,
 }
 
 impl Names {
     /// Reads the descriptors below the store `folder`, whose present epoch is `epoch`. What cannot be read is left out.
     pub(crate) fn read(folder: &Path, epoch: u64) -> Self {
         let mut names = BTreeMap::new();
+        let mut engines: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for descriptor in descriptors(folder) {
+            let current = descriptor.namespace.with_epoch(epoch).to_string();
+            engines.entry(descriptor.engine_id).or_default().insert(current);
             for past in (epoch.saturating_sub(EPOCHS_BACK_MAX)..=epoch).rev() {
                 let name = NamespaceName {
                     is_current: past == epoch,
@@ -63,7 +69,10 @@ impl Names {
                 names.insert(descriptor.namespace.with_epoch(past).to_string(), name);
             }
         }
-        Self { names }
+        Self {
+            names,
+            servers: engines.into_values().collect(),
+        }
     }
 
     /// The name behind 64 hex digits.
@@ -76,6 +85,12 @@ impl Names {
         self.names.iter().filter(|(_, name)| name.is_current)
     }
 
+    /// For each kind of server the namespaces of its ranks, all of which it needs a block from. Servers that share all of
+    /// them, as a prefill and a decode server do, count once.
+    pub(crate) fn servers(&self) -> impl Iterator<Item = &BTreeSet<String>> {
+        self.servers.iter()
+    }
+
     /// Where descriptors lie.
     pub(crate) fn folder(store: &Path) -> PathBuf {
         store.join("descriptors")
@@ -83,6 +98,7 @@ impl Names {
 }
 
 struct Descriptor {
+    engine_id: String,
     namespace: NamespaceId,
     name: NamespaceName,
 }
@@ -93,6 +109,7 @@ struct Content {
     namespace: String,
     pp_rank: u32,
     tp_rank: u32,
+    engine_id: String,
     block_tokens: u32,
     #[serde(default)]
     facts: BTreeMap<String, String>,
@@ -138,6 +155,7 @@ fn read_one(path: &Path) -> Result<Descriptor, String> {
             .unwrap_or_else(|| rank.to_string())
     };
     Ok(Descriptor {
+        engine_id: content.engine_id,
         namespace,
         name: NamespaceName {
             model: model(&content.facts),

@@ -17,12 +17,12 @@ use crate::exit::Exit;
 use crate::facts::PythonFacts;
 use crate::output::{Report, show};
 
-/// Finds out what keeps kvlane from working, or working well, on this machine; status 1 if something does.
+/// Find out what keeps kvlane from working, or working well, on this machine; status 1 if something does.
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArguments {
     /// The servers' shared_storage_path, or its subfolder kvlane; without it no folder is checked.
     path: Option<PathBuf>,
-    /// Print one JSON document.
+    /// Print one JSON document; errors stay text on standard error.
     #[arg(long)]
     json: bool,
 }

@@ -29,7 +29,8 @@ pub use output::{Report, Table};
     name = "kvlane",
     version,
     propagate_version = true,
-    arg_required_else_help = true
+    arg_required_else_help = true,
+    after_help = "Exit status: 0 all is well, 1 it did not work or a check found problems, 2 wrong usage"
 )]
 struct Arguments {
     #[command(flatten)]
@@ -38,13 +39,11 @@ struct Arguments {
     command: Command,
 }
 
+// What each says of itself stands with its arguments: a line here would replace it.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve OpenAI requests by a prefill and a decode server that hand over KV.
     Proxy(proxy::ProxyArguments),
-    /// Look into a folder of KV cache, live or idle.
     Store(store::StoreArguments),
-    /// Find out what keeps kvlane from working, or working well, on this machine.
     Doctor(doctor::DoctorArguments),
 }
 
@@ -100,21 +99,64 @@ mod tests {
         assert_eq!(run(&["kvlane", "proxy", "--help"]), 0);
         assert_eq!(run(&["kvlane"]), 2);
         assert_eq!(run(&["kvlane", "nonsense"]), 2);
-        assert_eq!(
-            run(&["kvlane", "proxy", "--prefill", "http://a:1"]),
-            2,
-            "decode is missing"
+    }
+
+    #[test]
+    fn help_tells_what_the_arguments_alone_do_not() {
+        let help = |path: &[&str]| {
+            let mut command = Arguments::command();
+            for name in path {
+                command = command.find_subcommand(name).unwrap().clone();
+            }
+            (
+                command.get_about().unwrap().to_string(),
+                command.render_long_help().to_string(),
+            )
+        };
+        for (path, about, more) in [
+            (&["proxy"][..], "Serve", "http://HOST:PORT=KV_PORT"),
+            (&["store", "explain"], "Say", "LoRA adapter"),
+            (&["store", "gc"], "Remove", "status 1"),
+            (&["doctor"], "Find", "status 1"),
+            (&[], "Moves", "Exit status: 0"),
+        ] {
+            let (line, text) = help(path);
+            assert!(line.starts_with(about) && !line.contains('\n'), "{line}");
+            assert!(text.contains(more), "{path:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_without_what_it_needs_is_refused_by_name() {
+        let complete = [
+            "kvlane",
+            "proxy",
+            "--prefill=http://a:1",
+            "--decode=http://b:1",
+            "--kv-backend=fs",
+        ];
+        let parse =
+            |arguments: &[&str]| Arguments::try_parse_from(arguments).map_err(|error| error.to_string());
+        assert!(parse(&complete).is_ok());
+        for (missing, name) in [(2, "--prefill <URL>"), (3, "--decode <URL>"), (4, "--kv-backend")] {
+            let mut arguments = complete.to_vec();
+            arguments.remove(missing);
+            let message = parse(&arguments).unwrap_err();
+            let (_, named) = message.split_once("not provided:").unwrap();
+            let (named, _) = named.split_once("Usage").unwrap();
+            assert!(
+                named.contains(name) && named.trim().lines().count() == 1,
+                "{message}"
+            );
+            assert_eq!(run(arguments, PythonFacts::absent()), 2);
+        }
+        let mut encrypted = complete;
+        encrypted[2] = "--prefill=https://a:1";
+        let message = parse(&encrypted).unwrap_err();
+        assert!(
+            message.contains("--prefill") && message.contains("TLS"),
+            "{message}"
         );
-        assert_eq!(
-            run(&[
-                "kvlane",
-                "proxy",
-                "--prefill",
-                "https://a:1",
-                "--decode",
-                "http://b:1"
-            ]),
-            2
-        );
+        assert_eq!(run(encrypted, PythonFacts::absent()), 2);
     }
 }

@@ -5,6 +5,7 @@
 mod content;
 mod explain;
 mod gc;
+mod progress;
 mod tokens;
 mod verify;
 
@@ -18,7 +19,7 @@ use kvlane_fs::FsError;
 use crate::exit::Exit;
 use crate::output::complain;
 
-/// Looks into a folder of KV cache, live or idle.
+/// Look into a folder of KV cache, live or idle.
 #[derive(Args, Debug)]
 pub(crate) struct StoreArguments {
     #[command(subcommand)]
@@ -33,9 +34,7 @@ enum StoreCommand {
     Stat(FolderArguments),
     /// Read every block and compare it with its checksums; status 1 if any is bad.
     Verify(FolderArguments),
-    /// Remove segments that no running server owns and that were not used for a while.
     Gc(gc::GcArguments),
-    /// Say which blocks of given tokens are there, and why the first missing one is missing.
     Explain(explain::ExplainArguments),
 }
 
@@ -43,7 +42,7 @@ enum StoreCommand {
 struct FolderArguments {
     /// The servers' shared_storage_path, or its subfolder kvlane.
     path: PathBuf,
-    /// Print one JSON document.
+    /// Print one JSON document; errors stay text on standard error.
     #[arg(long)]
     json: bool,
 }

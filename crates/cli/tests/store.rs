@@ -149,6 +149,34 @@ fn gc_removes_what_nobody_owns_and_only_after_its_time() {
 }
 
 #[test]
+fn gc_says_what_stays_and_why_and_leaves_foreign_files_alone() {
+    let mut store = Store::new();
+    store.store(&prompt(2), 0..2);
+    let foreign = store.folder().join("notes.tmp");
+    let old = std::time::SystemTime::now() - Duration::from_secs(86_400);
+    let file = std::fs::File::create(&foreign).unwrap();
+    file.set_modified(old).unwrap();
+    let gc = |store: &Store, more: &[&str]| {
+        let output = kvlane(&["store", "gc"], Some(store.shared.path()), more);
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stdout)
+    };
+    for more in [&["--unused-for", "0s"][..], &["--unused-for", "0s", "--dry-run"]] {
+        let shown = gc(&store, more);
+        assert!(shown.contains("a running server owns it"), "{shown}");
+    }
+    store.stop_writer();
+    let shown = gc(&store, &[]);
+    assert!(
+        shown.contains("kept") && shown.contains("used in the last 3600 s"),
+        "{shown}"
+    );
+    let removed = gc(&store, &["--unused-for", "0s"]);
+    assert!(!removed.contains("kept"), "{removed}");
+    assert!(foreign.exists());
+}
+
+#[test]
 fn explain_names_the_first_miss_and_its_reason() {
     let store = Store::new();
     let tokens = prompt(4);
@@ -193,6 +221,40 @@ fn explain_names_the_first_miss_and_its_reason() {
     let shown = text(&shown.stdout);
     assert!(
         shown.contains("blocks 0 to 1: there\n  block 2: not there\n  block 3: there"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn explain_says_what_all_ranks_of_a_server_have_together() {
+    let store = Store::new();
+    let tokens = prompt(4);
+    store.store(&tokens, 0..4);
+    store.describe(16);
+    let one = explain(&store, &tokens, &[]);
+    assert_eq!(one["servers"][0]["ready_blocks"], 4);
+    assert_eq!(one["servers"][0]["first_miss"], serde_json::Value::Null);
+
+    store.store_as_other_rank(&tokens, [0, 1, 3]);
+    let both = explain(&store, &tokens, &[]);
+    assert_eq!(both["namespaces"].as_array().unwrap().len(), 2);
+    let servers = both["servers"].as_array().unwrap();
+    assert_eq!(servers.len(), 1, "{both}");
+    assert_eq!(servers[0]["namespaces"].as_array().unwrap().len(), 2);
+    assert_eq!(servers[0]["ready_blocks"], 2);
+    assert_eq!(
+        servers[0]["first_miss"],
+        "tensor rank 0 of 2, pipeline rank 0 of 1: block 2 is not there: not stored yet, or evicted"
+    );
+    let shown = kvlane_with(
+        &["store", "explain", "--tokens", "-"],
+        Some(store.shared.path()),
+        &[],
+        &words(&tokens),
+    );
+    let shown = text(&shown.stdout);
+    assert!(
+        shown.contains("all 2 ranks of org/model together: 2 leading blocks"),
         "{shown}"
     );
 }

@@ -2,24 +2,26 @@
 
 mod explain;
 mod folder;
+mod gc;
+mod verify;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kvlane_core::NamespaceId;
 use serde::Serialize;
 
-use crate::directory::{Directory, unix_ms};
+use crate::directory::Directory;
 use crate::error::{FsError, Result};
 use crate::format::{SlotRecord, SlotState};
 use crate::options::FsOptions;
-use crate::raw::LayerCrc;
-use crate::segment::{self, SegmentView};
+use crate::segment::SegmentView;
 use crate::shared::MARK_MS;
 
 pub use explain::{BlockInfo, Explanation, Presence, explain};
 pub use folder::{FolderInfo, folder};
+pub use gc::{GcReport, KeptFile, gc};
+pub use verify::{BadBlock, VerifyReport, verify};
 
 /// A folder as a whole.
 #[derive(Debug, Clone, Serialize)]
@@ -93,52 +95,44 @@ pub struct SegmentInfo {
     pub rejected: Option<String>,
 }
 
-/// A block that does not match its checksum.
-#[derive(Debug, Clone, Serialize)]
-pub struct BadBlock {
-    /// File name of the segment.
-    pub segment: String,
-    /// The slot.
-    pub slot: u32,
-    /// The block's key, 64 hex digits.
-    pub key: String,
-    /// First layer that is wrong.
-    pub layer: u32,
-}
-
-/// Outcome of a check of all payload.
-#[derive(Debug, Clone, Default, Serialize)]
-#[non_exhaustive]
-pub struct VerifyReport {
-    /// Blocks that were checked and are right.
-    pub good_blocks: u64,
-    /// Their payload.
-    pub good_bytes: u64,
-    /// Blocks that were recycled while they were read: nothing can be said of them.
-    pub recycled_blocks: u64,
-    /// Slots whose record is damaged.
-    pub damaged_records: u64,
-    /// Blocks with wrong bytes.
-    pub bad_blocks: Vec<BadBlock>,
-    /// Files that are not usable segments.
-    pub rejected_files: Vec<String>,
-}
-
-/// Outcome of a clean-up.
-#[derive(Debug, Clone, Default, Serialize)]
-#[non_exhaustive]
-pub struct GcReport {
-    /// Segments that were removed.
-    pub removed_segments: Vec<String>,
-    /// Left-overs of interrupted work that were removed.
-    pub removed_files: Vec<String>,
-    /// Bytes that were freed.
-    pub freed_bytes: u64,
-}
-
 fn open(path: &Path) -> Result<Directory> {
     Directory::open(path, &FsOptions::default(), false)?
         .ok_or_else(|| FsError::io("open", path)(std::io::ErrorKind::NotFound.into()))
+}
+
+/// What looking takes note of as it goes on: (bytes done, bytes in all).
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Shows each segment of a folder to `look`, with a place for the bytes of it that are done. A segment is open only while
+/// it is looked at: a folder may have more of them than a process may have open files.
+fn each_segment(
+    directory: &Directory,
+    progress: Progress<'_>,
+    mut look: impl FnMut(String, Result<SegmentView>, &mut dyn FnMut(u64)),
+) -> Result<()> {
+    let mut files = Vec::new();
+    for (_, name) in directory.segment_names()? {
+        // What cannot be inspected is for `look` to say; it counts nothing here.
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        let bytes = rustix::fs::statat(&directory.folder, &name, flags)
+            .map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+        files.push((name, bytes));
+    }
+    let total = files.iter().map(|(_, bytes)| bytes).sum();
+    let mut done = 0;
+    progress(done, total);
+    for (name, bytes) in files {
+        match SegmentView::open(directory, &name) {
+            Ok(None) => {}
+            Ok(Some(view)) => look(name, Ok(view), &mut |within| {
+                progress(done + within.min(bytes), total);
+            }),
+            Err(error) => look(name, Err(error), &mut |_| {}),
+        }
+        done += bytes;
+        progress(done, total);
+    }
+    Ok(())
 }
 
 /// Lists a folder.
@@ -146,15 +140,22 @@ fn open(path: &Path) -> Result<Directory> {
 /// # Errors
 /// There is no store at `path`, or it cannot be read.
 pub fn list(path: &Path) -> Result<StoreInfo> {
+    list_with(path, &mut |_, _| {})
+}
+
+/// As [`list`], telling how far it is.
+///
+/// # Errors
+/// There is no store at `path`, or it cannot be read.
+pub fn list_with(path: &Path, progress: Progress<'_>) -> Result<StoreInfo> {
     let directory = open(path)?;
     let mut segments = Vec::new();
-    for (_, name) in directory.segment_names()? {
-        match SegmentView::open(&directory, &name) {
-            Ok(Some(view)) => segments.push(describe(name, &view)),
-            Ok(None) => {}
-            Err(error) => segments.push(rejected(name, &error)),
-        }
-    }
+    each_segment(&directory, progress, |name, view, _| {
+        segments.push(match view {
+            Ok(view) => describe(name, &view),
+            Err(error) => rejected(name, &error),
+        });
+    })?;
     Ok(StoreInfo {
         path: path.display().to_string(),
         file_system: directory.choice.file_system.clone(),
@@ -200,7 +201,7 @@ fn describe(name: String, view: &SegmentView) -> SegmentInfo {
         info.last_used_unix_ms = info.last_used_unix_ms.max(u64::from(view.mark(slot)) * MARK_MS);
         match state(view, slot) {
             SlotView::Empty => info.free += 1,
-            SlotView::Writing => info.writing += 1,
+            SlotView::Writing(_) => info.writing += 1,
             SlotView::Damaged => info.damaged += 1,
             SlotView::Whole(record) => match record.state {
                 SlotState::Free => info.free += 1,
@@ -238,7 +239,8 @@ fn rejected(name: String, error: &FsError) -> SegmentInfo {
 enum SlotView {
     /// Never used.
     Empty,
-    Writing,
+    /// Being changed, with what it was before: the promise of a block is filled in its own slot.
+    Writing(Option<SlotRecord>),
     Damaged,
     Whole(SlotRecord),
 }
@@ -251,7 +253,8 @@ fn state(view: &SegmentView, slot: u32) -> SlotView {
             return SlotView::Empty;
         }
         if sequence % 2 == 1 {
-            return SlotView::Writing;
+            let before = view.record(slot, sequence - 1).ok();
+            return SlotView::Writing(before);
         }
         match view.record(slot, sequence) {
             Ok(record) => return SlotView::Whole(record),
@@ -259,132 +262,15 @@ fn state(view: &SegmentView, slot: u32) -> SlotView {
             Err(_) => {}
         }
     }
-    SlotView::Writing
+    SlotView::Writing(None)
 }
 
-/// Reads every block and compares it with its checksums. `progress` gets (bytes done, bytes in all).
+/// Number of resets of the folder so far; cheaper than [`list`].
 ///
 /// # Errors
 /// There is no store at `path`, or it cannot be read.
-pub fn verify(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
-    let directory = open(path)?;
-    let mut report = VerifyReport::default();
-    let mut views = Vec::new();
-    for (_, name) in directory.segment_names()? {
-        match SegmentView::open(&directory, &name) {
-            Ok(Some(view)) => views.push((name, view)),
-            Ok(None) => {}
-            Err(error) => report.rejected_files.push(format!("{name}: {error}")),
-        }
-    }
-    let total: u64 = views
-        .iter()
-        .map(|(_, view)| view.header.slot_bytes * u64::from(view.header.slot_count))
-        .sum();
-    let mut done = 0;
-    progress(done, total);
-    for (name, view) in &views {
-        let layers = match view.layer_bytes() {
-            Ok(layers) => layers,
-            Err(reject) => {
-                report.rejected_files.push(format!("{name}: {reject}"));
-                continue;
-            }
-        };
-        let mut payload = vec![0; view.header.payload_bytes as usize];
-        for slot in 0..view.header.slot_count {
-            match state(view, slot) {
-                SlotView::Damaged => report.damaged_records += 1,
-                SlotView::Whole(record) if record.state == SlotState::Committed => {
-                    view.file
-                        .read_exact_at(&mut payload, view.header.slot_offset(slot))
-                        .map_err(FsError::io("read", &view.path))?;
-                    let wrong = first_wrong_layer(&payload, &layers, &record);
-                    if view.sequence(slot) != record.sequence {
-                        report.recycled_blocks += 1;
-                    } else if let Some(layer) = wrong {
-                        let (segment, key) = (name.clone(), hex(&record.key.0));
-                        report.bad_blocks.push(BadBlock {
-                            segment,
-                            slot,
-                            key,
-                            layer,
-                        });
-                    } else {
-                        report.good_blocks += 1;
-                        report.good_bytes += payload.len() as u64;
-                    }
-                }
-                _ => {}
-            }
-            done += view.header.slot_bytes;
-            progress(done, total);
-        }
-    }
-    Ok(report)
-}
-
-fn first_wrong_layer(payload: &[u8], layers: &[u64], record: &SlotRecord) -> Option<u32> {
-    let mut rest = payload;
-    for (layer, (&bytes, &expected)) in layers.iter().zip(&record.layer_crcs).enumerate() {
-        let (data, behind) = rest.split_at(bytes as usize);
-        let mut crc = LayerCrc::new(&record.key.0, layer as u32);
-        crc.update(data);
-        if crc.value() != expected {
-            return Some(layer as u32);
-        }
-        rest = behind;
-    }
-    None
-}
-
-/// Removes segments that nobody owns and that were not used for `unused_ms`, and left-overs of interrupted work. A
-/// running writer's segments are never touched.
-///
-/// # Errors
-/// There is no store at `path`, or it is read-only.
-pub fn gc(path: &Path, unused_ms: u64, dry_run: bool) -> Result<GcReport> {
-    let directory = open(path)?;
-    if !directory.writable && !dry_run {
-        return Err(FsError::ReadOnly { path: path.into() });
-    }
-    let mut report = GcReport::default();
-    let now_ms = unix_ms();
-    for (_, name) in directory.segment_names()? {
-        let Ok(Some(view)) = SegmentView::open(&directory, &name) else {
-            continue;
-        };
-        let info = describe(name.clone(), &view);
-        let used_ms = info.last_used_unix_ms.max(info.created_unix_ms);
-        if info.owner_lives || now_ms.saturating_sub(used_ms) < unused_ms {
-            continue;
-        }
-        if dry_run || segment::remove_orphan(&directory, &name)? {
-            report.freed_bytes += info.file_bytes;
-            report.removed_segments.push(name);
-        }
-    }
-    for entry in std::fs::read_dir(path)
-        .map_err(FsError::io("list", path))?
-        .flatten()
-    {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Ok(meta) = entry.metadata() else { continue };
-        let age_ms = meta
-            .modified()
-            .ok()
-            .and_then(|at| at.elapsed().ok())
-            .map_or(0, |age| age.as_millis() as u64);
-        // A minute is far longer than making a file takes.
-        if name.ends_with(".tmp") && meta.is_file() && age_ms > 60_000 {
-            if !dry_run {
-                std::fs::remove_file(entry.path()).map_err(FsError::io("remove", entry.path()))?;
-            }
-            report.freed_bytes += meta.len();
-            report.removed_files.push(name);
-        }
-    }
-    Ok(report)
+pub fn epoch(path: &Path) -> Result<u64> {
+    Ok(open(path)?.control.epoch())
 }
 
 /// The namespace that records carry for `namespace` in the folder's present epoch, 64 hex digits.
@@ -409,8 +295,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert!(list(root.path()).is_err());
         assert!(verify(root.path(), &mut |_, _| {}).is_err());
-        assert!(gc(root.path(), 0, false).is_err());
-        assert!(explain(root.path(), &[]).is_err());
+        assert!(gc(root.path(), 0, false, &mut |_, _| {}).is_err());
+        assert!(explain(root.path(), &[], &mut |_, _| {}).is_err());
         let reader = FsReader::open(root.path(), vec![], &FsOptions::default()).unwrap();
         assert_eq!(reader.usage_bytes(), (0, 0));
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);

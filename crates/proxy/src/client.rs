@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use axum::body::Body;
 use http::{Request, Response};
-use http_body_util::LengthLimitError;
 use hyper::body::Incoming;
 use hyper_util::client::legacy::{self, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
+use crate::client_body::BodyFault;
 use crate::config::ProxyConfig;
 
 /// Keeps connections to the servers and sends requests over them.
@@ -29,9 +29,9 @@ pub(crate) enum SendError {
     Broken(String),
     #[error("did not answer within {0} ms")]
     TimedOut(u128),
-    /// Our own bound stopped a streamed request body.
-    #[error("was not sent a body over the limit")]
-    BodyTooLarge,
+    /// The client's body stopped it, which says nothing of the server.
+    #[error("was not sent a whole body: it {0}")]
+    Body(BodyFault),
 }
 
 impl Client {
@@ -58,10 +58,10 @@ impl Client {
         match tokio::time::timeout(timeout, self.pool.request(request)).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if error.is_connect() => Err(SendError::Unreachable(innermost(&error))),
-            Ok(Err(error)) if chain(&error).any(|cause| cause.is::<LengthLimitError>()) => {
-                Err(SendError::BodyTooLarge)
-            }
-            Ok(Err(error)) => Err(SendError::Broken(innermost(&error))),
+            Ok(Err(error)) => Err(match body_fault(&error) {
+                Some(fault) => SendError::Body(fault),
+                None => SendError::Broken(innermost(&error)),
+            }),
             Err(_elapsed) => Err(SendError::TimedOut(timeout.as_millis())),
         }
     }
@@ -74,6 +74,10 @@ pub(crate) fn chain<'a>(
     std::iter::successors(Some(error), |error: &&'a (dyn StdError + 'static)| {
         (*error).source()
     })
+}
+
+fn body_fault(error: &(dyn StdError + 'static)) -> Option<BodyFault> {
+    chain(error).find_map(|cause| cause.downcast_ref().cloned())
 }
 
 fn innermost(error: &(dyn StdError + 'static)) -> String {

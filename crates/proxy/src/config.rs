@@ -29,11 +29,15 @@ pub struct ProxyConfig {
     pub idle_timeout: Duration,
     /// Longest wait for a client's request head, which is also how long an idle client connection is kept.
     pub client_head_timeout: Duration,
-    /// Longest wait for a client's request body.
+    /// Longest wait for a client's request body; where it is sent on while it arrives, for the next piece of it.
     pub client_body_timeout: Duration,
+    /// Longest wait for a client to take the next piece of its answer, or to answer at all while there is none; after it
+    /// the connection is closed.
+    pub client_stall_timeout: Duration,
     /// Longest wait for requests in flight after a shutdown was asked for.
     pub drain_timeout: Duration,
-    /// How long a server that refused a connection or timed out is passed over.
+    /// How long a server that refused a connection or timed out is passed over, and how long others come before one that
+    /// answered that it cannot serve.
     pub cooldown: Duration,
     /// How long an unused connection to a server is kept. Below uvicorn's five seconds, so that a server rarely closes a
     /// connection at the moment a request is written to it.
@@ -97,6 +101,7 @@ impl ProxyConfig {
             idle_timeout: Duration::from_secs(300),
             client_head_timeout: Duration::from_secs(75),
             client_body_timeout: Duration::from_secs(60),
+            client_stall_timeout: Duration::from_secs(300),
             drain_timeout: Duration::from_secs(30),
             cooldown: Duration::from_secs(2),
             pool_idle_timeout: Duration::from_secs(4),

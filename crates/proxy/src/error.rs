@@ -2,10 +2,11 @@
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Method, StatusCode};
 
 use crate::client::SendError;
+use crate::client_body::BodyFault;
 use crate::rewrite::BodyError;
 
 /// Why the proxy answers instead of a server.
@@ -13,18 +14,17 @@ use crate::rewrite::BodyError;
 pub(crate) enum ProxyError {
     #[error("{0}")]
     BadBody(#[from] BodyError),
-    #[error("the request body could not be read: {0}")]
-    UnreadableBody(axum::Error),
-    #[error("the request body did not arrive within {0} ms")]
-    SlowBody(u128),
-    #[error("the request body is larger than {0} bytes")]
-    BodyTooLarge(usize),
+    #[error("the request body {0}")]
+    Body(#[from] BodyFault),
     #[error("{0} requests are in flight already")]
     Overloaded(usize),
-    #[error("this path is not served here")]
-    UnknownPath,
-    #[error("this path does not take that method")]
-    MethodNotAllowed,
+    #[error(
+        "the path {0} is not served here: OpenAI's paths under /v1/, /tokenize and other requests for an answer are; what \
+         changes a server has to be sent to each server itself"
+    )]
+    UnknownPath(String),
+    #[error("the path {path} does not take {method}; the header Allow names what it takes")]
+    MethodNotAllowed { path: String, method: Method },
     #[error("no decode server is configured")]
     NoDecodeServer,
     #[error("the decode server {address} {cause}")]
@@ -34,12 +34,12 @@ pub(crate) enum ProxyError {
 impl ProxyError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::BadBody(_) | Self::UnreadableBody(_) => StatusCode::BAD_REQUEST,
-            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BadBody(_) | Self::Body(BodyFault::Unreadable(_)) => StatusCode::BAD_REQUEST,
+            Self::Body(BodyFault::Late(_) | BodyFault::Stalled(_)) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyFault::TooLarge(_)) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Overloaded(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::UnknownPath => StatusCode::NOT_FOUND,
-            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::UnknownPath(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Decode {
                 cause: SendError::TimedOut(_),
                 ..

@@ -10,7 +10,7 @@
 //! - A prefill server that is down, slow or broken costs speed, never the request: decode recomputes.
 //! - An answer that breaks off after its first byte breaks off for the client too; it never looks complete.
 //! - A client that goes away takes its upstream request with it, in both phases.
-//! - Bodies, requests in flight and every wait for a server have a bound.
+//! - Bodies, requests in flight and every wait for a server or a client have a bound.
 //!
 //! [`serve`] runs it on a listener of the caller's; [`Proxy::router`] gives the axum router to embed elsewhere.
 
@@ -21,6 +21,7 @@ pub mod request_id;
 pub mod rewrite;
 
 mod client;
+mod client_body;
 mod error;
 mod exchange;
 mod headers;

@@ -37,7 +37,7 @@ pub(crate) enum Fallback {
     TimedOut,
     /// Prefill broke off its answer.
     Broken,
-    /// Prefill answered with a status that is neither success nor the client's fault.
+    /// Prefill answered that it cannot serve now.
     Failed,
 }
 

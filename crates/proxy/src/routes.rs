@@ -8,8 +8,9 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{Request, StatusCode};
+use http::{Method, Request, StatusCode, Uri};
 use hyper::body::Incoming;
+use percent_encoding::percent_decode_str;
 use tokio::sync::Semaphore;
 
 use crate::client::Client;
@@ -83,7 +84,10 @@ impl Proxy {
             .route("/health", get(health::health))
             .route("/metrics", get(own_metrics))
             .fallback(other)
-            .method_not_allowed_fallback(async || ProxyError::MethodNotAllowed)
+            .method_not_allowed_fallback(async |method: Method, uri: Uri| ProxyError::MethodNotAllowed {
+                path: uri.path().to_owned(),
+                method,
+            })
             .with_state(Arc::clone(&self.shared))
     }
 }
@@ -97,10 +101,24 @@ async fn chat_completions(State(shared): State<Arc<Shared>>, request: Request<Bo
 }
 
 async fn other(State(shared): State<Arc<Shared>>, request: Request<Body>) -> Response {
-    let path = request.uri().path();
-    let passed = (path.starts_with("/v1/") && !NOT_PASSED.contains(&path)) || PASSED.contains(&path);
-    let how = if passed { How::Pass } else { How::Unknown };
+    let how = if is_passed(request.uri().path()) {
+        How::Pass
+    } else {
+        How::Unknown
+    };
     answer(&shared, OTHER, request, how).await
+}
+
+/// Whether a path goes to decode. It is compared as servers read it: without percent-encoding, and with nothing in it
+/// that something before them might resolve to another path.
+fn is_passed(path: &str) -> bool {
+    let decoded = percent_decode_str(path).decode_utf8_lossy();
+    let path = decoded.strip_suffix('/').unwrap_or(&decoded);
+    let mut parts = path.split('/').skip(1);
+    if parts.any(|part| matches!(part, "" | "." | "..")) {
+        return false;
+    }
+    (path.starts_with("/v1/") && !NOT_PASSED.contains(&path)) || PASSED.contains(&path)
 }
 
 async fn own_metrics(State(shared): State<Arc<Shared>>) -> Response {
@@ -131,7 +149,7 @@ async fn answer(shared: &Arc<Shared>, route: &'static str, request: Request<Body
             match how {
                 How::Split => split(shared, &mut exchange, request).await,
                 How::Pass => pass_through(shared, &mut exchange, request).await,
-                How::Unknown => Err(ProxyError::UnknownPath),
+                How::Unknown => Err(ProxyError::UnknownPath(request.uri().path().to_owned())),
             }
         }
     };

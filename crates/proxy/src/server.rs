@@ -7,11 +7,15 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::config::{ConfigError, ProxyConfig};
 use crate::routes::Proxy;
+
+/// How often a silent client's machine is asked whether it is still there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why serving could not begin, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +41,7 @@ pub async fn serve(
     config: ProxyConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let drain_timeout = config.drain_timeout;
+    let (drain_timeout, stall_timeout) = (config.drain_timeout, config.client_stall_timeout);
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(config.client_head_timeout);
@@ -48,7 +52,7 @@ pub async fn serve(
     loop {
         tokio::select! {
             () = &mut shutdown => break,
-            stream = accept(&listener) => {
+            stream = accept(&listener, stall_timeout) => {
                 let connection = http.serve_connection(TokioIo::new(stream), service.clone());
                 let connection = graceful.watch(connection);
                 connections.spawn(async move {
@@ -80,13 +84,16 @@ pub async fn serve(
     })
 }
 
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &TcpListener, stall_timeout: Duration) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, _peer)) => {
                 // Tokens are small writes; waiting to merge them would delay each one.
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "TCP_NODELAY was refused");
+                }
+                if let Err(error) = bound_stalls(&stream, stall_timeout) {
+                    tracing::debug!(%error, "a client that stalls will not be noticed");
                 }
                 return stream;
             }
@@ -98,6 +105,17 @@ async fn accept(listener: &TcpListener) -> TcpStream {
             }
         }
     }
+}
+
+/// Has the kernel close a connection whose client takes no bytes, or is no longer there, for `timeout`. A request that waits
+/// to write is not polled, so nothing here would notice.
+fn bound_stalls(stream: &TcpStream, timeout: Duration) -> rustix::io::Result<()> {
+    let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, millis)?;
+    // For the time in which there is nothing to write: a peer that vanished without a word.
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

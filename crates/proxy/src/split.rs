@@ -1,18 +1,17 @@
 //! How a request is served: prefill, then decode, or decode alone; and how other requests pass through.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{Method, Request, Response};
-use http_body::Body as _;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
-use crate::client::{SendError, chain};
-use crate::config::ProxyConfig;
+use crate::client::SendError;
+use crate::client_body::{PassedBody, read_body, refuse_declared};
 use crate::error::ProxyError;
 use crate::exchange::Exchange;
 use crate::headers;
@@ -22,10 +21,9 @@ use crate::rewrite::prefill_body;
 use crate::routes::Shared;
 use crate::upstream::{Lease, Server};
 
-/// How much of a refused body is read and dropped, as a multiple of the limit, so that a client that writes before it
-/// reads gets its 413 instead of a reset connection.
-const DISCARD_FACTOR: usize = 4;
-const DISCARD_TIME: Duration = Duration::from_secs(5);
+/// Prefill servers that may fail on one request before decode gets it. More would let a request that kills engines kill all
+/// of them.
+const PREFILL_FAILURES_MAX: usize = 2;
 
 /// Serves a completion: the prompt to prefill, then the client's body to decode. The answer is decode's, or prefill's
 /// refusal when the request itself is at fault.
@@ -76,27 +74,20 @@ pub(crate) async fn pass_through(
     exchange: &mut Exchange,
     request: Request<Body>,
 ) -> Result<Response<Incoming>, ProxyError> {
-    let limit = shared.config.body_limit_bytes;
     let (head, mut body) = request.into_parts();
-    if declared_too_large(&body, limit) {
-        discard(&mut body, &head.headers, limit).await;
-        return Err(ProxyError::BodyTooLarge(limit));
-    }
+    refuse_declared(&mut body, &head.headers, &shared.config).await?;
     exchange.enter(Stage::Decode);
     let call = Call {
         path: path_of(&head.uri),
         headers: headers::to_upstream(&head.headers),
     };
-    // A body that was begun cannot be sent again, hence one server.
     let server = pick_decode(shared)?;
-    let request = call.request(&server, head.method, Body::new(Limited::new(body, limit)));
-    let result = shared
-        .client
-        .send(request, shared.config.first_byte_timeout)
-        .await;
-    let response = result.map_err(|cause| decode_error(&server, cause, limit))?;
-    exchange.lease = Some(server);
-    Ok(response)
+    // A server that could not be reached has taken nothing of it, so the next gets it whole.
+    let body = PassedBody::new(body, &shared.config);
+    send_to_decode(shared, exchange, server, |server| {
+        call.request(server, head.method.clone(), Body::new(body.clone()))
+    })
+    .await
 }
 
 enum Prefill {
@@ -116,46 +107,83 @@ async fn prefill(
 ) -> Prefill {
     let deadline = Instant::now() + shared.config.prefill_timeout;
     let mut tried = Vec::new();
-    while let Some(server) = shared.prefill.pick(&tried, false) {
+    let mut failures = 0;
+    let mut reason = Fallback::Unreachable;
+    while failures < PREFILL_FAILURES_MAX
+        && let Some(server) = shared.prefill.pick(&tried, false)
+    {
         let id = request_id::transfer_id(&server.transfer_address, &decode.transfer_address);
         let request = call.with_id(&id).post(&server, body.clone());
-        let left = deadline.saturating_duration_since(Instant::now());
-        let response = match shared.client.send(request, left).await {
-            Ok(response) => response,
-            Err(SendError::Unreachable(cause)) => {
-                tracing::warn!(
-                    server = server.address(),
-                    cause,
-                    "prefill server cannot be reached"
-                );
-                server.cool_down();
-                tried.push(server);
-                continue;
+        match ask_prefill(shared, request, deadline).await {
+            Ok(None) => return Prefill::Done(id),
+            Ok(Some(refusal)) => {
+                exchange.transfer_id = Some(id);
+                exchange.lease = Some(server);
+                return Prefill::Refused(refusal);
             }
-            Err(SendError::TimedOut(_)) => {
+            Err((Fallback::TimedOut, _)) => {
+                // The time for all of them is over.
                 server.cool_down();
                 return Prefill::Failed(Fallback::TimedOut);
             }
-            Err(SendError::Broken(_) | SendError::BodyTooLarge) => return Prefill::Failed(Fallback::Broken),
-        };
-        let status = response.status();
-        if status.is_client_error() {
-            exchange.transfer_id = Some(id);
-            exchange.lease = Some(server);
-            return Prefill::Refused(response);
+            Err((failure, cause)) => {
+                tracing::warn!(
+                    server = server.address(),
+                    reason = failure.name(),
+                    cause,
+                    "a prefill server failed"
+                );
+                if failure == Fallback::Unreachable {
+                    server.cool_down();
+                } else {
+                    server.failed();
+                    failures += 1;
+                    reason = failure;
+                }
+                tried.push(server);
+            }
         }
-        if !status.is_success() {
-            return Prefill::Failed(Fallback::Failed);
-        }
-        // Reading the answer to its end proves that it was whole, and gives the connection back to the pool.
-        let left = deadline.saturating_duration_since(Instant::now());
-        return match tokio::time::timeout(left, drain(response.into_body())).await {
-            Ok(Ok(())) => Prefill::Done(id),
-            Ok(Err(_broken)) => Prefill::Failed(Fallback::Broken),
-            Err(_elapsed) => Prefill::Failed(Fallback::TimedOut),
-        };
     }
-    Prefill::Failed(Fallback::Unreachable)
+    Prefill::Failed(reason)
+}
+
+/// One prefill server's work on a prompt: done, or its refusal of the request, or why another may be asked.
+async fn ask_prefill(
+    shared: &Shared,
+    request: Request<Body>,
+    deadline: Instant,
+) -> Result<Option<Response<Incoming>>, (Fallback, String)> {
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let response = shared.client.send(request, left()).await.map_err(|error| {
+        let reason = match error {
+            SendError::Unreachable(_) => Fallback::Unreachable,
+            SendError::TimedOut(_) => Fallback::TimedOut,
+            SendError::Broken(_) | SendError::Body(_) => Fallback::Broken,
+        };
+        (reason, error.to_string())
+    })?;
+    let status = response.status();
+    if is_servers_failure(status) || !(status.is_success() || status.is_client_error()) {
+        return Err((Fallback::Failed, format!("answered {status}")));
+    }
+    if status.is_client_error() {
+        return Ok(Some(response));
+    }
+    // Reading the answer to its end proves that it was whole, and gives the connection back to the pool.
+    match tokio::time::timeout(left(), drain(response.into_body())).await {
+        Ok(Ok(())) => Ok(None),
+        Ok(Err(broken)) => Err((Fallback::Broken, broken.to_string())),
+        Err(_elapsed) => Err((Fallback::TimedOut, "its answer stalled".to_owned())),
+    }
+}
+
+/// Whether an answer says that this server cannot serve now, rather than that the request is at fault.
+fn is_servers_failure(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
+        )
 }
 
 /// Sends to decode, and to the next decode server as long as none could be reached.
@@ -172,21 +200,30 @@ async fn send_to_decode(
             .send(request(&server), shared.config.first_byte_timeout)
             .await
         {
+            // Whatever it is, it is the answer: the work may have been done. The next request goes elsewhere.
             Ok(response) => {
+                if is_servers_failure(response.status()) {
+                    server.failed();
+                }
                 exchange.lease = Some(server);
                 return Ok(response);
             }
             Err(cause @ SendError::Unreachable(_)) => {
                 tracing::warn!(server = server.address(), %cause, "decode server cannot be reached");
                 server.cool_down();
-                let error = decode_error(&server, cause, shared.config.body_limit_bytes);
+                let error = decode_error(&server, cause);
                 tried.push(server);
                 server = match shared.decode.pick(&tried, true) {
                     Some(next) => next,
                     None => return Err(error),
                 };
             }
-            Err(cause) => return Err(decode_error(&server, cause, shared.config.body_limit_bytes)),
+            Err(cause) => {
+                if !matches!(cause, SendError::Body(_)) {
+                    server.failed();
+                }
+                return Err(decode_error(&server, cause));
+            }
         }
     }
 }
@@ -195,9 +232,9 @@ fn pick_decode(shared: &Shared) -> Result<Lease, ProxyError> {
     shared.decode.pick(&[], true).ok_or(ProxyError::NoDecodeServer)
 }
 
-fn decode_error(server: &Server, cause: SendError, limit: usize) -> ProxyError {
+fn decode_error(server: &Server, cause: SendError) -> ProxyError {
     match cause {
-        SendError::BodyTooLarge => ProxyError::BodyTooLarge(limit),
+        SendError::Body(fault) => fault.into(),
         cause => ProxyError::Decode {
             address: server.address().to_owned(),
             cause,
@@ -246,44 +283,4 @@ async fn drain(mut body: Incoming) -> Result<(), hyper::Error> {
         frame?;
     }
     Ok(())
-}
-
-async fn read_body(mut body: Body, headers: &HeaderMap, config: &ProxyConfig) -> Result<Bytes, ProxyError> {
-    let limit = config.body_limit_bytes;
-    if declared_too_large(&body, limit) {
-        discard(&mut body, headers, limit).await;
-        return Err(ProxyError::BodyTooLarge(limit));
-    }
-    let whole = Limited::new(&mut body, limit).collect();
-    match tokio::time::timeout(config.client_body_timeout, whole).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if chain(error.as_ref()).any(|cause| cause.is::<LengthLimitError>()) => {
-            discard(&mut body, headers, limit).await;
-            Err(ProxyError::BodyTooLarge(limit))
-        }
-        Ok(Err(error)) => Err(ProxyError::UnreadableBody(axum::Error::new(error))),
-        Err(_elapsed) => Err(ProxyError::SlowBody(config.client_body_timeout.as_millis())),
-    }
-}
-
-fn declared_too_large(body: &Body, limit: usize) -> bool {
-    body.size_hint().lower() > limit as u64
-}
-
-/// Reads on for a while and keeps nothing. A client that asked before sending (Expect) is not made to send.
-async fn discard(body: &mut Body, headers: &HeaderMap, limit: usize) {
-    if headers.contains_key(header::EXPECT) {
-        return;
-    }
-    let rest = async {
-        let mut left = limit.saturating_mul(DISCARD_FACTOR);
-        while let Some(Ok(frame)) = body.frame().await {
-            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-            if left == 0 {
-                break;
-            }
-        }
-    };
-    // Either way the client gets its 413; what differs is only how surely it sees it.
-    let _in_time = tokio::time::timeout(DISCARD_TIME, rest).await;
 }

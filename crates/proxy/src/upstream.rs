@@ -25,6 +25,8 @@ pub(crate) struct Server {
     started: Instant,
     /// Milliseconds since `started` until which this server is passed over.
     cooling_until_ms: AtomicU64,
+    /// Milliseconds since `started` until which others come first.
+    failing_until_ms: AtomicU64,
     cooldown: Duration,
 }
 
@@ -49,8 +51,9 @@ impl Fleet {
         &self.servers
     }
 
-    /// The server with the fewest requests in flight among those not in `tried`; one that cools down only when
-    /// `cooling_too` and no other is left.
+    /// The server with the fewest requests in flight among those not in `tried`. One that fails comes behind all that do
+    /// not: it is rid of its requests at once and would always be the least loaded. One that cools down comes last, and
+    /// only if `cooling_too`.
     pub(crate) fn pick(&self, tried: &[Lease], cooling_too: bool) -> Option<Lease> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let count = self.servers.len();
@@ -58,16 +61,17 @@ impl Fleet {
             .map(|offset| &self.servers[(turn.wrapping_add(offset)) % count])
             .filter(|server| !tried.iter().any(|lease| Arc::ptr_eq(&lease.server, server)))
             .map(|server| {
-                (
-                    server.is_cooling(),
+                let rank = (
+                    server.is_before(&server.cooling_until_ms),
+                    server.is_before(&server.failing_until_ms),
                     server.in_flight.load(Ordering::Relaxed),
-                    server,
-                )
+                );
+                (rank, server)
             })
-            .filter(|(cooling, ..)| cooling_too || !cooling)
+            .filter(|((cooling, ..), _)| cooling_too || !cooling)
             // The first of equal ones wins, and the turn decides who is first.
-            .min_by_key(|(cooling, in_flight, _)| (*cooling, *in_flight))
-            .map(|(.., server)| {
+            .min_by_key(|(rank, _)| *rank)
+            .map(|(_, server)| {
                 server.in_flight.fetch_add(1, Ordering::Relaxed);
                 Lease {
                     server: Arc::clone(server),
@@ -91,6 +95,7 @@ impl Server {
             in_flight: AtomicUsize::new(0),
             started: Instant::now(),
             cooling_until_ms: AtomicU64::new(0),
+            failing_until_ms: AtomicU64::new(0),
             cooldown: config.cooldown,
         })
     }
@@ -115,12 +120,22 @@ impl Server {
 
     /// Passes this server over for the cooldown: it refused a connection or did not answer in time.
     pub(crate) fn cool_down(&self) {
-        let until = self.started.elapsed() + self.cooldown;
-        self.cooling_until_ms.fetch_max(millis(until), Ordering::Relaxed);
+        self.mark(&self.cooling_until_ms);
     }
 
-    fn is_cooling(&self) -> bool {
-        let until = self.cooling_until_ms.load(Ordering::Relaxed);
+    /// Lets others come first for the cooldown: it answered, but not with what was asked. It may be one request's fault,
+    /// so where there is no other server it goes on to be asked.
+    pub(crate) fn failed(&self) {
+        self.mark(&self.failing_until_ms);
+    }
+
+    fn mark(&self, until_ms: &AtomicU64) {
+        let until = self.started.elapsed() + self.cooldown;
+        until_ms.fetch_max(millis(until), Ordering::Relaxed);
+    }
+
+    fn is_before(&self, until_ms: &AtomicU64) -> bool {
+        let until = until_ms.load(Ordering::Relaxed);
         until != 0 && millis(self.started.elapsed()) < until
     }
 }
@@ -192,5 +207,17 @@ mod tests {
         let tried = [other];
         assert!(fleet.pick(&tried, false).is_none());
         assert_eq!(fleet.pick(&tried, true).unwrap().address(), name);
+    }
+
+    #[test]
+    fn a_server_that_fails_comes_behind_busy_ones_and_before_none() {
+        let fleet = fleet(2);
+        let failing = pick(&fleet);
+        let name = failing.address().to_owned();
+        failing.failed();
+        drop(failing);
+        let busy: Vec<Lease> = (0..3).map(|_| pick(&fleet)).collect();
+        assert!(busy.iter().all(|lease| lease.address() != name));
+        assert_eq!(fleet.pick(&busy[..1], false).unwrap().address(), name);
     }
 }

@@ -54,6 +54,74 @@ async fn a_prefill_that_answers_5xx_costs_no_request() {
 }
 
 #[tokio::test]
+async fn a_prefill_that_is_too_busy_costs_no_request() {
+    for status in [408, 429] {
+        let (prefill, decode) = (fixed(status, "{}").await, Mock::completing().await);
+        falls_back(config(&prefill, &decode), &decode, "failed").await;
+    }
+}
+
+#[tokio::test]
+async fn another_prefill_takes_over_from_one_that_fails_and_gets_the_next_requests_too() {
+    for status in [429, 500, 503] {
+        let (failing, prefill, decode) = (
+            fixed(status, "{}").await,
+            Mock::completing().await,
+            Mock::completing().await,
+        );
+        let mut settings = config(&failing, &decode);
+        settings.prefill.push(prefill.url());
+        settings.cooldown = Duration::from_secs(600);
+        let proxy = Running::start(settings).await;
+        for _ in 0..6 {
+            assert_eq!(proxy.complete("{}").await.headers()["x-kvlane-prefill"], "done");
+        }
+        assert_eq!((failing.calls().len(), prefill.calls().len()), (1, 6), "{status}");
+        for (first, second) in prefill.calls().iter().zip(&decode.calls()) {
+            assert_eq!(first.header("x-request-id"), second.header("x-request-id"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_fails_everywhere_reaches_two_prefills_and_no_more() {
+    let failing = [
+        fixed(500, "{}").await,
+        fixed(500, "{}").await,
+        fixed(500, "{}").await,
+    ];
+    let decode = Mock::completing().await;
+    let mut settings = config(&failing[0], &decode);
+    settings.prefill = failing.iter().map(Mock::url).collect();
+    falls_back(settings, &decode, "failed").await;
+    let calls: usize = failing.iter().map(|prefill| prefill.calls().len()).sum();
+    assert_eq!(calls, 2);
+}
+
+#[tokio::test]
+async fn the_next_requests_go_past_a_decode_that_fails() {
+    for status in [429, 500, 503] {
+        let (prefill, failing, decode) = (
+            Mock::completing().await,
+            fixed(status, "{}").await,
+            Mock::completing().await,
+        );
+        let mut settings = config(&prefill, &failing);
+        settings.decode.push(decode.url());
+        settings.cooldown = Duration::from_secs(600);
+        let proxy = Running::start(settings).await;
+        for number in 0..8 {
+            if number % 2 == 0 {
+                text(proxy.complete("{}").await).await;
+            } else {
+                text(proxy.get("/v1/models").await).await;
+            }
+        }
+        assert_eq!((failing.calls().len(), decode.calls().len()), (1, 7), "{status}");
+    }
+}
+
+#[tokio::test]
 async fn a_prefill_that_never_answers_costs_no_request() {
     let (prefill, decode) = (
         Mock::start(async |_call| std::future::pending().await).await,
@@ -115,8 +183,38 @@ async fn another_decode_takes_over_from_one_that_cannot_be_reached() {
 }
 
 #[tokio::test]
+async fn another_decode_takes_over_what_passes_through_with_the_whole_body() {
+    let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
+    let mut settings = config(&prefill, &decode);
+    settings.decode.push(dead_address());
+    // None is passed over, so that the dead one is tried in every second of these.
+    settings.cooldown = Duration::ZERO;
+    let proxy = Running::start(settings).await;
+    for _ in 0..6 {
+        assert_eq!(proxy.get("/v1/models").await.status(), StatusCode::OK);
+        let response = proxy.send(post("/v1/embeddings", "{\"input\":\"x\"}")).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        let (feed, body) = Fed::new();
+        for piece in ["one ", "two"] {
+            feed.send(Ok(Bytes::from(piece))).unwrap();
+        }
+        drop(feed);
+        let request = Request::post("/tokenize").body(Body::new(body)).unwrap();
+        assert_eq!(proxy.send(request).await.status(), StatusCode::OK);
+    }
+    for call in decode.calls() {
+        let expected = match call.uri.path() {
+            "/v1/models" => "",
+            "/tokenize" => "one two",
+            _ => "{\"input\":\"x\"}",
+        };
+        assert_eq!(call.body, expected, "{}", call.uri);
+    }
+}
+
+#[tokio::test]
 async fn a_request_that_prefill_refuses_is_refused_with_prefills_words() {
-    for status in [400, 401, 404, 422, 429] {
+    for status in [400, 401, 404, 422] {
         let (prefill, decode) = (
             fixed(status, r#"{"error":{"message":"no"}}"#).await,
             Mock::completing().await,
@@ -249,11 +347,49 @@ async fn a_body_that_does_not_arrive_is_a_408() {
     let mut settings = config(&prefill, &decode);
     settings.client_body_timeout = Duration::from_millis(50);
     let proxy = Running::start(settings).await;
-    let (_feed, body) = Fed::new();
+    for path in ["/v1/completions", "/v1/embeddings"] {
+        for begun in [false, true] {
+            let (feed, body) = Fed::new();
+            if begun {
+                feed.send(Ok(Bytes::from_static(b"{"))).unwrap();
+            }
+            let response = proxy
+                .send(Request::post(path).body(Body::new(body)).unwrap())
+                .await;
+            assert_eq!(
+                response.status(),
+                StatusCode::REQUEST_TIMEOUT,
+                "{path}, begun: {begun}"
+            );
+            let error = error_of(response).await;
+            assert_eq!(
+                error["type"], "invalid_request_error",
+                "not decode's fault: {error}"
+            );
+        }
+    }
+    proxy.metric_reaches("kvlane_proxy_in_flight", 0.0).await;
+}
+
+#[tokio::test]
+async fn a_body_that_arrives_slowly_but_steadily_passes() {
+    let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
+    let mut settings = config(&prefill, &decode);
+    settings.client_body_timeout = Duration::from_millis(400);
+    let proxy = Running::start(settings).await;
+    let (feed, body) = Fed::new();
+    let pieces = tokio::spawn(async move {
+        for _ in 0..6 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            feed.send(Ok(Bytes::from_static(b"x"))).unwrap();
+        }
+    });
     let response = proxy
-        .send(Request::post("/v1/completions").body(Body::new(body)).unwrap())
+        .send(Request::post("/v1/embeddings").body(Body::new(body)).unwrap())
         .await;
-    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(response.status(), StatusCode::OK);
+    pieces.await.unwrap();
+    assert_eq!(decode.only_call().body, "xxxxxx");
 }
 
 #[tokio::test]
@@ -289,16 +425,41 @@ async fn paths_and_methods_that_are_not_served_say_so() {
         "/reset_prefix_cache",
         "/collective_rpc",
         "/v1/load_lora_adapter",
+        "/v1/load_lora_adapter/",
+        "/v1/load%5Flora_adapter",
+        "/v1/%6coad_lora_adapter?x=1",
+        "/v1%2Fload_lora_adapter",
+        "/%76%31/unload_lora_adapter",
+        "/v1/../sleep",
+        "/v1/%2e%2E/sleep",
+        "/v1/./load_lora_adapter",
+        "/v1//load_lora_adapter",
     ] {
         let response = proxy.send(post(path, "{}")).await;
         assert_eq!(response.status(), StatusCode::NOT_FOUND, "{path}");
-        assert_eq!(error_of(response).await["code"], 404);
+        let error = error_of(response).await;
+        assert_eq!(error["code"], 404);
+        let named = format!("the path {} is not", path.trim_end_matches("?x=1"));
+        assert!(error["message"].as_str().unwrap().contains(&named), "{error}");
     }
     let response = proxy.get("/v1/completions").await;
     assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
     assert_eq!(response.headers()["allow"], "POST");
-    assert_eq!(error_of(response).await["code"], 405);
+    let error = error_of(response).await;
+    assert_eq!(error["code"], 405);
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("/v1/completions does not take GET"),
+        "{error}"
+    );
     assert!(prefill.calls().is_empty() && decode.calls().is_empty());
+    for path in ["/v1/responses/resp_1", "/tokeni%7Ae", "/v1/embeddings/"] {
+        let response = proxy.send(post(path, "{}")).await;
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+    }
+    assert_eq!(decode.calls()[1].uri, "/tokeni%7Ae", "sent on as it came");
 }
 
 #[tokio::test]

@@ -92,6 +92,27 @@ async fn a_client_that_leaves_during_decode_ends_decode() {
 }
 
 #[tokio::test]
+async fn a_client_that_takes_nothing_of_its_answer_is_given_up() {
+    let (prefill, decode) = (Mock::completing().await, StreamingMock::start().await);
+    let mut settings = config(&prefill, &decode.mock);
+    settings.client_stall_timeout = Duration::from_millis(200);
+    let proxy = Running::start(settings).await;
+    let (feed, gone) = decode.next_body();
+    let mut client = TcpStream::connect(proxy.address).await.unwrap();
+    client
+        .write_all(b"POST /v1/completions HTTP/1.1\r\nhost: p\r\ncontent-length: 2\r\n\r\n{}")
+        .await
+        .unwrap();
+    // More than the buffers of all sockets between the two hold.
+    for _ in 0..64 {
+        feed.send(Ok(Bytes::from(vec![b'x'; 1 << 20]))).unwrap();
+    }
+    soon(&gone).await;
+    proxy.metric_reaches("kvlane_proxy_in_flight", 0.0).await;
+    drop(client);
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_during_prefill_ends_prefill_and_decode_is_never_called() {
     let (begun, gone) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let (tell_begun, tell_gone) = (begun.clone(), gone.clone());

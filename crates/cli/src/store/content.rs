@@ -1,26 +1,32 @@
 //! `kvlane store ls` and `kvlane store stat`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use indicatif::HumanBytes;
 use kvlane_fs::inspect::{self, SegmentInfo, StoreInfo, WriterInfo};
 use serde::Serialize;
 
+use super::progress::with_bar;
 use super::{FolderArguments, StoreError, ago, existing_store};
 use crate::descriptors::{Names, NamespaceName};
 use crate::exit::Exit;
 use crate::output::{Report, Table, show};
 
 pub(super) fn ls(arguments: &FolderArguments) -> Result<Exit, StoreError> {
-    let StoreInfo { path, segments, .. } = inspect::list(&existing_store(&arguments.path)?)?;
+    let StoreInfo { path, segments, .. } = listed(&existing_store(&arguments.path)?, arguments.json)?;
     Ok(show(&Listing { path, segments }, arguments.json))
 }
 
 pub(super) fn stat(arguments: &FolderArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.path)?;
-    let info = inspect::list(&folder)?;
+    let info = listed(&folder, arguments.json)?;
     let names = Names::read(&folder, info.epoch);
     Ok(show(&Totals::new(info, &names), arguments.json))
+}
+
+fn listed(folder: &Path, json: bool) -> Result<StoreInfo, StoreError> {
+    Ok(with_bar(json, |progress| inspect::list_with(folder, progress))?)
 }
 
 #[derive(Serialize)]

@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kvlane_core::{Chain, ChainRoot};
-use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence};
+use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence, Progress};
 use serde::Serialize;
 
+use super::progress::with_bar;
 use super::{FolderArguments, StoreError, existing_store, tokens};
 use crate::descriptors::{Names, NamespaceName};
 use crate::exit::Exit;
 use crate::output::{Report, show};
 
-/// Says which blocks of given tokens are there, and why the first missing one is missing.
+/// Say which blocks of given tokens are there, and why the first missing one is missing.
 ///
 /// A block is found by all tokens up to its end, the cache salt, the LoRA adapter and the images; requests with an
 /// adapter or images cannot be explained this way.
@@ -35,7 +36,7 @@ pub(super) struct ExplainArguments {
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.folder.path)?;
-    let names = Names::read(&folder, inspect::list(&folder)?.epoch);
+    let names = Names::read(&folder, inspect::epoch(&folder)?);
     let sizes: BTreeSet<u32> = match arguments.block_tokens {
         Some(given) => [given].into(),
         None => names.current().map(|(_, name)| name.block_tokens).collect(),
@@ -50,7 +51,9 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let mut namespaces: BTreeMap<String, NamespaceReport> = BTreeMap::new();
     for block_tokens in sizes {
         let chain = chain(&tokens, block_tokens, arguments.cache_salt.as_deref())?;
-        let found = explain(&folder, &chain, &names)?;
+        let found = with_bar(arguments.folder.json, |progress| {
+            explain(&folder, &chain, &names, progress)
+        })?;
         for explanation in found {
             let report = NamespaceReport::new(explanation, &chain, &names, block_tokens);
             if arguments.block_tokens.is_none() && report.is_of_another_size() {
@@ -68,6 +71,10 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let report = ChainReport {
         path: folder.display().to_string(),
         tokens: tokens.len(),
+        servers: names
+            .servers()
+            .filter_map(|ranks| ServerReport::new(ranks, &namespaces))
+            .collect(),
         namespaces: namespaces.into_values().collect(),
     };
     Ok(show(&report, arguments.folder.json))
@@ -84,8 +91,13 @@ fn chain(tokens: &[u32], block_tokens: u32, cache_salt: Option<&str>) -> Result<
 }
 
 /// What the folder has in every namespace that it has anything of, or that a server named.
-fn explain(folder: &Path, chain: &Chain, names: &Names) -> Result<Vec<Explanation>, StoreError> {
-    let mut found = inspect::explain(folder, chain.keys())?;
+fn explain(
+    folder: &Path,
+    chain: &Chain,
+    names: &Names,
+    progress: Progress<'_>,
+) -> Result<Vec<Explanation>, StoreError> {
+    let mut found = inspect::explain(folder, chain.keys(), progress)?;
     for (namespace, _) in names.current() {
         if !found.iter().any(|other| other.namespace == *namespace) {
             found.push(Explanation::nothing(namespace.clone(), chain.block_count()));
@@ -98,7 +110,47 @@ fn explain(folder: &Path, chain: &Chain, names: &Names) -> Result<Vec<Explanatio
 struct ChainReport {
     path: String,
     tokens: usize,
+    servers: Vec<ServerReport>,
     namespaces: Vec<NamespaceReport>,
+}
+
+/// What all ranks of a server have together: it loads a block only if every one of them can.
+#[derive(Serialize)]
+struct ServerReport {
+    model: String,
+    namespaces: Vec<String>,
+    ready_blocks: usize,
+    first_miss: Option<String>,
+}
+
+impl ServerReport {
+    fn new(ranks: &BTreeSet<String>, found: &BTreeMap<String, NamespaceReport>) -> Option<Self> {
+        let reports: Option<Vec<&NamespaceReport>> = ranks.iter().map(|rank| found.get(rank)).collect();
+        let worst = reports?.into_iter().min_by_key(|report| report.ready_blocks)?;
+        let name = worst.name.as_ref()?;
+        Some(Self {
+            model: name.model.clone(),
+            namespaces: ranks.iter().cloned().collect(),
+            ready_blocks: worst.ready_blocks,
+            first_miss: worst
+                .first_miss
+                .as_ref()
+                .map(|reason| format!("{}: {reason}", name.rank())),
+        })
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!(
+            "\nall {} ranks of {} together: {} leading blocks can be had\n",
+            self.namespaces.len(),
+            self.model,
+            self.ready_blocks
+        );
+        if let Some(reason) = &self.first_miss {
+            text += &format!("  first miss: {reason}\n");
+        }
+        text
+    }
 }
 
 #[derive(Serialize)]
@@ -150,6 +202,10 @@ impl Report for ChainReport {
         }
         for namespace in &self.namespaces {
             text += &namespace.text();
+        }
+        // Of a single rank it would say the same again.
+        for server in self.servers.iter().filter(|server| server.namespaces.len() > 1) {
+            text += &server.text();
         }
         text
     }
@@ -203,6 +259,7 @@ impl NamespaceReport {
 fn state_text(state: Presence) -> &'static str {
     match state {
         Presence::Ready => "there",
+        Presence::Writing => "being written",
         Presence::Promised => "promised",
         Presence::Overdue => "promised too long ago",
         Presence::Orphaned => "promised by a writer that is gone",

@@ -1,5 +1,6 @@
 //! `kvlane store gc`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
@@ -7,11 +8,14 @@ use indicatif::HumanBytes;
 use kvlane_fs::inspect::{self, GcReport};
 use serde::Serialize;
 
+use super::progress::with_bar;
 use super::{FolderArguments, StoreError, existing_store};
 use crate::exit::Exit;
 use crate::output::{Report, show};
 
-/// Removes segments that no running server owns and that were not used for a while.
+/// Remove segments that no running server owns and that were not used for a while.
+///
+/// What stays is said with the reason; status 1 if something should have been removed and could not.
 #[derive(Args, Debug)]
 pub(super) struct GcArguments {
     #[command(flatten)]
@@ -30,9 +34,16 @@ pub(super) fn run(arguments: &GcArguments) -> Result<Exit, StoreError> {
     let report = Removal {
         path: folder.display().to_string(),
         dry_run: arguments.dry_run,
-        outcome: inspect::gc(&folder, unused_ms, arguments.dry_run)?,
+        outcome: with_bar(arguments.folder.json, |progress| {
+            inspect::gc(&folder, unused_ms, arguments.dry_run, progress)
+        })?,
     };
-    Ok(show(&report, arguments.folder.json))
+    let shown = show(&report, arguments.folder.json);
+    Ok(if report.outcome.failed.is_empty() {
+        shown
+    } else {
+        Exit::Problem
+    })
 }
 
 #[derive(Serialize)]
@@ -49,6 +60,8 @@ impl Report for Removal {
             removed_segments,
             removed_files,
             freed_bytes,
+            kept,
+            failed,
             ..
         } = &self.outcome;
         let verb = if self.dry_run { "would remove" } else { "removed" };
@@ -61,6 +74,20 @@ impl Report for Removal {
         );
         for name in removed_segments.iter().chain(removed_files) {
             text += &format!("  {name}\n");
+        }
+        // One line per reason: a store may have thousands of segments that are in use.
+        let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for file in kept {
+            reasons.entry(&file.reason).or_default().push(&file.name);
+        }
+        for (reason, names) in reasons {
+            text += &match names.as_slice() {
+                [name] => format!("kept {name}: {reason}\n"),
+                _ => format!("kept {} files: {reason}\n", names.len()),
+            };
+        }
+        for file in failed {
+            text += &format!("could not remove {}: {}\n", file.name, file.reason);
         }
         text
     }

@@ -1,25 +1,17 @@
 //! `kvlane store verify`.
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::HumanBytes;
 use kvlane_fs::inspect::{self, BadBlock, VerifyReport};
 use serde::Serialize;
 
+use super::progress::with_bar;
 use super::{FolderArguments, StoreError, existing_store};
 use crate::exit::Exit;
 use crate::output::{Report, Table, show};
 
 pub(super) fn run(arguments: &FolderArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.path)?;
-    // On standard error, and nothing at all where that is not a terminal.
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
-    let outcome = inspect::verify(&folder, &mut |done_bytes, total_bytes| {
-        bar.set_length(total_bytes);
-        bar.set_position(done_bytes);
-    });
-    bar.finish_and_clear();
+    let outcome = with_bar(arguments.json, |progress| inspect::verify(&folder, progress));
     let report = Verification {
         path: folder.display().to_string(),
         outcome: outcome?,
@@ -68,9 +60,15 @@ impl Report for Verification {
                 slot,
                 key,
                 layer,
+                error,
+                ..
             } in &outcome.bad_blocks
             {
-                table.row([key, segment, &slot.to_string(), &layer.to_string()]);
+                let wrong = match (layer, error) {
+                    (_, Some(error)) => format!("cannot be read: {error}"),
+                    (layer, None) => layer.map_or_else(String::new, |layer| layer.to_string()),
+                };
+                table.row([key, segment, &slot.to_string(), &wrong]);
             }
             text += &format!("\n{table}");
         }

@@ -58,21 +58,7 @@ impl Store {
 
     /// Stores the blocks of `tokens`, all or only those at `positions` of the chain.
     pub(crate) fn store(&self, tokens: &[u32], positions: impl IntoIterator<Item = usize>) {
-        let keys = keys(tokens);
-        let writer = self.writer.as_ref().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let wanted: Vec<BlockKey> = positions.into_iter().map(|at| keys[at]).collect();
-        let job = writer
-            .begin_store(StoreRequest {
-                blocks: (0..wanted.len() as u32).collect(),
-                keys: wanted,
-                first_depth: 0,
-                deadline,
-            })
-            .unwrap();
-        writer.finish_store(job).unwrap();
-        let completion = writer.wait(job, deadline).unwrap().expect("within the deadline");
-        assert_eq!(completion.outcome, Outcome::Done);
+        store(self.writer.as_ref().unwrap(), tokens, positions);
     }
 
     pub(crate) fn reserve(&self, tokens: &[u32], lifetime: Duration) {
@@ -88,16 +74,33 @@ impl Store {
         self.writer.as_ref().unwrap().reset().unwrap();
     }
 
+    /// Stores blocks of `tokens` as another rank of the server, and leaves its descriptor.
+    pub(crate) fn store_as_other_rank(&self, tokens: &[u32], positions: impl IntoIterator<Item = usize>) {
+        let namespace = NamespaceParts::new().with("weights", "other rank").unwrap().id();
+        let options = FsOptions::default()
+            .with_capacity_bytes(16 << 20)
+            .with_io_threads(1);
+        let writer = FsTransfer::open(&self.folder(), namespace, cache(), &options, true).unwrap();
+        store(&writer, tokens, positions);
+        self.describe_rank(namespace, 0, BLOCK_TOKENS);
+    }
+
     /// Leaves a descriptor as a worker does.
     pub(crate) fn describe(&self, block_tokens: u32) {
+        self.describe_rank(self.namespace, 1, block_tokens);
+    }
+
+    fn describe_rank(&self, namespace: NamespaceId, tensor_rank: u32, block_tokens: u32) {
         let folder = self.folder().join("descriptors");
         std::fs::create_dir_all(&folder).unwrap();
         let content = serde_json::json!({
-            "namespace": self.namespace.to_string(), "pp_rank": 0, "tp_rank": 1, "engine_id": "e",
+            "namespace": namespace.to_string(), "pp_rank": 0, "tp_rank": tensor_rank, "engine_id": "e",
             "block_tokens": block_tokens,
-            "facts": {"weights name": "org/model", "tensor rank": "1 of 2", "pipeline rank": "0 of 1"},
+            "facts": {"weights name": "org/model", "tensor rank": format!("{tensor_rank} of 2"),
+                "pipeline rank": "0 of 1"},
         });
-        std::fs::write(folder.join("e-pp0-tp1.json"), content.to_string()).unwrap();
+        let name = format!("e-pp0-tp{tensor_rank}.json");
+        std::fs::write(folder.join(name), content.to_string()).unwrap();
     }
 
     /// Flips a bit in a file of the store.
@@ -119,6 +122,23 @@ impl Store {
         let head = &bytes[..kvlane_fs::format::SEGMENT_HEADER_BYTES];
         kvlane_fs::format::parse_segment_header(head).unwrap()
     }
+}
+
+fn store(writer: &FsTransfer, tokens: &[u32], positions: impl IntoIterator<Item = usize>) {
+    let keys = keys(tokens);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let wanted: Vec<BlockKey> = positions.into_iter().map(|at| keys[at]).collect();
+    let job = writer
+        .begin_store(StoreRequest {
+            blocks: (0..wanted.len() as u32).collect(),
+            keys: wanted,
+            first_depth: 0,
+            deadline,
+        })
+        .unwrap();
+    writer.finish_store(job).unwrap();
+    let completion = writer.wait(job, deadline).unwrap().expect("within the deadline");
+    assert_eq!(completion.outcome, Outcome::Done);
 }
 
 pub(crate) fn keys(tokens: &[u32]) -> Vec<BlockKey> {

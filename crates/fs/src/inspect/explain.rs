@@ -6,11 +6,10 @@ use std::path::Path;
 use kvlane_core::BlockKey;
 use serde::Serialize;
 
-use super::{SlotView, hex, open, state};
+use super::{Progress, SlotView, each_segment, hex, open, state};
 use crate::directory::unix_ms;
 use crate::error::Result;
 use crate::format::SlotState;
-use crate::segment::SegmentView;
 
 /// What a folder has of a chain, in one namespace.
 #[derive(Debug, Clone, Serialize)]
@@ -74,11 +73,13 @@ impl BlockInfo {
 pub enum Presence {
     /// It is there. Its payload was not checked.
     Ready,
+    /// A living writer is filling it.
+    Writing,
     /// A living writer promises it.
     Promised,
     /// It was promised, but the promise ran out.
     Overdue,
-    /// It was promised by a writer that is gone.
+    /// It was promised, or being filled, by a writer that is gone.
     Orphaned,
     /// Nothing is known of it.
     Absent,
@@ -88,25 +89,28 @@ pub enum Presence {
 ///
 /// # Errors
 /// There is no store at `path`, or it cannot be read.
-pub fn explain(path: &Path, chain: &[BlockKey]) -> Result<Vec<Explanation>> {
+pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Result<Vec<Explanation>> {
     let directory = open(path)?;
     let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
     let mut seen: BTreeMap<[u8; 32], HashMap<usize, BlockInfo>> = BTreeMap::new();
     let now_ms = unix_ms();
-    for (_, name) in directory.segment_names()? {
-        let Ok(Some(view)) = SegmentView::open(&directory, &name) else {
-            continue;
-        };
+    each_segment(&directory, progress, |name, view, _| {
+        // A file that is no segment has no blocks; `verify` and `list` name it.
+        let Ok(view) = view else { return };
         let alive = view.owner_lives();
         for slot in 0..view.header.slot_count {
-            let SlotView::Whole(record) = state(&view, slot) else {
-                continue;
+            let (record, writing) = match state(&view, slot) {
+                SlotView::Whole(record) => (record, false),
+                // A promise is filled in its own slot. Other slots say nothing of what they will hold.
+                SlotView::Writing(Some(before)) if before.state == SlotState::Reserved => (before, true),
+                _ => continue,
             };
             let state = match record.state {
                 SlotState::Free => continue,
                 SlotState::Committed => Presence::Ready,
                 SlotState::Reserved if record.deadline_unix_ms < now_ms => Presence::Overdue,
                 SlotState::Reserved if !alive => Presence::Orphaned,
+                SlotState::Reserved if writing => Presence::Writing,
                 SlotState::Reserved => Presence::Promised,
             };
             let blocks = seen.entry(record.namespace.0).or_default();
@@ -125,7 +129,7 @@ pub fn explain(path: &Path, chain: &[BlockKey]) -> Result<Vec<Explanation>> {
                 );
             }
         }
-    }
+    })?;
     let explain_one = |(namespace, mut found): ([u8; 32], HashMap<usize, BlockInfo>)| {
         let block = |at| found.remove(&at).unwrap_or(BlockInfo::ABSENT);
         Explanation::new(hex(&namespace), (0..chain.len()).map(block).collect())
@@ -143,6 +147,7 @@ fn first_miss(blocks: &[BlockInfo], at: usize) -> Option<String> {
         Presence::Absent => "is not there: not stored yet, or evicted",
         Presence::Overdue => "was promised, but the promise ran out",
         Presence::Orphaned => "was promised by a writer that is gone",
+        Presence::Writing => "is being written",
         Presence::Promised => "is promised and not there yet",
         Presence::Ready => return None,
     };
@@ -153,7 +158,8 @@ impl Presence {
     /// Whether a record in this state says more about a block than one in the other.
     fn beats(self, other: Self) -> bool {
         let rank = |state| match state {
-            Presence::Ready => 4,
+            Presence::Ready => 5,
+            Presence::Writing => 4,
             Presence::Promised => 3,
             Presence::Overdue => 2,
             Presence::Orphaned => 1,
@@ -166,6 +172,7 @@ impl Presence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::{Folder, commit, key, put, record};
 
     fn reason(states: &[Presence]) -> Option<String> {
         let block = |&state: &Presence| BlockInfo {
@@ -177,10 +184,11 @@ mod tests {
 
     #[test]
     fn each_state_of_the_first_missing_block_has_a_reason_of_its_own() {
-        use Presence::{Absent, Orphaned, Overdue, Promised, Ready};
+        use Presence::{Absent, Orphaned, Overdue, Promised, Ready, Writing};
         let reasons: Vec<String> = [
             &[Ready, Absent, Ready][..],
             &[Ready, Promised],
+            &[Ready, Writing],
             &[Ready, Overdue],
             &[Ready, Orphaned],
         ]
@@ -205,5 +213,34 @@ mod tests {
         assert!(Presence::Ready.beats(Presence::Promised));
         assert!(Presence::Promised.beats(Presence::Overdue));
         assert!(!Presence::Orphaned.beats(Presence::Orphaned));
+    }
+
+    #[test]
+    fn a_promise_that_is_being_kept_is_told_from_one_that_waits() {
+        let folder = Folder::new(1 << 30);
+        let segment = folder.segment(3, 1);
+        put(&segment, 0, record(SlotState::Reserved, key(0), 0));
+        put(&segment, 1, record(SlotState::Reserved, key(1), 1));
+        commit(&segment, 2, key(2), 0, 0);
+        for slot in [1, 2] {
+            segment.invalidate(slot);
+        }
+        let states = || {
+            let found = explain(folder.path(), &[key(0), key(1), key(2)], &mut |_, _| {}).unwrap();
+            found[0]
+                .blocks
+                .iter()
+                .map(|block| block.state)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            states(),
+            [Presence::Promised, Presence::Writing, Presence::Absent]
+        );
+        drop(segment);
+        assert_eq!(
+            states(),
+            [Presence::Orphaned, Presence::Orphaned, Presence::Absent]
+        );
     }
 }
