@@ -105,6 +105,7 @@ impl Writer {
     pub(crate) fn run(mut self, commands: &Receiver<Command>, abandoned: &AtomicBool) {
         let process = std::process::id();
         self.prepare();
+        let mut ticked = Instant::now();
         loop {
             match commands.recv_timeout(TICK) {
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => break,
@@ -114,7 +115,11 @@ impl Writer {
             if abandoned.load(Ordering::Relaxed) || std::process::id() != process {
                 break;
             }
-            self.tick();
+            // Not after every command: it asks the kernel about every other writer.
+            if ticked.elapsed() >= TICK {
+                self.tick();
+                ticked = Instant::now();
+            }
         }
         self.shared.write_marks();
         self.shared.directory.wait_until_writable();
@@ -227,8 +232,7 @@ impl Writer {
     fn reserve(&mut self, keys: &[BlockKey], first_depth: u32, deadline: Instant) {
         self.let_go_of_lost();
         let namespace = self.refreshed_namespace();
-        self.slots.remember_chain(keys);
-        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let spare = self.slots.own_chain(keys);
         let mut promised = false;
         for (position, key) in keys.iter().enumerate() {
             let own = self.slots.reserved(key);
@@ -246,7 +250,7 @@ impl Writer {
                     }
                     at
                 }
-                None => match self.allocate(key, &spare) {
+                None => match self.allocate(&spare) {
                     Some(at) => at,
                     None => break,
                 },
@@ -308,13 +312,13 @@ impl Writer {
         self.let_go_of_lost();
         let in_force = self.refreshed_namespace();
         let keys = job.request().keys.clone();
-        self.slots.remember_chain(&keys);
-        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let spare = self.slots.own_chain(&keys);
         let mut places = Vec::with_capacity(keys.len());
         let mut plans = Vec::with_capacity(keys.len());
         let mut present = 0;
+        let mut full = false;
         for key in &keys {
-            let (place, plan) = self.plan(&job, in_force, key, &spare, &mut present);
+            let (place, plan) = self.plan(&job, in_force, key, &spare, &mut present, &mut full);
             places.push(place);
             plans.push(plan);
         }
@@ -337,6 +341,7 @@ impl Writer {
         key: &BlockKey,
         spare: &HashSet<BlockKey>,
         present: &mut u64,
+        full: &mut bool,
     ) -> (Option<SlotRef>, Plan) {
         if in_force != job.namespace() {
             // A reset came in between: what was computed before it must not be found after it.
@@ -348,8 +353,13 @@ impl Writer {
             *present += 1;
             return (None, Plan::Present);
         }
-        let reserved = self.slots.reserved(key);
-        let Some(at) = reserved.or_else(|| self.allocate(key, spare)) else {
+        let mut at = self.slots.reserved(key);
+        if at.is_none() && !*full {
+            at = self.allocate(spare);
+            // Looking again for each further block would go through all slots each time.
+            *full = at.is_none();
+        }
+        let Some(at) = at else {
             return (None, Plan::Dropped);
         };
         let Some(segment) = self.slots.segment(at).cloned() else {
@@ -370,8 +380,8 @@ impl Writer {
         )
     }
 
-    /// A slot for `key`: free, from a new segment, or recycled.
-    fn allocate(&mut self, key: &BlockKey, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+    /// A slot for a block of the chain `spare`: free, from a new segment, or recycled.
+    fn allocate(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         loop {
             if let Some(at) = self.slots.take_free() {
                 return Some(at);
@@ -381,7 +391,7 @@ impl Writer {
                 break;
             }
         }
-        let at = self.slots.take_victim(key, spare)?;
+        let at = self.slots.take_victim(spare)?;
         Counters::add(&self.shared.counters.evicted_blocks, 1);
         Some(at)
     }
