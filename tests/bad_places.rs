@@ -289,13 +289,20 @@ impl Drop for Limited {
 
 #[test]
 fn a_memory_limit_below_the_capacity_is_respected_instead_of_being_killed() {
+    // A tmpfs counts against it whatever way the bytes take.
+    for medium in [Medium::Memory, Medium::Disk] {
+        respects_a_memory_limit(medium);
+    }
+}
+
+fn respects_a_memory_limit(medium: Medium) {
     let limited = match Limited::new(176 * MIB) {
         Ok(limited) => limited,
         Err(error) => return not_run("a limited cgroup", &error),
     };
     let folder = folder();
     let setup = Setup {
-        medium: Medium::Memory,
+        medium,
         capacity_bytes: Some(1024 * MIB),
         segment_bytes: Some(16 * MIB),
         block_bytes: 256 << 10,

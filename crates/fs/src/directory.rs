@@ -137,7 +137,7 @@ impl Directory {
 
     /// Whether the files are memory, whatever way the bytes take to them.
     pub(crate) fn lives_in_memory(&self) -> bool {
-        matches!(self.choice.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+        self.choice.lives_in_memory()
     }
 
     /// Whether the payload goes through mappings.
@@ -149,7 +149,7 @@ impl Directory {
 /// Half of what is left, so that a folder that nobody configured does not fill a machine.
 pub(crate) fn default_capacity_bytes(choice: &MediumChoice) -> u64 {
     let mut left = choice.free_bytes;
-    if choice.medium == Medium::Memory
+    if (choice.lives_in_memory() || choice.medium == Medium::Memory)
         && let Some(headroom) = memory_limit::headroom_bytes()
     {
         left = left.min(headroom);

@@ -102,7 +102,7 @@ fn grow_locked(
 /// Makes a segment, if memory and file system allow; the inner error says why not.
 fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment, String>, FsError> {
     let directory = &shared.directory;
-    if directory.mapped_payload()
+    if (directory.lives_in_memory() || directory.mapped_payload())
         && let Some(headroom) = memory_limit::headroom_bytes()
         && headroom < header.file_bytes()
     {

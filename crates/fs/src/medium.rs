@@ -36,6 +36,13 @@ pub struct MediumChoice {
     pub free_bytes: u64,
 }
 
+impl MediumChoice {
+    /// Whether the files are memory, whatever way the bytes take to them.
+    pub(crate) fn lives_in_memory(&self) -> bool {
+        matches!(self.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+    }
+}
+
 /// Chooses the way for the folder `path`, unless `forced` says which.
 pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<MediumChoice> {
     let stat = rustix::fs::fstatfs(folder)
@@ -102,6 +109,7 @@ mod tests {
             (choice.file_system.as_str(), choice.medium),
             ("tmpfs", Medium::Memory)
         );
-        assert_eq!(choose(&folder, path, Medium::Disk).unwrap().medium, Medium::Disk);
+        let forced = choose(&folder, path, Medium::Disk).unwrap();
+        assert_eq!((forced.medium, forced.lives_in_memory()), (Medium::Disk, true));
     }
 }
