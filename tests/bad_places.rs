@@ -156,6 +156,62 @@ fn a_full_tmpfs_is_a_clear_error_at_the_start_and_a_miss_later() {
 }
 
 #[test]
+fn a_reader_that_stood_still_in_a_copy_survives_that_its_segment_is_gone_and_the_tmpfs_full() {
+    let folder = folder();
+    let setup = Setup {
+        capacity_bytes: Some(6 * MIB),
+        segment_bytes: Some(MIB),
+        medium: Medium::Memory,
+        ..Setup::default()
+    };
+    let what = "a tmpfs of 8 MiB";
+    let Some((mut owner, opened)) =
+        in_namespace(what, &small_tmpfs(folder.path(), "true"), folder.path(), &setup)
+    else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    let seen = PathBuf::from(format!("/proc/{}/root{}", owner.id(), folder.path().display()));
+    for round in 0..10 {
+        for chain in 0..3 {
+            owner.ask(&format!("store chain-{round}-{chain} 30"));
+        }
+        let (mut reader, opened) = PeerProcess::open(PEER, &seen, &setup.reader());
+        assert_eq!(opened, "open");
+        for number in 0..60 {
+            reader.tell(&format!("load chain-{round}-{} 30", number % 3));
+        }
+        std::thread::sleep(Duration::from_micros(2_000 + 1_700 * round));
+        reader.stop();
+        // The owner gives half of its segments back, and somebody else fills what is free then.
+        let (mut late, opened) = PeerProcess::open(PEER, &seen, &setup);
+        assert_eq!(opened, "open");
+        for number in 0..20 {
+            late.ask(&format!("store late-{round}-{number} 5"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let filler = seen.join("filler");
+        let filled = fs::write(&filler, vec![1; 8 * MIB as usize]);
+        assert!(filled.is_err(), "there is no room for so much");
+        reader.resume();
+        for _ in 0..60 {
+            let line = reader.line();
+            assert!(
+                line == "done" || line.starts_with("missed Absent") || line.starts_with("missed Recycled"),
+                "{line}"
+            );
+        }
+        reader.tell("quit");
+        assert!(reader.ended_well());
+        fs::remove_file(&filler).expect("it is ours");
+        assert_ne!(owner.ask("stats"), "evicted 0 adopted 0 returned 0 corrupt 0");
+        late.kill();
+    }
+    owner.tell("quit");
+    assert!(owner.ended_well());
+}
+
+#[test]
 fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     let (folder, mount) = (folder(), folder());
     let setup = Setup {

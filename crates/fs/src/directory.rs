@@ -3,16 +3,18 @@
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::control::Control;
 use crate::error::{FsError, Result};
+use crate::jobs::lock;
 use crate::medium::{self, MediumChoice};
 use crate::memory_limit;
 use crate::options::{FsOptions, Medium};
+use crate::segment::Removed;
 
 /// What a segment's file name looks like: `seg-` + 16 hex digits + `.kvlane`.
 const SEGMENT_PREFIX: &str = "seg-";
@@ -27,6 +29,8 @@ pub(crate) struct Directory {
     pub(crate) choice: MediumChoice,
     pub(crate) host_id: [u8; 16],
     pub(crate) control: Arc<Control>,
+    /// Segments that we removed and whose payload somebody was still copying.
+    removed: Mutex<Vec<Removed>>,
 }
 
 impl Directory {
@@ -94,7 +98,23 @@ impl Directory {
             choice,
             host_id: host_id(),
             control: Arc::new(control),
+            removed: Mutex::default(),
         }))
+    }
+
+    /// Gives the space of a removed segment back: now, or once nobody copies from it any more.
+    pub(crate) fn give_back_payload(&self, removed: Removed) {
+        if !removed.is_punched(self) {
+            lock(&self.removed).push(removed);
+        }
+    }
+
+    /// Tries again what [`give_back_payload`](Self::give_back_payload) had to leave. May block: not for an engine's thread.
+    pub(crate) fn give_back_payloads(&self) {
+        let removed = std::mem::take(&mut *lock(&self.removed));
+        for removed in removed {
+            self.give_back_payload(removed);
+        }
     }
 
     /// Names and ids of the segments that are linked now.

@@ -7,6 +7,7 @@ use kvlane_core::{BlockKey, BlockMap, Device, LoadOrder, LoadRequest, NamespaceI
 
 use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
+use crate::index::Found;
 use crate::jobs::Job;
 use crate::load::LoadJob;
 use crate::options::{FsOptions, Medium};
@@ -29,6 +30,13 @@ impl Folder {
     pub(crate) fn new(capacity_bytes: u64) -> Self {
         let root = tempfile::tempdir().unwrap();
         let directory = open(root.path(), capacity_bytes, Medium::Disk);
+        Folder { directory, root }
+    }
+
+    /// One whose files are memory, used through mappings.
+    pub(crate) fn in_memory(capacity_bytes: u64) -> Self {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let directory = open(root.path(), capacity_bytes, Medium::Memory);
         Folder { directory, root }
     }
 
@@ -132,6 +140,24 @@ pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
         start_id,
         None,
     ))
+}
+
+/// A load of one block that was found, which nobody works on yet.
+pub(crate) fn load_of(
+    shared: &Arc<Shared>,
+    key: BlockKey,
+    found: Found,
+) -> (kvlane_core::JobId, Arc<LoadJob>) {
+    let id = shared.jobs.next_id();
+    let request = LoadRequest {
+        keys: vec![key],
+        blocks: vec![0],
+        deadline: Instant::now() + Duration::from_secs(10),
+        order: LoadOrder::BlockMajor,
+    };
+    let job = LoadJob::new(shared, id, request, vec![Some(found)], None);
+    assert!(shared.jobs.admit(id, Job::Load(Arc::clone(&job))));
+    (id, job)
 }
 
 /// A load of one block that is not there, which nobody works on.

@@ -16,6 +16,7 @@ use crate::gate::Gate;
 use crate::index::Found;
 use crate::jobs::lock;
 use crate::raw::{AlignedBuffer, HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
+use crate::segment::Hold;
 use crate::shared::Shared;
 
 /// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
@@ -31,6 +32,8 @@ pub(crate) struct LoadJob {
     /// Where each key was found; `None` was missed from the start.
     found: Vec<Option<Found>>,
     records: Vec<OnceLock<Option<SlotRecord>>>,
+    /// Until the last thread has let go of the job.
+    holds: OnceLock<Vec<Option<Hold>>>,
     shared: Weak<Shared>,
     gate: Gate,
     /// Blocks, or (layer, block) pairs in layer-major order.
@@ -71,6 +74,7 @@ impl LoadJob {
         Arc::new(LoadJob {
             id,
             records: (0..blocks).map(|_| OnceLock::new()).collect(),
+            holds: OnceLock::new(),
             shared: Arc::downgrade(shared),
             gate: Gate::default(),
             next_item: AtomicUsize::new(0),
@@ -225,6 +229,14 @@ impl LoadJob {
         let Some(found) = &self.found[position] else {
             return Err(MissReason::Absent);
         };
+        // Not where the job is made: that is an engine's thread, and this asks the kernel.
+        let holds = self.holds.get_or_init(|| {
+            let hold = |found: &Option<Found>| found.as_ref()?.view.hold();
+            self.found.iter().map(hold).collect()
+        });
+        if holds[position].is_none() || found.view.sequence(found.slot) != found.sequence {
+            return Err(MissReason::Recycled);
+        }
         let record = self.records[position].get_or_init(|| {
             let record = found.view.record(found.slot, found.sequence).ok()?;
             let right = record.state == SlotState::Committed

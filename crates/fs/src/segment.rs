@@ -4,9 +4,10 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex};
 
 use kvlane_core::{BlockKey, NamespaceId};
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, flock};
 
 use crate::control::open_trusted;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
@@ -15,6 +16,7 @@ use crate::format::{
     self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
     counters,
 };
+use crate::jobs::lock;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
 /// The lock that says that a segment's writer lives.
@@ -27,6 +29,29 @@ pub(crate) struct SegmentView {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     mapping: ReadMapping,
+    /// A read fault in a hole of this file takes a page.
+    holes_take_memory: bool,
+    /// How often it is held: the lock belongs to the open file, which has many users.
+    holds: Mutex<usize>,
+}
+
+/// Keeps the payload of a segment from becoming a hole while it is copied from, even when the segment is removed. In a
+/// file system that lives in memory, a read of a hole through a mapping takes a page: that is a SIGBUS where none is left,
+/// and memory outside of the budget elsewhere.
+#[derive(Debug)]
+pub(crate) struct Hold(Arc<SegmentView>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut holds = lock(&self.0.holds);
+        *holds -= 1;
+        if *holds == 0
+            && self.0.holes_take_memory
+            && let Err(errno) = flock(&self.0.file, FlockOperation::NonBlockingUnlock)
+        {
+            tracing::debug!(path = %self.0.path.display(), %errno, "cannot unlock a segment");
+        }
+    }
 }
 
 impl SegmentView {
@@ -53,7 +78,20 @@ impl SegmentView {
             path,
             file,
             mapping,
+            holes_take_memory: directory.mapped_payload() && directory.lives_in_memory(),
+            holds: Mutex::new(0),
         })
+    }
+
+    /// Check the slot's sequence after this and before the copy: it says whether the payload was a hole already. `None`:
+    /// it is becoming one right now.
+    pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
+        let mut holds = lock(&self.holds);
+        if *holds == 0 && self.holes_take_memory {
+            flock(&self.file, FlockOperation::NonBlockingLockShared).ok()?;
+        }
+        *holds += 1;
+        Some(Hold(Arc::clone(self)))
     }
 
     pub(crate) fn mapping(&self) -> &ReadMapping {
@@ -395,7 +433,10 @@ impl OwnedSegment {
         );
         directory.control.bump_generation();
         directory.control.bump_changes();
-        punch_payload(&self.file, self.header());
+        match self.file.try_clone() {
+            Ok(file) => directory.give_back_payload(Removed::new(file, self.header())),
+            Err(error) => tracing::debug!(%error, "a removed segment keeps its memory until nobody maps it"),
+        }
     }
 }
 
@@ -422,7 +463,7 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
         .map_err(|errno| FsError::io("remove", &path)(errno.into()))?;
     directory.control.bump_generation();
     directory.control.bump_changes();
-    punch_payload(&file, &header);
+    directory.give_back_payload(Removed::new(file, &header));
     Ok(true)
 }
 
@@ -444,12 +485,38 @@ fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A reader that still maps a removed file would keep its memory; a hole has none.
-fn punch_payload(file: &File, header: &SegmentHeader) {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    let length = header.file_bytes() - header.data_offset();
-    if let Err(errno) = rustix::fs::fallocate(file, flags, header.data_offset(), length) {
-        tracing::debug!(%errno, "cannot punch a hole into a removed segment");
+/// A segment without a name and without a valid slot. A reader that still maps it would keep its memory; a hole has none.
+#[derive(Debug)]
+pub(crate) struct Removed {
+    file: File,
+    from: u64,
+    length: u64,
+}
+
+impl Removed {
+    fn new(file: File, header: &SegmentHeader) -> Self {
+        Removed {
+            file,
+            from: header.data_offset(),
+            length: header.file_bytes() - header.data_offset(),
+        }
+    }
+
+    /// Punches the hole, unless somebody is copying from there. Whoever comes later looks at the sequences first, which
+    /// were moved before this.
+    pub(crate) fn is_punched(&self, directory: &Directory) -> bool {
+        if directory.lives_in_memory()
+            && let Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) =
+                flock(&self.file, FlockOperation::NonBlockingLockExclusive)
+        {
+            return false;
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if let Err(errno) = rustix::fs::fallocate(&self.file, flags, self.from, self.length) {
+            tracing::debug!(%errno, "cannot punch a hole into a removed segment");
+        }
+        // The lock goes with the file.
+        true
     }
 }
 

@@ -173,6 +173,7 @@ impl Writer {
             self.shared.measure();
             self.marks_written = now;
         }
+        self.shared.directory.give_back_payloads();
         self.let_go_of_lost();
         let overdue = self.slots.overdue(now);
         if !overdue.is_empty() {

@@ -175,3 +175,72 @@ fn a_header_states_no_more_than_fits_the_target() {
         }
     }
 }
+
+/// Whether the payload takes space.
+fn has_payload(file: &File, header: &SegmentHeader) -> bool {
+    file.metadata().unwrap().blocks() * 512 > header.data_offset()
+}
+
+#[test]
+fn a_payload_is_given_back_once_nobody_copies_from_it() {
+    let folder = Folder::in_memory(8 << 20);
+    for orphan in [false, true] {
+        let segment = folder.segment(4, 1);
+        commit(&segment, 0, key(0), 0, 1);
+        let (name, header) = (name_of(&segment), segment.header().clone());
+        let view = Arc::new(SegmentView::open(&folder.directory, &name).unwrap().unwrap());
+        let (one, other) = (view.hold().unwrap(), view.hold().unwrap());
+        if orphan {
+            drop(segment);
+            assert!(remove_orphan(&folder.directory, &name).unwrap());
+        } else {
+            segment.retire(&folder.directory);
+        }
+        assert!(!view.path.exists(), "its name goes at once");
+        drop(one);
+        folder.directory.give_back_payloads();
+        assert!(has_payload(&view.file, &header), "somebody copies from it");
+        drop(other);
+        folder.directory.give_back_payloads();
+        assert!(!has_payload(&view.file, &header));
+    }
+}
+
+#[test]
+fn a_load_from_a_removed_segment_is_a_miss_and_takes_no_memory() {
+    let folder = Folder::in_memory(8 << 20);
+    let shared = crate::fixture::shared(folder.open_as(crate::options::Medium::Memory), 1);
+    let segment = folder.segment(4, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let view = Arc::new(
+        SegmentView::open(&folder.directory, &name_of(&segment))
+            .unwrap()
+            .unwrap(),
+    );
+    let found = crate::index::Found {
+        slot: 0,
+        sequence: view.sequence(0),
+        view: Arc::clone(&view),
+    };
+    segment.retire(&folder.directory);
+    let (id, job) = crate::fixture::load_of(&shared, key(0), found);
+    job.run(&mut crate::load::Bounce::default());
+    drop(job);
+    let mut done = Vec::new();
+    shared.jobs.poll(&mut done);
+    assert_eq!(done[0].job, id);
+    assert!(
+        matches!(
+            done[0].outcome,
+            kvlane_core::Outcome::Miss {
+                reason: kvlane_core::MissReason::Recycled,
+                ..
+            }
+        ),
+        "{done:?}"
+    );
+    assert!(
+        !has_payload(&view.file, segment.header()),
+        "the load took pages of the hole"
+    );
+}
