@@ -247,6 +247,9 @@ fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     assert_eq!(reader.ask("load later 6"), "done");
     let reset = reader.ask("reset");
     assert!(reset.starts_with("refused"), "{reset}");
+    // Whoever asked for a reset must not be served from before it, even where nobody else can be told.
+    assert_eq!(reader.ask("ready before 5"), "ready 0 0");
+    assert_eq!(reader.ask("load later 6"), "missed Absent 6");
     let missing = mount.path().join("below");
     let Some((_process, opened)) = in_namespace(what, &read_only, &missing, &setup) else {
         return;

@@ -203,13 +203,14 @@ impl Control {
     /// Starts a new epoch: for this process at once, for all others when the file system takes the write, for which
     /// this waits a bounded time.
     pub(crate) fn start_epoch(self: &Arc<Self>) -> Result<()> {
+        // Saturating: a number that somebody wrote into the file must not be able to stop an engine.
+        let wanted = self.epoch().saturating_add(1);
+        self.epoch_wanted.fetch_max(wanted, Ordering::AcqRel);
         if matches!(self.view, View::Read(_)) {
             return Err(FsError::ReadOnly {
                 path: self.path.clone(),
             });
         }
-        let wanted = self.epoch() + 1;
-        self.epoch_wanted.fetch_max(wanted, Ordering::AcqRel);
         // A store through the mapping of a frozen file system stands still, and nothing can end it: so a thread does it
         // that nobody waits for any longer than this.
         let (control, (sender, receiver)) = (Arc::clone(self), std::sync::mpsc::sync_channel(1));

@@ -28,6 +28,8 @@ pub struct FsReader {
 struct State {
     opened: Option<(Directory, Index)>,
     tried: Instant,
+    /// A reset that was asked for before the folder was there.
+    reset_wanted: bool,
 }
 
 impl FsReader {
@@ -45,6 +47,7 @@ impl FsReader {
             state: Mutex::new(State {
                 opened,
                 tried: Instant::now(),
+                reset_wanted: false,
             }),
         })
     }
@@ -55,7 +58,15 @@ impl FsReader {
         if state.opened.is_none() && state.tried.elapsed() >= REOPEN_INTERVAL {
             state.tried = Instant::now();
             match Directory::open(&self.path, &self.options, false) {
-                Ok(Some(directory)) => state.opened = Some((directory, Index::new(&self.namespaces))),
+                Ok(Some(directory)) => {
+                    // What is in there may be from before it: only what comes later may be found.
+                    if std::mem::take(&mut state.reset_wanted)
+                        && let Err(error) = directory.control.start_epoch()
+                    {
+                        tracing::warn!(%error, "cannot start a new epoch");
+                    }
+                    state.opened = Some((directory, Index::new(&self.namespaces)));
+                }
                 Ok(None) => {}
                 Err(error) => tracing::warn!(%error, "cannot open the KV store"),
             }
@@ -70,9 +81,15 @@ impl FsReader {
     /// Starts a new epoch; `false` if the folder is read-only or not there, or does not accept writes now: then only
     /// this process sees the new epoch until it does.
     pub fn reset(&self) -> bool {
-        let control = match &lock(&self.state).opened {
-            Some((directory, _)) => Arc::clone(&directory.control),
-            None => return false,
+        let control = {
+            let mut state = lock(&self.state);
+            match &state.opened {
+                Some((directory, _)) => Arc::clone(&directory.control),
+                None => {
+                    state.reset_wanted = true;
+                    return false;
+                }
+            }
         };
         control
             .start_epoch()
@@ -93,3 +110,6 @@ impl FsReader {
             })
     }
 }
+
+#[cfg(test)]
+mod tests;
