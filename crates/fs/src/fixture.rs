@@ -117,9 +117,9 @@ pub(crate) fn commit(segment: &OwnedSegment, slot: u32, key: BlockKey, depth: u3
     segment.set_mark(slot, mark);
 }
 
-/// The state of a transfer without threads.
-pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
-    let cache = HostCache::allocate(&[8 * 2 * LAYER_BYTES as usize], |addresses| {
+/// A cache of 8 blocks.
+pub(crate) fn cache() -> HostCache {
+    HostCache::allocate(&[8 * 2 * LAYER_BYTES as usize], |addresses| {
         let views = (0..2).map(|layer| TensorView {
             name: format!("layer.{layer}"),
             address: addresses[0] + layer * 8 * LAYER_BYTES,
@@ -129,11 +129,15 @@ pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
             strides: vec![LAYER_BYTES as i64, 1],
         });
         BlockMap::from_tensors(views, 8, Some(0)).unwrap()
-    });
+    })
+}
+
+/// The state of a transfer without threads.
+pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
     Arc::new(Shared::new(
         directory,
         geometry(),
-        cache.into(),
+        cache().into(),
         NAMESPACE,
         true,
         1 << 16,

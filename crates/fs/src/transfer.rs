@@ -194,12 +194,12 @@ impl FsTransfer {
 
     /// Ends all jobs and threads. Called by drop.
     pub fn close(&self) {
-        self.shared.jobs.close();
-        self.abandoned.store(true, Ordering::Relaxed);
-        if self.process != std::process::id() {
+        if self.is_forked() {
             // In a forked child there are no threads, and the parent's segments are not ours to touch.
             return;
         }
+        self.shared.jobs.close();
+        self.abandoned.store(true, Ordering::Relaxed);
         self.shared.tell_writer(Command::Stop);
         // Without a sender, the loading threads end at once.
         *lock(&self.loads) = None;
@@ -220,20 +220,27 @@ impl FsTransfer {
         }
     }
 
+    /// In a forked child every lock may have been held by a thread that is not there: none may be taken.
     fn is_forked(&self) -> bool {
         self.process != std::process::id()
     }
 
+    fn refuse_forked(&self) -> Result<()> {
+        if self.is_forked() {
+            return Err(FsError::Forked {
+                path: self.shared.directory.path.clone(),
+            });
+        }
+        Ok(())
+    }
+
     fn start_load(&self, request: LoadRequest, after: Option<Mark>) -> kvlane_core::Result<JobId> {
+        self.refuse_forked()?;
         request.check(self.shared.cache.map())?;
         let id = self.shared.jobs.next_id();
         let blocks = request.keys.len();
         if blocks == 0 {
             self.shared.jobs.finish(id, Outcome::Done);
-            return Ok(id);
-        }
-        if self.is_forked() {
-            self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);
         }
         let found = {
@@ -272,6 +279,7 @@ impl FsTransfer {
     }
 
     fn check_job(&self, job: JobId) -> kvlane_core::Result<()> {
+        self.refuse_forked()?;
         if self.shared.jobs.is_known(job) {
             Ok(())
         } else {
@@ -293,6 +301,12 @@ impl FsTransfer {
 
 impl Drop for FsTransfer {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // Ending a channel takes its locks, and the threads are the parent's: left as they are.
+            std::mem::forget(self.loads.get_mut().map(Option::take));
+            std::mem::forget(self.threads.get_mut().map(std::mem::take));
+            return;
+        }
         self.close();
     }
 }
@@ -322,6 +336,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
+        self.refuse_forked()?;
         request.check(self.shared.cache.map())?;
         if !self.shared.can_store() {
             return Err(FsError::ReadOnly {
@@ -341,8 +356,7 @@ impl KvTransfer for FsTransfer {
             index.effective(0)
         };
         let job = StoreJob::new(&self.shared, id, request, namespace);
-        let accepted = !self.is_forked()
-            && !self.shared.writer_is_behind()
+        let accepted = !self.shared.writer_is_behind()
             && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
             && self.shared.tell_writer(Command::Begin(job));
         if !accepted {
@@ -378,6 +392,7 @@ impl KvTransfer for FsTransfer {
 
     fn wait_layer(&self, job: JobId, layer: usize, deadline: Instant) -> kvlane_core::Result<bool> {
         self.check_layer(layer)?;
+        self.refuse_forked()?;
         match self.shared.jobs.get(job) {
             Some(Job::Load(job)) => Ok(job.wait_layer(layer, deadline)),
             Some(Job::Store(_)) => Err(kvlane_core::Error::UnknownJob(job.0)),
@@ -390,6 +405,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn wait(&self, job: JobId, deadline: Instant) -> kvlane_core::Result<Option<Completion>> {
+        self.refuse_forked()?;
         self.shared
             .jobs
             .wait(job, deadline)
@@ -404,6 +420,9 @@ impl KvTransfer for FsTransfer {
     }
 
     fn cancel(&self, job: JobId) {
+        if self.is_forked() {
+            return;
+        }
         match self.shared.jobs.get(job) {
             Some(Job::Load(job)) => job.close(MissReason::Cancelled),
             Some(Job::Store(job)) => job.close(MissReason::Cancelled),
@@ -412,6 +431,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn reset(&self) -> kvlane_core::Result<()> {
+        self.refuse_forked()?;
         Ok(self.shared.directory.control.start_epoch()?)
     }
 }
@@ -452,3 +472,6 @@ fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
         std::thread::park_timeout(Duration::from_millis(100));
     }
 }
+
+#[cfg(test)]
+mod tests;
