@@ -289,11 +289,15 @@ impl Writer {
 
     fn withdraw(&mut self, keys: &[BlockKey]) {
         for key in keys {
-            if let Some(at) = self.slots.reserved(key) {
-                self.free(at);
-            }
+            self.withdraw_one(key);
         }
         self.shared.directory.control.bump_changes();
+    }
+
+    fn withdraw_one(&mut self, key: &BlockKey) {
+        if let Some(at) = self.slots.reserved(key) {
+            self.free(at);
+        }
     }
 
     /// Makes a slot that holds nothing of worth free, for everybody to see.
@@ -308,6 +312,8 @@ impl Writer {
 
     fn begin(&mut self, job: Arc<StoreJob>) {
         if job.is_closed() {
+            // Nobody will keep these promises.
+            self.withdraw(&job.request().keys);
             return;
         }
         self.let_go_of_lost();
@@ -346,12 +352,15 @@ impl Writer {
     ) -> (Option<SlotRef>, Plan) {
         if in_force != job.namespace() {
             // A reset came in between: what was computed before it must not be found after it.
+            self.withdraw_one(key);
             return (None, Plan::Dropped);
         }
         let found = lock(&self.shared.index).find(0, key);
         if let Some(found) = found {
             self.shared.touch(std::iter::once(found));
             *present += 1;
+            // Somebody else was faster, and the slot is of use to others.
+            self.withdraw_one(key);
             return (None, Plan::Present);
         }
         let mut at = self.slots.reserved(key);
@@ -467,3 +476,6 @@ fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
         tracing::debug!(%error, "cannot start a thread to populate a segment");
     }
 }
+
+#[cfg(test)]
+mod tests;
