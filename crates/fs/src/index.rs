@@ -62,6 +62,8 @@ pub(crate) struct Found {
     pub(crate) view: Arc<SegmentView>,
     pub(crate) slot: u32,
     pub(crate) sequence: u64,
+    /// In which it was found, epoch included.
+    pub(crate) namespace: NamespaceId,
 }
 
 #[derive(Debug)]
@@ -415,6 +417,7 @@ impl Index {
             view: Arc::clone(&tracked.view),
             slot: entry.slot,
             sequence: entry.sequence,
+            namespace: self.tables[table].effective,
         })
     }
 

@@ -159,6 +159,11 @@ impl LoadJob {
                     self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
                 }
                 Err(reason) => {
+                    if matches!(reason, MissReason::Corrupt | MissReason::Recycled)
+                        && let Some(found) = &self.found[position]
+                    {
+                        lock(&shared.index).forget(found);
+                    }
                     lock(&self.bad).entry(position).or_insert(reason);
                 }
             }
@@ -241,6 +246,8 @@ impl LoadJob {
             let record = found.view.record(found.slot, found.sequence).ok()?;
             let right = record.state == SlotState::Committed
                 && record.key == self.request.keys[position]
+                && record.namespace == found.namespace
+                && shared.geometry.fits(&found.view.header)
                 && record.payload_bytes == shared.geometry.payload_bytes
                 && record.layer_crcs.len() == shared.geometry.layer_bytes.len();
             right.then_some(record)
@@ -267,7 +274,6 @@ impl LoadJob {
         }
         if copied == Err(MissReason::Corrupt) {
             tracing::warn!(path = %found.view.path.display(), slot = found.slot, "a block does not match its checksum");
-            lock(&shared.index).forget(found);
         }
         copied
     }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
 use kvlane_core::{BlockKey, NamespaceId};
@@ -354,10 +354,7 @@ impl OwnedSegment {
     /// Makes the slot's content invisible and returns the odd sequence that stands for it. Payload may be written from
     /// here on.
     pub(crate) fn invalidate(&self, slot: u32) -> u64 {
-        let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
-        let now = word.load(Ordering::Relaxed);
-        let odd = (now + 1) | 1;
-        word.store(odd, Ordering::SeqCst);
+        let odd = next_odd(self.mapping.u64_at(self.header().sequence_offset(slot) as usize));
         // Payload stores, non-temporal ones too, must not overtake the invalidation.
         store_fence();
         self.bump_changes();
@@ -368,10 +365,14 @@ impl OwnedSegment {
     /// has another sequence by now, so it belongs to whoever took the segment over, and is left alone.
     pub(crate) fn publish(&self, slot: u32, odd: u64, record: &mut SlotRecord) -> bool {
         let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
+        // The end of the numbers is nothing that counting reaches, but a file may say so.
+        let Some(even) = odd.checked_add(1) else {
+            return false;
+        };
         if word.load(Ordering::Acquire) != odd {
             return false;
         }
-        record.sequence = odd + 1;
+        record.sequence = even;
         record.owner = self.start_id;
         record.written_unix_ms = unix_ms();
         // Payload before record before sequence: non-temporal stores are not ordered by a release store alone.
@@ -381,7 +382,7 @@ impl OwnedSegment {
             .write_bytes(self.header().record_offset(slot) as usize, &bytes);
         store_fence();
         fence(Ordering::Release);
-        let published = word.compare_exchange(odd, odd + 1, Ordering::AcqRel, Ordering::Relaxed);
+        let published = word.compare_exchange(odd, even, Ordering::AcqRel, Ordering::Relaxed);
         self.bump_changes();
         published.is_ok()
     }
@@ -471,12 +472,21 @@ fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> bool {
     directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id
 }
 
+/// Moves a sequence on to its next odd number, whoever else is moving it, and returns that.
+fn next_odd(word: &AtomicU64) -> u64 {
+    let odd = |now: u64| now.saturating_add(1) | 1;
+    let mut now = word.load(Ordering::Relaxed);
+    while let Err(other) = word.compare_exchange_weak(now, odd(now), Ordering::SeqCst, Ordering::Relaxed) {
+        now = other;
+    }
+    odd(now)
+}
+
 /// Makes every slot's content invisible in a segment whose lock we have just taken.
 fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
     let tables = WriteMapping::new(file, header.data_offset() as usize)?;
     for slot in 0..header.slot_count {
-        let word = tables.u64_at(header.sequence_offset(slot) as usize);
-        word.store((word.load(Ordering::Relaxed) + 1) | 1, Ordering::SeqCst);
+        next_odd(tables.u64_at(header.sequence_offset(slot) as usize));
     }
     tables
         .u64_at((header.counters_offset() + counters::CHANGES) as usize)

@@ -42,6 +42,7 @@ pub(crate) struct Shared {
     writer: Option<Sender<Command>>,
     touched: Mutex<Touched>,
     used_bytes: AtomicU64,
+    segments: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +78,7 @@ impl Shared {
             writer,
             touched: Mutex::default(),
             used_bytes: AtomicU64::new(0),
+            segments: AtomicU64::new(0),
         }
     }
 
@@ -149,10 +151,30 @@ impl Shared {
         let mut stats = self.counters.snapshot();
         stats.used_bytes = self.used_bytes.load(Ordering::Relaxed);
         stats.limit_bytes = self.directory.control.capacity_bytes();
-        stats.segments = self
-            .index
-            .try_lock()
-            .map_or(0, |index| index.segment_count() as u64);
+        // Without waiting: while the index is busy, what it had before is the answer.
+        if let Ok(index) = self.index.try_lock() {
+            self.segments
+                .store(index.segment_count() as u64, Ordering::Relaxed);
+        }
+        stats.segments = self.segments.load(Ordering::Relaxed);
         stats
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Folder, shared};
+
+    #[test]
+    fn while_the_index_is_busy_the_number_of_segments_is_the_last_known() {
+        let folder = Folder::new(8 << 20);
+        let shared = shared(folder.open_again(), 1);
+        let _segment = folder.segment(4, 2);
+        lock(&shared.index).refresh(&shared.directory);
+        assert_eq!(shared.stats().segments, 1);
+        let busy = lock(&shared.index);
+        assert_eq!(shared.stats().segments, 1);
+        drop(busy);
     }
 }

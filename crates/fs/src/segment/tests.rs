@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{Folder, commit, geometry, key, put, record};
 use crate::format::SlotState;
+use kvlane_core::{MissReason, Outcome};
 
 fn name_of(segment: &OwnedSegment) -> String {
     segment_name(segment.header().segment_id)
@@ -176,6 +177,101 @@ fn a_header_states_no_more_than_fits_the_target() {
     }
 }
 
+/// Two processes count up the same words: one that was stopped and one that took over.
+#[test]
+fn sequences_never_go_back_under_two_hands() {
+    let word = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut last = 0;
+                for _ in 0..100_000 {
+                    let odd = next_odd(&word);
+                    assert!(odd > last && odd % 2 == 1);
+                    last = odd;
+                }
+            });
+        }
+    });
+    assert_eq!(word.into_inner(), 2 * 200_000 - 1, "no step was lost");
+}
+
+#[test]
+fn a_sequence_at_the_end_of_the_numbers_stays_there() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(1, 1);
+    let word = segment
+        .mapping()
+        .u64_at(segment.header().sequence_offset(0) as usize);
+    word.store(u64::MAX - 1, Ordering::Relaxed);
+    for _ in 0..2 {
+        segment.clear(0);
+        assert_eq!(segment.view.sequence(0), u64::MAX);
+    }
+}
+
+#[test]
+fn a_record_that_does_not_belong_into_its_segment_is_a_miss() {
+    let folder = Folder::in_memory(8 << 20);
+    let shared = crate::fixture::shared(folder.open_as(crate::options::Medium::Memory), 1);
+    // As many layers, but so small that a block of ours would end behind the file.
+    let small = crate::fixture::segment_of(&folder.directory, &Geometry::new(vec![64, 64]), 1, 1);
+    commit(&small, 0, key(0), 0, 1);
+    let right = folder.segment(1, 1);
+    commit(&right, 0, key(0), 0, 1);
+    let found = |segment: &OwnedSegment, epoch| crate::index::Found {
+        slot: 0,
+        sequence: segment.view.sequence(0),
+        view: Arc::new(
+            SegmentView::open(&folder.directory, &name_of(segment))
+                .unwrap()
+                .unwrap(),
+        ),
+        namespace: crate::fixture::NAMESPACE.with_epoch(epoch),
+    };
+    let recycled = Some(MissReason::Recycled);
+    assert_eq!(load_of(&shared, key(0), found(&small, 0)), recycled);
+    assert_eq!(load_of(&shared, key(0), found(&right, 1)), recycled);
+    assert_eq!(load_of(&shared, key(1), found(&right, 0)), recycled);
+    let whole = load_of(&shared, key(0), found(&right, 0));
+    assert_eq!(whole, Some(MissReason::Corrupt), "only its bytes are none");
+}
+
+#[test]
+fn what_was_not_as_the_index_said_is_not_offered_again() {
+    let folder = Folder::new(8 << 20);
+    let shared = crate::fixture::shared(folder.open_again(), 1);
+    let segment = folder.segment(1, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let mut index = lock(&shared.index);
+    index.refresh(&shared.directory);
+    let found = index.find(0, &key(0)).unwrap();
+    drop(index);
+    // The record goes bad behind the index' back.
+    let offset = segment.header().record_offset(0) as usize + 20;
+    segment.mapping().write_bytes(offset, &[0xff; 4]);
+    assert_eq!(load_of(&shared, key(0), found), Some(MissReason::Recycled));
+    assert!(lock(&shared.index).find(0, &key(0)).is_none());
+}
+
+/// Why a load of this block misses.
+fn load_of(
+    shared: &Arc<crate::shared::Shared>,
+    key: BlockKey,
+    found: crate::index::Found,
+) -> Option<MissReason> {
+    let (id, job) = crate::fixture::load_of(shared, key, found);
+    job.run(&mut crate::load::Bounce::default());
+    drop(job);
+    let mut done = Vec::new();
+    shared.jobs.poll(&mut done);
+    assert_eq!((done.len(), done[0].job), (1, id));
+    match done[0].outcome {
+        Outcome::Done => None,
+        Outcome::Miss { reason, .. } => Some(reason),
+    }
+}
+
 /// Whether the payload takes space.
 fn has_payload(file: &File, header: &SegmentHeader) -> bool {
     file.metadata().unwrap().blocks() * 512 > header.data_offset()
@@ -221,24 +317,10 @@ fn a_load_from_a_removed_segment_is_a_miss_and_takes_no_memory() {
         slot: 0,
         sequence: view.sequence(0),
         view: Arc::clone(&view),
+        namespace: crate::fixture::NAMESPACE.with_epoch(0),
     };
     segment.retire(&folder.directory);
-    let (id, job) = crate::fixture::load_of(&shared, key(0), found);
-    job.run(&mut crate::load::Bounce::default());
-    drop(job);
-    let mut done = Vec::new();
-    shared.jobs.poll(&mut done);
-    assert_eq!(done[0].job, id);
-    assert!(
-        matches!(
-            done[0].outcome,
-            kvlane_core::Outcome::Miss {
-                reason: kvlane_core::MissReason::Recycled,
-                ..
-            }
-        ),
-        "{done:?}"
-    );
+    assert_eq!(load_of(&shared, key(0), found), Some(MissReason::Recycled));
     assert!(
         !has_payload(&view.file, segment.header()),
         "the load took pages of the hole"
