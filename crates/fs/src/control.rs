@@ -328,6 +328,7 @@ impl Control {
                     return None;
                 }
                 Some(WriterEntry {
+                    place,
                     own,
                     bytes_used: view.load_u64(place.offset(control::WRITER_BYTES_USED)),
                     wants_bytes: view.load_u64(place.offset(control::WRITER_WANTS)),
@@ -338,7 +339,7 @@ impl Control {
 }
 
 /// A row of the table of writers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WriterPlace {
     number: u32,
 }
@@ -352,6 +353,7 @@ impl WriterPlace {
 /// What a live writer says of itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WriterEntry {
+    pub(crate) place: WriterPlace,
     pub(crate) own: bool,
     pub(crate) bytes_used: u64,
     pub(crate) wants_bytes: u64,

@@ -1,8 +1,9 @@
 //! Getting segments and giving them back: one budget for all writers of a folder.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::Directory;
 use crate::error::FsError;
@@ -28,12 +29,7 @@ pub(crate) enum Growth {
 }
 
 /// Tries to get one more segment for the writer at `place`, which owns `own_bytes`.
-pub(crate) fn grow(
-    shared: &Shared,
-    place: crate::control::WriterPlace,
-    target_bytes: u64,
-    own_bytes: u64,
-) -> Growth {
+pub(crate) fn grow(shared: &Shared, place: WriterPlace, target_bytes: u64, own_bytes: u64) -> Growth {
     let attempt = || grow_locked(shared, place, target_bytes, own_bytes);
     match shared.directory.control.with_budget_lock(LOCK_PATIENCE, attempt) {
         Some(Ok(growth)) => growth,
@@ -44,7 +40,7 @@ pub(crate) fn grow(
 
 fn grow_locked(
     shared: &Shared,
-    place: crate::control::WriterPlace,
+    place: WriterPlace,
     target_bytes: u64,
     own_bytes: u64,
 ) -> Result<Growth, FsError> {
@@ -131,7 +127,7 @@ enum Room {
 }
 
 /// Takes over a segment of a writer that is gone, or removes one that nobody here can use.
-fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
+fn make_room(shared: &Shared, place: WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
     let directory = &shared.directory;
     if let Some(segment) = adopt_one(directory, &shared.geometry) {
         Counters::add(&shared.counters.adopted_segments, 1);
@@ -147,33 +143,55 @@ fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64
     Ok(Room::None)
 }
 
-/// Whether this writer has more than its share while somebody else waits for some.
-pub(crate) fn should_give_back(
-    directory: &Directory,
-    place: crate::control::WriterPlace,
-    own_bytes: u64,
-) -> bool {
-    let writers = directory.control.live_writers(Some(place));
-    let waiting = writers
-        .iter()
-        .filter(|writer| !writer.own && writer.wants_bytes > 0)
-        .count();
-    if waiting == 0 {
-        return false;
+/// How long the writer with the most may keep everything while others wait: a living one gives back at its next tick.
+const LARGEST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Decides when to give back.
+#[derive(Debug, Default)]
+pub(crate) struct Generosity {
+    /// The writer with the most, what it has, and since when.
+    largest: Option<(WriterPlace, u64, Instant)>,
+}
+
+impl Generosity {
+    /// Whether this writer has more than its share while somebody else waits for some.
+    pub(crate) fn should_give_back(
+        &mut self,
+        directory: &Directory,
+        place: WriterPlace,
+        own_bytes: u64,
+        now: Instant,
+    ) -> bool {
+        let writers = directory.control.live_writers(Some(place));
+        let needed: u64 = writers
+            .iter()
+            .filter(|writer| !writer.own)
+            .map(|writer| writer.wants_bytes)
+            .sum();
+        let capacity = directory.control.capacity_bytes();
+        let share = capacity / writers.len().max(1) as u64;
+        // Giving back stops as soon as there is room for those who wait.
+        if needed == 0
+            || own_bytes <= share
+            || capacity.saturating_sub(directory.used_bytes().unwrap_or(u64::MAX)) >= needed
+        {
+            self.largest = None;
+            return false;
+        }
+        let Some(most) = writers.iter().max_by_key(|writer| writer.bytes_used) else {
+            return false;
+        };
+        if own_bytes >= most.bytes_used {
+            return true;
+        }
+        // Whoever has most gives, unless it does not move: it may have been stopped.
+        let since = match self.largest {
+            Some((place, bytes, since)) if (place, bytes) == (most.place, most.bytes_used) => since,
+            _ => now,
+        };
+        self.largest = Some((most.place, most.bytes_used, since));
+        now.duration_since(since) >= LARGEST_PATIENCE
     }
-    let share = directory.control.capacity_bytes() / writers.len().max(1) as u64;
-    let most = writers.iter().map(|writer| writer.bytes_used).max().unwrap_or(0);
-    // Giving back stops as soon as there is room for those who wait; only whoever has most gives.
-    let needed: u64 = writers
-        .iter()
-        .filter(|writer| !writer.own)
-        .map(|writer| writer.wants_bytes)
-        .sum();
-    let left = directory
-        .control
-        .capacity_bytes()
-        .saturating_sub(directory.used_bytes().unwrap_or(u64::MAX));
-    own_bytes > share && own_bytes >= most && left < needed
 }
 
 /// The segment of a writer that is gone, of our geometry.

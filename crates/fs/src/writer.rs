@@ -13,7 +13,7 @@ use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
-use crate::growth::{self, Growth};
+use crate::growth::{self, Generosity, Growth};
 use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::{MARK_MS, Shared};
@@ -24,6 +24,8 @@ use crate::store::{Place, Plan, StoreJob};
 const TICK: Duration = Duration::from_millis(100);
 /// Pause after a wish for space that was not granted.
 const GROWTH_PAUSE: Duration = Duration::from_millis(250);
+/// How long a wish for space stands after space was last needed.
+const WISH_LASTS: Duration = Duration::from_secs(10);
 /// Pause after space was refused for good.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
@@ -69,6 +71,9 @@ pub(crate) struct Writer {
     tasks: Sender<StoreTask>,
     threads: usize,
     grow_after: Instant,
+    /// When space was last needed.
+    wished: Option<Instant>,
+    generosity: Generosity,
     marks_written: Instant,
     complained: HashSet<String>,
 }
@@ -96,6 +101,8 @@ impl Writer {
             tasks,
             threads,
             grow_after: now,
+            wished: None,
+            generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
         }
@@ -190,7 +197,19 @@ impl Writer {
             // At least one segment, before anybody needs it.
             self.grow();
         }
-        if growth::should_give_back(&self.shared.directory, self.place, self.slots.bytes()) {
+        if self
+            .wished
+            .is_some_and(|wished| now.duration_since(wished) >= WISH_LASTS)
+        {
+            // Others would give back, or not take what is free, for somebody who does not need it any more.
+            self.wished = None;
+            self.shared.directory.control.set_wants(self.place, 0);
+        }
+        let (directory, bytes) = (&self.shared.directory, self.slots.bytes());
+        if self
+            .generosity
+            .should_give_back(directory, self.place, bytes, now)
+        {
             self.give_back();
         }
     }
@@ -408,6 +427,7 @@ impl Writer {
 
     fn grow(&mut self) -> bool {
         let now = Instant::now();
+        self.wished = Some(now);
         if now < self.grow_after {
             return false;
         }

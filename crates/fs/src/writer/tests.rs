@@ -88,3 +88,21 @@ fn a_promise_that_somebody_else_has_kept_gives_its_slot_back() {
     let all = alone.writer.slots.segments().next().unwrap().header().slot_count as usize;
     assert_eq!(free, all - 1);
 }
+
+#[test]
+fn a_wish_for_space_ends_when_nothing_was_needed_for_a_while() {
+    let mut alone = Alone::new();
+    let control = Arc::clone(&alone.writer.shared.directory.control);
+    let wants = || {
+        let writers = alone.folder.directory.control.live_writers(None);
+        writers.iter().map(|writer| writer.wants_bytes).sum::<u64>()
+    };
+    control.set_wants(alone.writer.place, 4096);
+    alone.writer.wished = Some(Instant::now());
+    alone.writer.tick();
+    assert_eq!(wants(), 4096, "it is still needed");
+    alone.writer.wished = Instant::now().checked_sub(WISH_LASTS);
+    assert!(alone.writer.wished.is_some(), "the machine has run long enough");
+    alone.writer.tick();
+    assert_eq!(wants(), 0);
+}
