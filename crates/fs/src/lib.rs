@@ -23,6 +23,7 @@ mod growth;
 mod index;
 pub mod inspect;
 mod jobs;
+mod lister;
 mod load;
 mod medium;
 mod memory_limit;

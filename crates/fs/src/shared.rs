@@ -1,8 +1,8 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use crossbeam::channel::Sender;
 use kvlane_core::NamespaceId;
@@ -12,6 +12,7 @@ use crate::counters::{Counters, FsStats};
 use crate::directory::{Directory, unix_ms};
 use crate::index::{Found, Index};
 use crate::jobs::{Jobs, lock};
+use crate::lister::Lister;
 use crate::segment::Geometry;
 use crate::writer::Command;
 
@@ -36,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) cache: Cache,
     pub(crate) verify: bool,
     pub(crate) index: Mutex<Index>,
+    pub(crate) lister: Lister,
     pub(crate) jobs: Jobs,
     pub(crate) counters: Counters,
     pub(crate) start_id: u64,
@@ -72,6 +74,7 @@ impl Shared {
             cache,
             verify,
             index: Mutex::new(Index::new(&[namespace])),
+            lister: Lister::default(),
             jobs: Jobs::new(jobs_in_flight),
             counters: Counters::default(),
             start_id,
@@ -80,6 +83,11 @@ impl Shared {
             used_bytes: AtomicU64::new(0),
             segments: AtomicU64::new(0),
         }
+    }
+
+    /// The index as the folder is now.
+    pub(crate) fn look(&self) -> MutexGuard<'_, Index> {
+        self.lister.look(&self.directory, &self.index)
     }
 
     /// `false`: this transfer cannot store, or its writer thread is gone.

@@ -19,6 +19,7 @@ use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
+use crate::lister;
 use crate::load::{Bounce, IDLE_CHECK, LoadJob};
 use crate::options::{FsOptions, RESERVATION_MAX};
 use crate::segment::Geometry;
@@ -33,7 +34,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Moves blocks between one paged cache and a folder.
 ///
-/// Threads: one that decides about slots (only if it can store), and as many as the option `io_threads` says for stores
+/// Threads: one that lists the folder, one that decides about slots (only if it can store), and as many as the option `io_threads` says for stores
 /// and for loads each. They end when the value is dropped or closed; one that hangs in a file system is left behind.
 #[derive(Debug)]
 pub struct FsTransfer {
@@ -98,6 +99,8 @@ impl FsTransfer {
             start_id,
             can_store.then_some(command_sender),
         ));
+        // What is there is found from the first lookup on.
+        drop(shared.look());
         let threads = options.threads();
         let abandoned = Arc::new(AtomicBool::new(false));
         let mut handles = Vec::new();
@@ -107,6 +110,12 @@ impl FsTransfer {
                 .map(|handle| handles.push(handle))
                 .map_err(FsError::io("start a thread for", path))
         };
+        let lists = Arc::clone(&shared);
+        spawn(
+            "kvlane-lister".into(),
+            Box::new(move || lists.lister.run(|| lister::list(&lists.directory, &lists.index))),
+        )?;
+        shared.lister.started();
         if let Some(place) = place {
             let (task_sender, tasks) = unbounded();
             for number in 0..threads {
@@ -187,9 +196,7 @@ impl FsTransfer {
         if self.is_forked() {
             return Availability::default();
         }
-        let mut index = lock(&self.shared.index);
-        index.refresh(&self.shared.directory);
-        index.availability(chain, cursor)
+        self.shared.look().availability(chain, cursor)
     }
 
     /// Ends all jobs and threads. Called by drop.
@@ -201,6 +208,7 @@ impl FsTransfer {
         self.shared.jobs.close();
         self.abandoned.store(true, Ordering::Relaxed);
         self.shared.tell_writer(Command::Stop);
+        self.shared.lister.close();
         // Without a sender, the loading threads end at once.
         *lock(&self.loads) = None;
         let handles = std::mem::take(&mut *lock(&self.threads));
@@ -244,8 +252,7 @@ impl FsTransfer {
             return Ok(id);
         }
         let found = {
-            let mut index = lock(&self.shared.index);
-            index.refresh(&self.shared.directory);
+            let index = self.shared.look();
             request.keys.iter().map(|key| index.find(0, key)).collect()
         };
         let job = LoadJob::new(&self.shared, id, request, found, after);
@@ -350,11 +357,7 @@ impl KvTransfer for FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let namespace = {
-            let mut index = lock(&self.shared.index);
-            index.refresh(&self.shared.directory);
-            index.effective(0)
-        };
+        let namespace = self.shared.look().effective(0);
         let job = StoreJob::new(&self.shared, id, request, namespace);
         let accepted = !self.shared.writer_is_behind()
             && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
@@ -465,8 +468,6 @@ fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
         if written.is_none_or(|at| at.elapsed() >= Duration::from_millis(MARK_MS)) {
             shared.write_marks();
             shared.measure();
-            // Lets go of segments that were removed, so that their memory is free.
-            lock(&shared.index).refresh(&shared.directory);
             written = Some(Instant::now());
         }
         std::thread::park_timeout(Duration::from_millis(100));

@@ -244,9 +244,7 @@ impl Writer {
 
     /// The namespace in force, after a look at what others did.
     fn refreshed_namespace(&self) -> NamespaceId {
-        let mut index = lock(&self.shared.index);
-        index.refresh(&self.shared.directory);
-        index.effective(0)
+        self.shared.look().effective(0)
     }
 
     fn reserve(&mut self, keys: &[BlockKey], first_depth: u32, deadline: Instant) {
