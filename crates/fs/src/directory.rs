@@ -10,6 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::control::Control;
 use crate::error::{FsError, Result};
+use crate::host::Host;
 use crate::jobs::lock;
 use crate::medium::{self, MediumChoice};
 use crate::memory_limit;
@@ -27,7 +28,7 @@ pub(crate) struct Directory {
     pub(crate) folder: File,
     pub(crate) writable: bool,
     pub(crate) choice: MediumChoice,
-    pub(crate) host_id: [u8; 16],
+    pub(crate) host: Host,
     pub(crate) control: Arc<Control>,
     /// Segments that we removed and whose payload somebody was still copying.
     removed: Mutex<Vec<Removed>>,
@@ -96,7 +97,7 @@ impl Directory {
             folder,
             writable,
             choice,
-            host_id: host_id(),
+            host: Host::this(),
             control: Arc::new(control),
             removed: Mutex::default(),
         }))
@@ -208,12 +209,4 @@ pub(crate) fn random_u64() -> u64 {
         bytes.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
     }
     u64::from_le_bytes(bytes).max(1)
-}
-
-/// Identity of the running machine: its boot id.
-fn host_id() -> [u8; 16] {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let mut id = [0; 16];
-    id.copy_from_slice(&blake3::hash(text.trim().as_bytes()).as_bytes()[..16]);
-    id
 }

@@ -65,7 +65,7 @@ pub(crate) fn segment_of(
     slots: u32,
     start_id: u64,
 ) -> OwnedSegment {
-    let mut header = geometry.header(1, u64::MAX, directory.host_id).unwrap();
+    let mut header = geometry.header(1, u64::MAX, directory.host).unwrap();
     header.slot_count = slots;
     OwnedSegment::create(directory, &header, &geometry.layer_bytes, start_id).unwrap()
 }

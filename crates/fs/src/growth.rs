@@ -59,7 +59,7 @@ fn grow_locked(
     }
     loop {
         let left = capacity.saturating_sub(directory.used_bytes()?);
-        let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host_id) else {
+        let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host) else {
             return Ok(Growth::Refused(format!(
                 "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
                 shared.geometry.slot_bytes

@@ -20,6 +20,7 @@ mod fixture;
 pub mod format;
 mod gate;
 mod growth;
+mod host;
 mod index;
 pub mod inspect;
 mod jobs;

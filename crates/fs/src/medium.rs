@@ -34,12 +34,19 @@ pub struct MediumChoice {
     pub reason: &'static str,
     /// Bytes that the file system has left for us.
     pub free_bytes: u64,
+    /// Whether other machines may have files open here whose locks nobody sees.
+    shared_by_machines: bool,
 }
 
 impl MediumChoice {
     /// Whether the files are memory, whatever way the bytes take to them.
     pub(crate) fn lives_in_memory(&self) -> bool {
         matches!(self.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+    }
+
+    /// Whether other machines may have files open here whose locks nobody sees.
+    pub(crate) fn is_shared_by_machines(&self) -> bool {
+        self.shared_by_machines
     }
 }
 
@@ -83,6 +90,8 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         Medium::Auto => (medium, reason),
         other => (other, "the option `medium` says so"),
     };
+    // Every overlay is one machine's, whatever is below it, and so are its locks.
+    let shared_by_machines = medium == Medium::Network && (forced == Medium::Network || name != "overlay");
     #[allow(
         clippy::unnecessary_cast,
         reason = "the type of f_bsize differs between targets"
@@ -93,6 +102,7 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         medium,
         reason,
         free_bytes,
+        shared_by_machines,
     })
 }
 

@@ -16,6 +16,7 @@ use crate::format::{
     self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
     counters,
 };
+use crate::host::Host;
 use crate::jobs::lock;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
@@ -223,12 +224,7 @@ impl Geometry {
     }
 
     /// Header of a new segment of about `target_bytes`; `None` if not even one slot fits into `limit_bytes`.
-    pub(crate) fn header(
-        &self,
-        target_bytes: u64,
-        limit_bytes: u64,
-        host_id: [u8; 16],
-    ) -> Option<SegmentHeader> {
+    pub(crate) fn header(&self, target_bytes: u64, limit_bytes: u64, host: Host) -> Option<SegmentHeader> {
         let mut header = SegmentHeader {
             segment_id: random_u64(),
             created_unix_ms: unix_ms(),
@@ -236,8 +232,9 @@ impl Geometry {
             layer_count: self.layer_bytes.len() as u32,
             slot_bytes: self.slot_bytes,
             payload_bytes: self.payload_bytes,
-            host_id,
+            boot_id: host.boot_id,
             geometry: self.id,
+            machine_id: host.machine_id,
         };
         let per_slot = self.slot_bytes + header.record_bytes() + 12;
         let wanted = (target_bytes.min(limit_bytes) / per_slot).clamp(1, u64::from(format::SLOTS_MAX));
@@ -469,7 +466,7 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
 }
 
 fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> bool {
-    directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id
+    directory.choice.is_shared_by_machines() && !directory.host.has_made(header)
 }
 
 /// Moves a sequence on to its next odd number, whoever else is moving it, and returns that.

@@ -131,7 +131,10 @@ fn on_a_network_only_the_creating_host_adopts_and_removes() {
     let folder = Folder::new(8 << 20);
     let name = name_of(&folder.segment(4, 1));
     let mut network = folder.open_as(crate::options::Medium::Network);
-    network.host_id = [9; 16];
+    network.host = crate::host::Host {
+        boot_id: [9; 16],
+        machine_id: [9; 16],
+    };
     assert!(
         OwnedSegment::adopt(&network, &name, &geometry())
             .unwrap()
@@ -158,11 +161,13 @@ fn a_header_states_no_more_than_fits_the_target() {
         for layer_bytes in [1_u64, 4096, 100_000] {
             let geometry = Geometry::new(vec![layer_bytes; layers]);
             for target in [1 << 16, 1 << 20, 64 << 20] {
-                let header = geometry.header(target, u64::MAX, [0; 16]).unwrap();
+                let header = geometry
+                    .header(target, u64::MAX, crate::host::Host::this())
+                    .unwrap();
                 assert!(header.slot_count == 1 || header.file_bytes() <= target);
                 assert_eq!(
                     geometry
-                        .header(target, header.file_bytes(), [0; 16])
+                        .header(target, header.file_bytes(), crate::host::Host::this())
                         .unwrap()
                         .slot_count,
                     header.slot_count
@@ -171,7 +176,11 @@ fn a_header_states_no_more_than_fits_the_target() {
                     slot_count: 1,
                     ..header
                 };
-                assert!(geometry.header(target, one.file_bytes() - 1, [0; 16]).is_none());
+                assert!(
+                    geometry
+                        .header(target, one.file_bytes() - 1, crate::host::Host::this())
+                        .is_none()
+                );
             }
         }
     }
