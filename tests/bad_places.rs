@@ -212,6 +212,60 @@ fn a_reader_that_stood_still_in_a_copy_survives_that_its_segment_is_gone_and_the
 }
 
 #[test]
+fn a_file_system_that_cannot_allocate_is_used_by_system_calls_and_refused_for_mappings() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+    fs::create_dir(&mount).expect("a folder");
+    let file = fs::File::create(&image).expect("a file");
+    file.set_len(32 * MIB).expect("it can be sparse");
+    let what = "an ext4 without extents";
+    // What ext2 and ext3 were like.
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-O", "^extents,^64bit"])
+        .arg(&image)
+        .status();
+    if !made.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        return not_run(what, &format!("mkfs.ext4: {made:?}"));
+    }
+    let prelude = format!("mount -o loop {} {}", image.display(), mount.display());
+    let setup = Setup::default();
+    let Some((mut process, opened)) = in_namespace(what, &prelude, &mount, &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    store_a_lot(&mut process, 60);
+    process.tell("quit");
+    assert!(process.ended_well());
+    let mapped = Setup {
+        medium: Medium::Memory,
+        ..setup
+    };
+    let below = mount.join("mapped");
+    let Some((mut process, opened)) = in_namespace(what, &prelude, &below, &mapped) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    assert_eq!(process.ask("store chain 4"), "missed Dropped 4");
+    eventually("the message", || process.warnings().contains("cannot allocate"));
+    process.tell("quit");
+    assert!(process.ended_well());
+}
+
+#[test]
+fn a_file_system_that_cannot_hold_segments_is_a_clear_error() {
+    let folder = folder();
+    let prelude = format!("mount -t ramfs none {}", folder.path().display());
+    let Some((_process, opened)) = in_namespace("a ramfs", &prelude, folder.path(), &Setup::default()) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused the file system of the folder is ramfs")
+            && opened.contains("allowed: tmpfs"),
+        "{opened}"
+    );
+}
+
+#[test]
 fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     let (folder, mount) = (folder(), folder());
     let setup = Setup {

@@ -41,7 +41,7 @@ pub struct MediumChoice {
 impl MediumChoice {
     /// Whether the files are memory, whatever way the bytes take to them.
     pub(crate) fn lives_in_memory(&self) -> bool {
-        matches!(self.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+        self.file_system == "tmpfs"
     }
 
     /// Whether other machines may have files open here whose locks nobody sees.
@@ -62,8 +62,9 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
     let magic = (stat.f_type as u64) & 0xffff_ffff;
     let (name, medium, reason) = match magic {
         TMPFS => ("tmpfs", Medium::Memory, "it lives in memory"),
-        RAMFS => ("ramfs", Medium::Memory, "it lives in memory"),
-        HUGETLBFS => ("hugetlbfs", Medium::Memory, "it lives in memory"),
+        // The first one cannot allocate and has no end, the second one cannot be written to.
+        RAMFS => return Err(refused("ramfs", path)),
+        HUGETLBFS => return Err(refused("hugetlbfs", path)),
         EXT => ("ext4", Medium::Disk, "it is a local disk"),
         XFS => ("xfs", Medium::Disk, "it is a local disk"),
         BTRFS => ("btrfs", Medium::Disk, "it is a local disk"),
@@ -104,6 +105,14 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         free_bytes,
         shared_by_machines,
     })
+}
+
+fn refused(file_system: &str, path: &Path) -> FsError {
+    FsError::Option {
+        option: "the file system of the folder",
+        found: format!("{file_system} ({})", path.display()),
+        allowed: "tmpfs, a local disk or a network file system".to_owned(),
+    }
 }
 
 #[cfg(test)]

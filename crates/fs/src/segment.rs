@@ -257,7 +257,9 @@ impl OwnedSegment {
         let name = segment_name(header.segment_id);
         let path = directory.path.join(&name);
         let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
-        let filled = fill(&file, header, layer_bytes, &path, start_id).and_then(|()| {
+        let filled = allocate(directory, &file, header, &path)
+            .and_then(|()| fill(&file, header, layer_bytes, &path, start_id));
+        let filled = filled.and_then(|()| {
             publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path))
         });
         if let Err(error) = filled {
@@ -552,6 +554,25 @@ fn create_unnamed(directory: &Directory, name: &str) -> std::io::Result<(File, O
     }
 }
 
+/// Gives the file its length and its blocks: without them, a full file system would answer a store through the mapping with
+/// SIGBUS.
+fn allocate(
+    directory: &Directory,
+    file: &File,
+    header: &SegmentHeader,
+    path: &std::path::Path,
+) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let allocated = match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, header.file_bytes()) {
+        // Not every file system can. Where the payload is written by system calls, only the tables need blocks.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) if !directory.mapped_payload() => file
+            .write_all_at(&vec![0; header.data_offset() as usize], 0)
+            .and_then(|()| file.set_len(header.file_bytes())),
+        other => other.map_err(Into::into),
+    };
+    allocated.map_err(FsError::io("allocate", path))
+}
+
 fn fill(
     file: &File,
     header: &SegmentHeader,
@@ -562,11 +583,6 @@ fn fill(
     use std::os::unix::fs::FileExt;
     if !OWNER_LOCK.try_lock(file).map_err(FsError::io("lock", path))? {
         return Err(FsError::io("lock", path)(std::io::ErrorKind::WouldBlock.into()));
-    }
-    // Without allocated blocks, a full file system would answer a store through the mapping with SIGBUS.
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, header.file_bytes()) {
-        Ok(()) => {}
-        Err(errno) => return Err(FsError::io("allocate", path)(errno.into())),
     }
     let owner = header.counters_offset() + counters::OWNER;
     file.write_all_at(&header.encode(), 0)
