@@ -19,7 +19,7 @@ pub(crate) const LOCK_PATIENCE: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(crate) enum Growth {
     /// A new or adopted segment.
-    Grown(OwnedSegment),
+    Grown(Box<OwnedSegment>),
     /// No room; others have more than their share and were asked to give back.
     Asked,
     /// No room, and we have our share: recycle our own.
@@ -70,18 +70,18 @@ fn grow_locked(
                 Ok(segment) => {
                     control.set_wants(place, 0);
                     control.set_bytes_used(place, own_bytes + header.file_bytes());
-                    return Ok(Growth::Grown(segment));
+                    return Ok(Growth::Grown(Box::new(segment)));
                 }
                 // What is there can still be used, or make room.
                 Err(refusal) => match make_room(shared, place, own_bytes)? {
-                    Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
+                    Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
                     Room::Removed => continue,
                     Room::None => return Ok(Growth::Refused(refusal)),
                 },
             }
         }
         match make_room(shared, place, own_bytes)? {
-            Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
+            Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
             Room::Removed => {}
             Room::None => break,
         }

@@ -433,7 +433,7 @@ impl Writer {
         let own_bytes = self.slots.bytes();
         match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
             Growth::Grown(segment) => {
-                let segment = Arc::new(segment);
+                let segment = Arc::from(segment);
                 populate(&self.shared, &segment);
                 self.slots.add(segment, now);
                 self.shared.measure();

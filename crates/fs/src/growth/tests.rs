@@ -35,7 +35,7 @@ impl Process {
     fn grow(&mut self) -> &'static str {
         match grow(&self.shared, self.place, TARGET, self.bytes()) {
             Growth::Grown(segment) => {
-                self.segments.push(segment);
+                self.segments.push(*segment);
                 "grown"
             }
             Growth::Asked => "asked",
