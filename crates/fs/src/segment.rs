@@ -185,7 +185,7 @@ pub(crate) fn read_header(file: &File, path: &std::path::Path, name: &str) -> Re
 /// A segment that this process writes.
 #[derive(Debug)]
 pub(crate) struct OwnedSegment {
-    pub(crate) view: SegmentView,
+    pub(crate) view: Arc<SegmentView>,
     // In front of `file`, so that it is dropped first.
     _fork_guard: ForkGuard,
     /// Open for writing; carries the owner lock.
@@ -313,7 +313,7 @@ impl OwnedSegment {
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
         let process = std::process::id();
         Ok(Some(OwnedSegment {
-            view,
+            view: Arc::new(view),
             _fork_guard: ForkGuard::new(&file),
             file,
             mapping,

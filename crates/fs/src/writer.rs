@@ -482,6 +482,10 @@ fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
     let spawned = std::thread::Builder::new()
         .name("kvlane-populate".into())
         .spawn(move || {
+            // Given back already, or not before this has ended: it would take the pages again.
+            let Some(_hold) = segment.view.hold() else {
+                return;
+            };
             let (from, to) = (
                 segment.header().data_offset() as usize,
                 segment.header().file_bytes() as usize,
