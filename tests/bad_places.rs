@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use kvlane_core::Outcome;
 use kvlane_fs::Medium;
+use kvlane_tests::fixture::eventually;
 use kvlane_tests::process::{PeerProcess, not_run};
 use kvlane_tests::worker::{Setup, Worker};
 
@@ -110,13 +111,10 @@ fn a_segment_larger_than_the_file_system_is_a_clear_message_and_a_miss() {
         return;
     };
     assert_eq!(opened, "open");
-    let stored = process.ask("store chain 4");
-    assert!(stored == "done" || stored == "missed Dropped 4", "{stored}");
-    assert!(
-        process.warnings().contains("full") || stored == "done",
-        "{}",
-        process.warnings()
-    );
+    assert_eq!(process.ask("store chain 4"), "missed Dropped 4");
+    eventually("the message", || {
+        process.warnings().contains("the file system is full")
+    });
     process.tell("quit");
     assert!(process.ended_well());
 }
@@ -158,6 +156,116 @@ fn a_full_tmpfs_is_a_clear_error_at_the_start_and_a_miss_later() {
 }
 
 #[test]
+fn a_reader_that_stood_still_in_a_copy_survives_that_its_segment_is_gone_and_the_tmpfs_full() {
+    let folder = folder();
+    let setup = Setup {
+        capacity_bytes: Some(6 * MIB),
+        segment_bytes: Some(MIB),
+        medium: Medium::Memory,
+        ..Setup::default()
+    };
+    let what = "a tmpfs of 8 MiB";
+    let Some((mut owner, opened)) =
+        in_namespace(what, &small_tmpfs(folder.path(), "true"), folder.path(), &setup)
+    else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    let seen = PathBuf::from(format!("/proc/{}/root{}", owner.id(), folder.path().display()));
+    for round in 0..10 {
+        for chain in 0..3 {
+            owner.ask(&format!("store chain-{round}-{chain} 30"));
+        }
+        let (mut reader, opened) = PeerProcess::open(PEER, &seen, &setup.reader());
+        assert_eq!(opened, "open");
+        for number in 0..60 {
+            reader.tell(&format!("load chain-{round}-{} 30", number % 3));
+        }
+        std::thread::sleep(Duration::from_micros(2_000 + 1_700 * round));
+        reader.stop();
+        // The owner gives half of its segments back, and somebody else fills what is free then.
+        let (mut late, opened) = PeerProcess::open(PEER, &seen, &setup);
+        assert_eq!(opened, "open");
+        for number in 0..20 {
+            late.ask(&format!("store late-{round}-{number} 5"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let filler = seen.join("filler");
+        let filled = fs::write(&filler, vec![1; 8 * MIB as usize]);
+        assert!(filled.is_err(), "there is no room for so much");
+        reader.resume();
+        for _ in 0..60 {
+            let line = reader.line();
+            assert!(
+                line == "done" || line.starts_with("missed Absent") || line.starts_with("missed Recycled"),
+                "{line}"
+            );
+        }
+        reader.tell("quit");
+        assert!(reader.ended_well());
+        fs::remove_file(&filler).expect("it is ours");
+        assert_ne!(owner.ask("stats"), "evicted 0 adopted 0 returned 0 corrupt 0");
+        late.kill();
+    }
+    owner.tell("quit");
+    assert!(owner.ended_well());
+}
+
+#[test]
+fn a_file_system_that_cannot_allocate_is_used_by_system_calls_and_refused_for_mappings() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+    fs::create_dir(&mount).expect("a folder");
+    let file = fs::File::create(&image).expect("a file");
+    file.set_len(32 * MIB).expect("it can be sparse");
+    let what = "an ext4 without extents";
+    // What ext2 and ext3 were like.
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-O", "^extents,^64bit"])
+        .arg(&image)
+        .status();
+    if !made.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        return not_run(what, &format!("mkfs.ext4: {made:?}"));
+    }
+    let prelude = format!("mount -o loop {} {}", image.display(), mount.display());
+    let setup = Setup::default();
+    let Some((mut process, opened)) = in_namespace(what, &prelude, &mount, &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    store_a_lot(&mut process, 60);
+    process.tell("quit");
+    assert!(process.ended_well());
+    let mapped = Setup {
+        medium: Medium::Memory,
+        ..setup
+    };
+    let below = mount.join("mapped");
+    let Some((mut process, opened)) = in_namespace(what, &prelude, &below, &mapped) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    assert_eq!(process.ask("store chain 4"), "missed Dropped 4");
+    eventually("the message", || process.warnings().contains("cannot allocate"));
+    process.tell("quit");
+    assert!(process.ended_well());
+}
+
+#[test]
+fn a_file_system_that_cannot_hold_segments_is_a_clear_error() {
+    let folder = folder();
+    let prelude = format!("mount -t ramfs none {}", folder.path().display());
+    let Some((_process, opened)) = in_namespace("a ramfs", &prelude, folder.path(), &Setup::default()) else {
+        return;
+    };
+    assert!(
+        opened.starts_with("refused the file system of the folder is ramfs")
+            && opened.contains("allowed: tmpfs"),
+        "{opened}"
+    );
+}
+
+#[test]
 fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     let (folder, mount) = (folder(), folder());
     let setup = Setup {
@@ -193,6 +301,9 @@ fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     assert_eq!(reader.ask("load later 6"), "done");
     let reset = reader.ask("reset");
     assert!(reset.starts_with("refused"), "{reset}");
+    // Whoever asked for a reset must not be served from before it, even where nobody else can be told.
+    assert_eq!(reader.ask("ready before 5"), "ready 0 0");
+    assert_eq!(reader.ask("load later 6"), "missed Absent 6");
     let missing = mount.path().join("below");
     let Some((_process, opened)) = in_namespace(what, &read_only, &missing, &setup) else {
         return;
@@ -289,13 +400,20 @@ impl Drop for Limited {
 
 #[test]
 fn a_memory_limit_below_the_capacity_is_respected_instead_of_being_killed() {
+    // A tmpfs counts against it whatever way the bytes take.
+    for medium in [Medium::Memory, Medium::Disk] {
+        respects_a_memory_limit(medium);
+    }
+}
+
+fn respects_a_memory_limit(medium: Medium) {
     let limited = match Limited::new(176 * MIB) {
         Ok(limited) => limited,
         Err(error) => return not_run("a limited cgroup", &error),
     };
     let folder = folder();
     let setup = Setup {
-        medium: Medium::Memory,
+        medium,
         capacity_bytes: Some(1024 * MIB),
         segment_bytes: Some(16 * MIB),
         block_bytes: 256 << 10,

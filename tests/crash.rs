@@ -352,8 +352,8 @@ fn stop_writers(
             eventually("space comes back", || {
                 new.store("new-0", LENGTH, PATIENCE) == Outcome::Done
             });
-            counts.add("stopped_with_the_budget_locked", 1);
-            counts.add("stopped_and_continued", 1);
+            // Killed, so it is none of those that continued.
+            counts.add("stopped_with_the_budget_locked_and_killed", 1);
             drop(new);
             watched.finish(counts);
             continue;
@@ -466,6 +466,8 @@ fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_i
         );
     }
     assert_eq!(counts.get("killed"), 4 * rounds as u64);
+    let stopped = counts.get("stopped_and_continued") + counts.get("stopped_with_the_budget_locked");
+    assert!(refused.is_some() || stopped == 2 * rounds as u64, "{stopped}");
     assert!(counts.get("chains_committed") > 0 && counts.get("blocks_loaded_and_compared") > 0);
     if soak {
         let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");

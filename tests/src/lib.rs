@@ -56,6 +56,7 @@ macro_rules! conformance {
             refusals: layers_out_of_range_are_refused
             pressure: many_threads_store_and_load_right_bytes
             pressure: eviction_never_returns_wrong_bytes
+            pressure: chains_that_begin_alike_evict_each_other
             pressure: a_store_larger_than_the_place_says_what_was_dropped
         }
     };

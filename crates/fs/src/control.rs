@@ -203,13 +203,14 @@ impl Control {
     /// Starts a new epoch: for this process at once, for all others when the file system takes the write, for which
     /// this waits a bounded time.
     pub(crate) fn start_epoch(self: &Arc<Self>) -> Result<()> {
+        // Saturating: a number that somebody wrote into the file must not be able to stop an engine.
+        let wanted = self.epoch().saturating_add(1);
+        self.epoch_wanted.fetch_max(wanted, Ordering::AcqRel);
         if matches!(self.view, View::Read(_)) {
             return Err(FsError::ReadOnly {
                 path: self.path.clone(),
             });
         }
-        let wanted = self.epoch() + 1;
-        self.epoch_wanted.fetch_max(wanted, Ordering::AcqRel);
         // A store through the mapping of a frozen file system stands still, and nothing can end it: so a thread does it
         // that nobody waits for any longer than this.
         let (control, (sender, receiver)) = (Arc::clone(self), std::sync::mpsc::sync_channel(1));
@@ -327,6 +328,7 @@ impl Control {
                     return None;
                 }
                 Some(WriterEntry {
+                    place,
                     own,
                     bytes_used: view.load_u64(place.offset(control::WRITER_BYTES_USED)),
                     wants_bytes: view.load_u64(place.offset(control::WRITER_WANTS)),
@@ -337,7 +339,7 @@ impl Control {
 }
 
 /// A row of the table of writers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WriterPlace {
     number: u32,
 }
@@ -351,6 +353,7 @@ impl WriterPlace {
 /// What a live writer says of itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WriterEntry {
+    pub(crate) place: WriterPlace,
     pub(crate) own: bool,
     pub(crate) bytes_used: u64,
     pub(crate) wants_bytes: u64,

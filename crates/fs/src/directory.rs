@@ -3,16 +3,19 @@
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::control::Control;
 use crate::error::{FsError, Result};
+use crate::host::Host;
+use crate::jobs::lock;
 use crate::medium::{self, MediumChoice};
 use crate::memory_limit;
 use crate::options::{FsOptions, Medium};
+use crate::segment::Removed;
 
 /// What a segment's file name looks like: `seg-` + 16 hex digits + `.kvlane`.
 const SEGMENT_PREFIX: &str = "seg-";
@@ -25,8 +28,10 @@ pub(crate) struct Directory {
     pub(crate) folder: File,
     pub(crate) writable: bool,
     pub(crate) choice: MediumChoice,
-    pub(crate) host_id: [u8; 16],
+    pub(crate) host: Host,
     pub(crate) control: Arc<Control>,
+    /// Segments that we removed and whose payload somebody was still copying.
+    removed: Mutex<Vec<Removed>>,
 }
 
 impl Directory {
@@ -92,9 +97,25 @@ impl Directory {
             folder,
             writable,
             choice,
-            host_id: host_id(),
+            host: Host::this(),
             control: Arc::new(control),
+            removed: Mutex::default(),
         }))
+    }
+
+    /// Gives the space of a removed segment back: now, or once nobody copies from it any more.
+    pub(crate) fn give_back_payload(&self, removed: Removed) {
+        if !removed.is_punched(self) {
+            lock(&self.removed).push(removed);
+        }
+    }
+
+    /// Tries again what [`give_back_payload`](Self::give_back_payload) had to leave. May block: not for an engine's thread.
+    pub(crate) fn give_back_payloads(&self) {
+        let removed = std::mem::take(&mut *lock(&self.removed));
+        for removed in removed {
+            self.give_back_payload(removed);
+        }
     }
 
     /// Names and ids of the segments that are linked now.
@@ -137,7 +158,7 @@ impl Directory {
 
     /// Whether the files are memory, whatever way the bytes take to them.
     pub(crate) fn lives_in_memory(&self) -> bool {
-        matches!(self.choice.file_system.as_str(), "tmpfs" | "ramfs" | "hugetlbfs")
+        self.choice.lives_in_memory()
     }
 
     /// Whether the payload goes through mappings.
@@ -149,7 +170,7 @@ impl Directory {
 /// Half of what is left, so that a folder that nobody configured does not fill a machine.
 pub(crate) fn default_capacity_bytes(choice: &MediumChoice) -> u64 {
     let mut left = choice.free_bytes;
-    if choice.medium == Medium::Memory
+    if (choice.lives_in_memory() || choice.medium == Medium::Memory)
         && let Some(headroom) = memory_limit::headroom_bytes()
     {
         left = left.min(headroom);
@@ -188,12 +209,4 @@ pub(crate) fn random_u64() -> u64 {
         bytes.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
     }
     u64::from_le_bytes(bytes).max(1)
-}
-
-/// Identity of the running machine: its boot id.
-fn host_id() -> [u8; 16] {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let mut id = [0; 16];
-    id.copy_from_slice(&blake3::hash(text.trim().as_bytes()).as_bytes()[..16]);
-    id
 }

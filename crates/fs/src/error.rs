@@ -77,6 +77,12 @@ pub enum FsError {
         /// The folder.
         path: PathBuf,
     },
+    /// The call came from a child process that was forked after the folder had been opened.
+    #[error("{path} was opened before this process was forked: open it again here")]
+    Forked {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The CUDA device cannot be used.
     #[error(transparent)]
     Device(#[from] kvlane_cuda::CudaError),

@@ -7,6 +7,7 @@ use kvlane_core::{BlockKey, BlockMap, Device, LoadOrder, LoadRequest, NamespaceI
 
 use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
+use crate::index::Found;
 use crate::jobs::Job;
 use crate::load::LoadJob;
 use crate::options::{FsOptions, Medium};
@@ -29,6 +30,13 @@ impl Folder {
     pub(crate) fn new(capacity_bytes: u64) -> Self {
         let root = tempfile::tempdir().unwrap();
         let directory = open(root.path(), capacity_bytes, Medium::Disk);
+        Folder { directory, root }
+    }
+
+    /// One whose files are memory, used through mappings.
+    pub(crate) fn in_memory(capacity_bytes: u64) -> Self {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let directory = open(root.path(), capacity_bytes, Medium::Memory);
         Folder { directory, root }
     }
 
@@ -57,7 +65,7 @@ pub(crate) fn segment_of(
     slots: u32,
     start_id: u64,
 ) -> OwnedSegment {
-    let mut header = geometry.header(1, u64::MAX, directory.host_id).unwrap();
+    let mut header = geometry.header(1, u64::MAX, directory.host).unwrap();
     header.slot_count = slots;
     OwnedSegment::create(directory, &header, &geometry.layer_bytes, start_id).unwrap()
 }
@@ -109,9 +117,9 @@ pub(crate) fn commit(segment: &OwnedSegment, slot: u32, key: BlockKey, depth: u3
     segment.set_mark(slot, mark);
 }
 
-/// The state of a transfer without threads.
-pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
-    let cache = HostCache::allocate(&[8 * 2 * LAYER_BYTES as usize], |addresses| {
+/// A cache of 8 blocks.
+pub(crate) fn cache() -> HostCache {
+    HostCache::allocate(&[8 * 2 * LAYER_BYTES as usize], |addresses| {
         let views = (0..2).map(|layer| TensorView {
             name: format!("layer.{layer}"),
             address: addresses[0] + layer * 8 * LAYER_BYTES,
@@ -121,17 +129,39 @@ pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
             strides: vec![LAYER_BYTES as i64, 1],
         });
         BlockMap::from_tensors(views, 8, Some(0)).unwrap()
-    });
+    })
+}
+
+/// The state of a transfer without threads.
+pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
     Arc::new(Shared::new(
         directory,
         geometry(),
-        cache.into(),
+        cache().into(),
         NAMESPACE,
         true,
         1 << 16,
         start_id,
         None,
     ))
+}
+
+/// A load of one block that was found, which nobody works on yet.
+pub(crate) fn load_of(
+    shared: &Arc<Shared>,
+    key: BlockKey,
+    found: Found,
+) -> (kvlane_core::JobId, Arc<LoadJob>) {
+    let id = shared.jobs.next_id();
+    let request = LoadRequest {
+        keys: vec![key],
+        blocks: vec![0],
+        deadline: Instant::now() + Duration::from_secs(10),
+        order: LoadOrder::BlockMajor,
+    };
+    let job = LoadJob::new(shared, id, request, vec![Some(found)], None, None);
+    assert!(shared.jobs.admit(id, Job::Load(Arc::clone(&job))));
+    (id, job)
 }
 
 /// A load of one block that is not there, which nobody works on.

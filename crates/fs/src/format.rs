@@ -14,7 +14,7 @@ pub const CONTROL_MAGIC: [u8; 8] = *b"KVLANECT";
 /// file systems divides it or equals it.
 pub const PAGE_BYTES: u64 = 4096;
 /// Bytes of a segment header that are checked; the rest of its page is zero.
-pub const SEGMENT_HEADER_BYTES: usize = 156;
+pub const SEGMENT_HEADER_BYTES: usize = 172;
 /// Bytes of a slot record in front of its checksum table.
 pub const RECORD_FIXED_BYTES: usize = 128;
 /// More layers than any model has; bounds every table before it is allocated.
@@ -102,10 +102,13 @@ pub struct SegmentHeader {
     pub slot_bytes: u64,
     /// Payload of a slot: all layers, one behind the other.
     pub payload_bytes: u64,
-    /// Identity of the machine that created it: on network file systems only that one adopts.
-    pub host_id: [u8; 16],
+    /// The kernel's run in which it was created.
+    pub boot_id: [u8; 16],
     /// blake3 of the byte lengths of the layers.
     pub geometry: [u8; 32],
+    /// The machine on which it was created, or zero where it has no name that lasts: on network file systems only that
+    /// one adopts.
+    pub machine_id: [u8; 16],
 }
 
 fn align_up(value: u64, unit: u64) -> u64 {
@@ -183,8 +186,9 @@ impl SegmentHeader {
         page.extend_from_slice(&self.record_bytes().to_le_bytes());
         page.extend_from_slice(&self.data_offset().to_le_bytes());
         page.extend_from_slice(&self.file_bytes().to_le_bytes());
-        page.extend_from_slice(&self.host_id);
+        page.extend_from_slice(&self.boot_id);
         page.extend_from_slice(&self.geometry);
+        page.extend_from_slice(&self.machine_id);
         debug_assert_eq!(page.len(), SEGMENT_HEADER_BYTES - 4);
         let crc = structure_crc(&[&page]);
         page.extend_from_slice(&crc.to_le_bytes());
@@ -247,8 +251,9 @@ pub fn parse_segment_header(bytes: &[u8]) -> Result<SegmentHeader, Reject> {
         layer_count: u32_at(bytes, 36),
         slot_bytes: u64_at(bytes, 40),
         payload_bytes: u64_at(bytes, 48),
-        host_id: array_at(bytes, 104),
+        boot_id: array_at(bytes, 104),
         geometry: array_at(bytes, 120),
+        machine_id: array_at(bytes, 152),
     };
     let field = |field, found| Err(Reject::Field { field, found });
     if u64::from(u32_at(bytes, 12)) != PAGE_BYTES {

@@ -1,8 +1,9 @@
 //! Getting segments and giving them back: one budget for all writers of a folder.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::Directory;
 use crate::error::FsError;
@@ -18,7 +19,7 @@ pub(crate) const LOCK_PATIENCE: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(crate) enum Growth {
     /// A new or adopted segment.
-    Grown(OwnedSegment),
+    Grown(Box<OwnedSegment>),
     /// No room; others have more than their share and were asked to give back.
     Asked,
     /// No room, and we have our share: recycle our own.
@@ -28,12 +29,7 @@ pub(crate) enum Growth {
 }
 
 /// Tries to get one more segment for the writer at `place`, which owns `own_bytes`.
-pub(crate) fn grow(
-    shared: &Shared,
-    place: crate::control::WriterPlace,
-    target_bytes: u64,
-    own_bytes: u64,
-) -> Growth {
+pub(crate) fn grow(shared: &Shared, place: WriterPlace, target_bytes: u64, own_bytes: u64) -> Growth {
     let attempt = || grow_locked(shared, place, target_bytes, own_bytes);
     match shared.directory.control.with_budget_lock(LOCK_PATIENCE, attempt) {
         Some(Ok(growth)) => growth,
@@ -44,7 +40,7 @@ pub(crate) fn grow(
 
 fn grow_locked(
     shared: &Shared,
-    place: crate::control::WriterPlace,
+    place: WriterPlace,
     target_bytes: u64,
     own_bytes: u64,
 ) -> Result<Growth, FsError> {
@@ -63,7 +59,7 @@ fn grow_locked(
     }
     loop {
         let left = capacity.saturating_sub(directory.used_bytes()?);
-        let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host_id) else {
+        let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host) else {
             return Ok(Growth::Refused(format!(
                 "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
                 shared.geometry.slot_bytes
@@ -74,18 +70,18 @@ fn grow_locked(
                 Ok(segment) => {
                     control.set_wants(place, 0);
                     control.set_bytes_used(place, own_bytes + header.file_bytes());
-                    return Ok(Growth::Grown(segment));
+                    return Ok(Growth::Grown(Box::new(segment)));
                 }
                 // What is there can still be used, or make room.
                 Err(refusal) => match make_room(shared, place, own_bytes)? {
-                    Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
+                    Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
                     Room::Removed => continue,
                     Room::None => return Ok(Growth::Refused(refusal)),
                 },
             }
         }
         match make_room(shared, place, own_bytes)? {
-            Room::Adopted(segment) => return Ok(Growth::Grown(*segment)),
+            Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
             Room::Removed => {}
             Room::None => break,
         }
@@ -102,7 +98,7 @@ fn grow_locked(
 /// Makes a segment, if memory and file system allow; the inner error says why not.
 fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment, String>, FsError> {
     let directory = &shared.directory;
-    if directory.mapped_payload()
+    if (directory.lives_in_memory() || directory.mapped_payload())
         && let Some(headroom) = memory_limit::headroom_bytes()
         && headroom < header.file_bytes()
     {
@@ -131,7 +127,7 @@ enum Room {
 }
 
 /// Takes over a segment of a writer that is gone, or removes one that nobody here can use.
-fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
+fn make_room(shared: &Shared, place: WriterPlace, own_bytes: u64) -> Result<Room, FsError> {
     let directory = &shared.directory;
     if let Some(segment) = adopt_one(directory, &shared.geometry) {
         Counters::add(&shared.counters.adopted_segments, 1);
@@ -147,33 +143,55 @@ fn make_room(shared: &Shared, place: crate::control::WriterPlace, own_bytes: u64
     Ok(Room::None)
 }
 
-/// Whether this writer has more than its share while somebody else waits for some.
-pub(crate) fn should_give_back(
-    directory: &Directory,
-    place: crate::control::WriterPlace,
-    own_bytes: u64,
-) -> bool {
-    let writers = directory.control.live_writers(Some(place));
-    let waiting = writers
-        .iter()
-        .filter(|writer| !writer.own && writer.wants_bytes > 0)
-        .count();
-    if waiting == 0 {
-        return false;
+/// How long the writer with the most may keep everything while others wait: a living one gives back at its next tick.
+const LARGEST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Decides when to give back.
+#[derive(Debug, Default)]
+pub(crate) struct Generosity {
+    /// The writer with the most, what it has, and since when.
+    largest: Option<(WriterPlace, u64, Instant)>,
+}
+
+impl Generosity {
+    /// Whether this writer has more than its share while somebody else waits for some.
+    pub(crate) fn should_give_back(
+        &mut self,
+        directory: &Directory,
+        place: WriterPlace,
+        own_bytes: u64,
+        now: Instant,
+    ) -> bool {
+        let writers = directory.control.live_writers(Some(place));
+        let needed: u64 = writers
+            .iter()
+            .filter(|writer| !writer.own)
+            .map(|writer| writer.wants_bytes)
+            .sum();
+        let capacity = directory.control.capacity_bytes();
+        let share = capacity / writers.len().max(1) as u64;
+        // Giving back stops as soon as there is room for those who wait.
+        if needed == 0
+            || own_bytes <= share
+            || capacity.saturating_sub(directory.used_bytes().unwrap_or(u64::MAX)) >= needed
+        {
+            self.largest = None;
+            return false;
+        }
+        let Some(most) = writers.iter().max_by_key(|writer| writer.bytes_used) else {
+            return false;
+        };
+        if own_bytes >= most.bytes_used {
+            return true;
+        }
+        // Whoever has most gives, unless it does not move: it may have been stopped.
+        let since = match self.largest {
+            Some((place, bytes, since)) if (place, bytes) == (most.place, most.bytes_used) => since,
+            _ => now,
+        };
+        self.largest = Some((most.place, most.bytes_used, since));
+        now.duration_since(since) >= LARGEST_PATIENCE
     }
-    let share = directory.control.capacity_bytes() / writers.len().max(1) as u64;
-    let most = writers.iter().map(|writer| writer.bytes_used).max().unwrap_or(0);
-    // Giving back stops as soon as there is room for those who wait; only whoever has most gives.
-    let needed: u64 = writers
-        .iter()
-        .filter(|writer| !writer.own)
-        .map(|writer| writer.wants_bytes)
-        .sum();
-    let left = directory
-        .control
-        .capacity_bytes()
-        .saturating_sub(directory.used_bytes().unwrap_or(u64::MAX));
-    own_bytes > share && own_bytes >= most && left < needed
 }
 
 /// The segment of a writer that is gone, of our geometry.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvlane_core::{Availability, BlockKey, NamespaceId};
 
 use crate::directory::{Directory, unix_ms};
-use crate::error::{FsError, Result};
+use crate::error::FsError;
 use crate::format::SlotState;
 use crate::segment::SegmentView;
 
@@ -62,6 +62,8 @@ pub(crate) struct Found {
     pub(crate) view: Arc<SegmentView>,
     pub(crate) slot: u32,
     pub(crate) sequence: u64,
+    /// In which it was found, epoch included.
+    pub(crate) namespace: NamespaceId,
 }
 
 #[derive(Debug)]
@@ -71,8 +73,12 @@ struct Tracked {
     sequences: Vec<u64>,
     /// What each slot stands for in the maps.
     entries: Vec<Option<(u32, BlockKey)>>,
+    /// Who owned it when `owner_lives` was found out.
+    owner: u64,
     owner_lives: bool,
-    owner_checked: Option<Instant>,
+    owner_checked: Instant,
+    /// A lookup has relied on it since then.
+    owner_asked: bool,
 }
 
 #[derive(Debug)]
@@ -98,8 +104,80 @@ pub(crate) struct Index {
     listed: Option<Instant>,
     /// Generation of which not every segment could be opened.
     incomplete: Option<u64>,
+    /// Somebody is listing the folder now.
+    listing: bool,
     /// Grows when anything that was found may be gone.
     removals: u64,
+}
+
+impl Tracked {
+    fn id(&self) -> u64 {
+        self.view.header.segment_id
+    }
+}
+
+/// What is to be found out about a folder, without the index.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    generation: u64,
+    known: HashSet<u64>,
+    rejected: HashSet<u64>,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub(crate) struct Listing {
+    generation: u64,
+    /// `None`: the folder could not be listed.
+    linked: Option<HashSet<u64>>,
+    opened: Vec<(Arc<SegmentView>, bool)>,
+    rejected: Vec<u64>,
+    /// Otherwise a segment could not be opened now, though it may be all right.
+    complete: bool,
+}
+
+impl Wanted {
+    /// Asks the file system. May block: not for an engine's thread, and not with the index locked.
+    pub(crate) fn list(self, directory: &Directory) -> Listing {
+        let mut listing = Listing {
+            generation: self.generation,
+            linked: None,
+            opened: Vec::new(),
+            rejected: Vec::new(),
+            complete: true,
+        };
+        let names = match directory.segment_names() {
+            Ok(names) => names,
+            Err(error) => {
+                tracing::warn!(%error, "cannot list the segments");
+                listing.complete = false;
+                return listing;
+            }
+        };
+        listing.linked = Some(names.iter().map(|(id, _)| *id).collect());
+        for (id, name) in names {
+            if self.known.contains(&id) || self.rejected.contains(&id) {
+                continue;
+            }
+            match SegmentView::open(directory, &name) {
+                Ok(Some(view)) => {
+                    let owner_lives = view.owner_lives();
+                    listing.opened.push((Arc::new(view), owner_lives));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    // Somebody else's rubbish must not cost us our own blocks.
+                    tracing::warn!(%error, "a segment is left out");
+                    if is_transient(&error) {
+                        listing.complete = false;
+                    } else {
+                        listing.rejected.push(id);
+                    }
+                }
+            }
+        }
+        listing
+    }
 }
 
 /// Whether the same file may be opened a moment later: this process or machine has run out of something.
@@ -132,6 +210,7 @@ impl Index {
             checked: None,
             listed: None,
             incomplete: None,
+            listing: false,
             removals: 1,
         }
     }
@@ -145,41 +224,99 @@ impl Index {
         self.segments.iter().flatten().count()
     }
 
-    /// Takes up what changed in the folder. Costs a few loads when nothing did.
-    pub(crate) fn refresh(&mut self, directory: &Directory) {
+    /// Whether segments have come or gone that the index was not told of.
+    pub(crate) fn is_behind(&self, directory: &Directory) -> bool {
+        let generation = Some(directory.control.generation());
+        self.generation != generation && self.incomplete != generation
+    }
+
+    /// Takes up what changed in the segments that are known. Costs a few loads when nothing did.
+    pub(crate) fn catch_up(&mut self, directory: &Directory) {
         let control = &directory.control;
         let epoch = control.epoch();
         if epoch != self.epoch {
             self.start_epoch(epoch);
         }
         let changes = control.changes();
-        let generation = control.generation();
         let due = self
             .checked
             .is_none_or(|checked| checked.elapsed() > FULL_CHECK_INTERVAL);
-        let listed = self.generation == Some(generation) || self.incomplete == Some(generation);
-        if self.changes == Some(changes) && listed && !due {
+        if self.changes == Some(changes) && !due {
             return;
-        }
-        let list_due = self
-            .listed
-            .is_none_or(|listed| listed.elapsed() > FULL_LIST_INTERVAL);
-        if self.generation != Some(generation) || list_due {
-            self.listed = Some(Instant::now());
-            match self.relist(directory) {
-                Ok(complete) => {
-                    self.generation = complete.then_some(generation);
-                    // Tried again at the next full check, not with every lookup.
-                    self.incomplete = (!complete).then_some(generation);
-                }
-                Err(error) => tracing::warn!(%error, "cannot list the segments"),
-            }
         }
         for number in 0..self.segments.len() {
             self.rescan(number as u32);
         }
         self.changes = Some(changes);
         self.checked = Some(Instant::now());
+    }
+
+    /// What a listing of the folder needs to know, if one is due; [`take_listing`](Self::take_listing) must follow.
+    pub(crate) fn wanted_listing(&mut self, directory: &Directory) -> Option<Wanted> {
+        if self.listing {
+            return None;
+        }
+        let generation = directory.control.generation();
+        // What could not be opened is tried again now and then, not with every look.
+        let pause = if self.incomplete == Some(generation) {
+            FULL_CHECK_INTERVAL
+        } else {
+            FULL_LIST_INTERVAL
+        };
+        if !self.is_behind(directory) && self.listed.is_some_and(|listed| listed.elapsed() <= pause) {
+            return None;
+        }
+        self.listing = true;
+        self.listed = Some(Instant::now());
+        let ids = self.segments.iter().flatten().map(Tracked::id);
+        Some(Wanted {
+            generation,
+            known: ids.collect(),
+            rejected: self.rejected.clone(),
+        })
+    }
+
+    /// Takes up a listing, and returns what is not needed any more, for dropping it without the lock.
+    pub(crate) fn take_listing(&mut self, listing: Listing) -> Vec<Arc<SegmentView>> {
+        self.listing = false;
+        self.generation = listing.complete.then_some(listing.generation);
+        self.incomplete = (!listing.complete).then_some(listing.generation);
+        let mut gone = Vec::new();
+        if let Some(linked) = listing.linked {
+            for number in 0..self.segments.len() {
+                let tracked = self.segments[number].as_ref();
+                if tracked.is_some_and(|tracked| !linked.contains(&tracked.id())) {
+                    gone.extend(self.drop_segment(number as u32));
+                }
+            }
+            self.rejected.retain(|id| linked.contains(id));
+        }
+        self.rejected.extend(listing.rejected);
+        for (view, owner_lives) in listing.opened {
+            self.track(view, owner_lives);
+        }
+        self.changes = None;
+        gone
+    }
+
+    /// Segments of which a lookup needs to know whether their owner lives, and the answer is old.
+    pub(crate) fn unsure_owners(&self) -> Vec<Arc<SegmentView>> {
+        let unsure = |tracked: &&Tracked| {
+            tracked.owner_asked && tracked.owner_checked.elapsed() > OWNER_CHECK_INTERVAL
+        };
+        let tracked = self.segments.iter().flatten().filter(unsure);
+        tracked.map(|tracked| Arc::clone(&tracked.view)).collect()
+    }
+
+    pub(crate) fn take_owners(&mut self, views: &[Arc<SegmentView>], answers: Vec<bool>) {
+        for (view, owner_lives) in views.iter().zip(answers) {
+            let mut tracked = self.segments.iter_mut().flatten();
+            if let Some(tracked) = tracked.find(|tracked| Arc::ptr_eq(&tracked.view, view)) {
+                tracked.owner_lives = owner_lives;
+                tracked.owner_checked = Instant::now();
+                tracked.owner_asked = false;
+            }
+        }
     }
 
     fn start_epoch(&mut self, epoch: u64) {
@@ -204,56 +341,17 @@ impl Index {
         self.removals += 1;
     }
 
-    /// `false`: a segment could not be opened now, though it may be all right.
-    fn relist(&mut self, directory: &Directory) -> Result<bool> {
-        let mut complete = true;
-        let names = directory.segment_names()?;
-        let linked: HashSet<u64> = names.iter().map(|(id, _)| *id).collect();
-        for number in 0..self.segments.len() {
-            let gone = self.segments[number]
-                .as_ref()
-                .is_some_and(|tracked| !linked.contains(&tracked.view.header.segment_id));
-            if gone {
-                self.drop_segment(number as u32);
-            }
-        }
-        let known: HashSet<u64> = self
-            .segments
-            .iter()
-            .flatten()
-            .map(|tracked| tracked.view.header.segment_id)
-            .collect();
-        self.rejected.retain(|id| linked.contains(id));
-        for (id, name) in names {
-            if known.contains(&id) || self.rejected.contains(&id) {
-                continue;
-            }
-            match SegmentView::open(directory, &name) {
-                Ok(Some(view)) => self.track(view),
-                Ok(None) => {}
-                Err(error) => {
-                    // Somebody else's rubbish must not cost us our own blocks.
-                    tracing::warn!(%error, "a segment is left out");
-                    if is_transient(&error) {
-                        complete = false;
-                    } else {
-                        self.rejected.insert(id);
-                    }
-                }
-            }
-        }
-        Ok(complete)
-    }
-
-    fn track(&mut self, view: SegmentView) {
+    fn track(&mut self, view: Arc<SegmentView>, owner_lives: bool) {
         let slots = view.header.slot_count as usize;
         let tracked = Tracked {
-            view: Arc::new(view),
+            owner: view.owner(),
+            view,
             changes: u64::MAX,
             sequences: vec![0; slots],
             entries: vec![None; slots],
-            owner_lives: false,
-            owner_checked: None,
+            owner_lives,
+            owner_checked: Instant::now(),
+            owner_asked: false,
         };
         match self.segments.iter_mut().find(|place| place.is_none()) {
             Some(place) => *place = Some(tracked),
@@ -261,14 +359,14 @@ impl Index {
         }
     }
 
-    fn drop_segment(&mut self, number: u32) {
+    fn drop_segment(&mut self, number: u32) -> Option<Arc<SegmentView>> {
         let slots = self.segments[number as usize]
             .as_ref()
             .map_or(0, |tracked| tracked.entries.len());
         for slot in 0..slots {
             self.remove(number, slot as u32);
         }
-        self.segments[number as usize] = None;
+        self.segments[number as usize].take().map(|tracked| tracked.view)
     }
 
     fn rescan(&mut self, number: u32) {
@@ -404,7 +502,7 @@ impl Index {
         }
     }
 
-    /// The committed block with this key. [`refresh`](Self::refresh) first.
+    /// The committed block with this key. [`catch_up`](Self::catch_up) first.
     pub(crate) fn find(&self, table: usize, key: &BlockKey) -> Option<Found> {
         let entry = self.tables[table]
             .blocks
@@ -415,6 +513,7 @@ impl Index {
             view: Arc::clone(&tracked.view),
             slot: entry.slot,
             sequence: entry.sequence,
+            namespace: self.tables[table].effective,
         })
     }
 
@@ -434,7 +533,7 @@ impl Index {
         }
     }
 
-    /// How many leading blocks of `chain` all namespaces have. [`refresh`](Self::refresh) first.
+    /// How many leading blocks of `chain` all namespaces have. [`catch_up`](Self::catch_up) first.
     pub(crate) fn availability(&mut self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
         if self.tables.is_empty() {
             return Availability::default();
@@ -500,16 +599,17 @@ impl Index {
         others.into_iter().any(|entry| counts(self, entry))
     }
 
+    /// As far as it is known: who asks is an engine, and the answer a system call.
     fn owner_lives(&mut self, number: u32) -> bool {
         let Some(tracked) = &mut self.segments[number as usize] else {
             return false;
         };
-        if tracked
-            .owner_checked
-            .is_none_or(|checked| checked.elapsed() > OWNER_CHECK_INTERVAL)
-        {
-            tracked.owner_lives = tracked.view.owner_lives();
-            tracked.owner_checked = Some(Instant::now());
+        tracked.owner_asked = true;
+        let owner = tracked.view.owner();
+        if owner != tracked.owner {
+            // Somebody has just taken it over.
+            tracked.owner = owner;
+            tracked.owner_lives = true;
         }
         tracked.owner_lives
     }

@@ -199,6 +199,12 @@ impl Jobs {
         }
     }
 
+    /// As if another thread had all the locks when the process was forked.
+    #[cfg(test)]
+    pub(crate) fn lock_all_for_test(&self) -> impl Sized + '_ {
+        (lock(&self.done), lock(&self.live))
+    }
+
     fn nanos(&self, at: Instant) -> u64 {
         u64::try_from(at.saturating_duration_since(self.started).as_nanos()).unwrap_or(u64::MAX)
     }

@@ -19,6 +19,7 @@ use crate::index::Found;
 use crate::jobs::lock;
 use crate::options::Medium;
 use crate::raw::{HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
+use crate::segment::Hold;
 use crate::shared::Shared;
 
 /// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
@@ -34,6 +35,8 @@ pub(crate) struct LoadJob {
     /// Where each key was found; `None` was missed from the start.
     found: Vec<Option<Found>>,
     records: Vec<OnceLock<Option<SlotRecord>>>,
+    /// Until the last thread has let go of the job.
+    holds: OnceLock<Vec<Option<Hold>>>,
     shared: Weak<Shared>,
     /// Takes blocks that are not in the page cache; `None` where there is no such thing.
     cold: Option<ColdQueue>,
@@ -77,6 +80,7 @@ impl LoadJob {
         Arc::new(LoadJob {
             id,
             records: (0..blocks).map(|_| OnceLock::new()).collect(),
+            holds: OnceLock::new(),
             shared: Arc::downgrade(shared),
             gate: Gate::default(),
             next_item: AtomicUsize::new(0),
@@ -161,7 +165,7 @@ impl LoadJob {
                 continue;
             }
             let result = self.load(&shared, position, span.clone(), is_resident, bounce);
-            self.end_item(position, span, result);
+            self.end_item(&shared, position, span, result);
         }
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
     }
@@ -176,7 +180,7 @@ impl LoadJob {
         }
         let started = Instant::now();
         let result = self.load(&shared, position, span.clone(), false, bounce);
-        self.end_item(position, span, result);
+        self.end_item(&shared, position, span, result);
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
     }
 
@@ -206,13 +210,18 @@ impl LoadJob {
     }
 
     /// Counts an item that has ended.
-    fn end_item(&self, position: usize, span: Range<usize>, result: Result<(), MissReason>) {
+    fn end_item(&self, shared: &Shared, position: usize, span: Range<usize>, result: Result<(), MissReason>) {
         match result {
             // Only what succeeded is counted: `complete` may run right now, and what it finds uncounted is bad.
             Ok(()) => {
                 self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
             }
             Err(reason) => {
+                if matches!(reason, MissReason::Corrupt | MissReason::Recycled)
+                    && let Some(found) = &self.found[position]
+                {
+                    lock(&shared.index).forget(found);
+                }
                 lock(&self.bad).entry(position).or_insert(reason);
             }
         }
@@ -282,10 +291,20 @@ impl LoadJob {
         let Some(found) = &self.found[position] else {
             return Err(MissReason::Absent);
         };
+        // Not where the job is made: that is an engine's thread, and this asks the kernel.
+        let holds = self.holds.get_or_init(|| {
+            let hold = |found: &Option<Found>| found.as_ref()?.view.hold();
+            self.found.iter().map(hold).collect()
+        });
+        if holds[position].is_none() || found.view.sequence(found.slot) != found.sequence {
+            return Err(MissReason::Recycled);
+        }
         let record = self.records[position].get_or_init(|| {
             let record = found.view.record(found.slot, found.sequence).ok()?;
             let right = record.state == SlotState::Committed
                 && record.key == self.request.keys[position]
+                && record.namespace == found.namespace
+                && shared.geometry.fits(&found.view.header)
                 && record.payload_bytes == shared.geometry.payload_bytes
                 && record.layer_crcs.len() == shared.geometry.layer_bytes.len();
             right.then_some(record)
@@ -313,7 +332,6 @@ impl LoadJob {
         }
         if copied == Err(MissReason::Corrupt) {
             tracing::warn!(path = %found.view.path.display(), slot = found.slot, "a block does not match its checksum");
-            lock(&shared.index).forget(found);
         }
         copied
     }
@@ -507,7 +525,9 @@ impl Found {
             self.layer_offset(shared, layers.start),
             self.layer_offset(shared, layers.end),
         );
-        self.view.mapping().is_resident(start as usize..end as usize)
+        // A slot of another geometry is refused later; until then its bounds are not to be trusted.
+        let mapping = self.view.mapping();
+        end <= mapping.len() as u64 && mapping.is_resident(start as usize..end as usize)
     }
 }
 

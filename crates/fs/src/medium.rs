@@ -34,6 +34,20 @@ pub struct MediumChoice {
     pub reason: &'static str,
     /// Bytes that the file system has left for us.
     pub free_bytes: u64,
+    /// Whether other machines may have files open here whose locks nobody sees.
+    shared_by_machines: bool,
+}
+
+impl MediumChoice {
+    /// Whether the files are memory, whatever way the bytes take to them.
+    pub(crate) fn lives_in_memory(&self) -> bool {
+        self.file_system == "tmpfs"
+    }
+
+    /// Whether other machines may have files open here whose locks nobody sees.
+    pub(crate) fn is_shared_by_machines(&self) -> bool {
+        self.shared_by_machines
+    }
 }
 
 /// Chooses the way for the folder `path`, unless `forced` says which.
@@ -48,8 +62,9 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
     let magic = (stat.f_type as u64) & 0xffff_ffff;
     let (name, medium, reason) = match magic {
         TMPFS => ("tmpfs", Medium::Memory, "it lives in memory"),
-        RAMFS => ("ramfs", Medium::Memory, "it lives in memory"),
-        HUGETLBFS => ("hugetlbfs", Medium::Memory, "it lives in memory"),
+        // The first one cannot allocate and has no end, the second one cannot be written to.
+        RAMFS => return Err(refused("ramfs", path)),
+        HUGETLBFS => return Err(refused("hugetlbfs", path)),
         EXT => ("ext4", Medium::Disk, "it is a local disk"),
         XFS => ("xfs", Medium::Disk, "it is a local disk"),
         BTRFS => ("btrfs", Medium::Disk, "it is a local disk"),
@@ -76,6 +91,8 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         Medium::Auto => (medium, reason),
         other => (other, "the option `medium` says so"),
     };
+    // Every overlay is one machine's, whatever is below it, and so are its locks.
+    let shared_by_machines = medium == Medium::Network && (forced == Medium::Network || name != "overlay");
     #[allow(
         clippy::unnecessary_cast,
         reason = "the type of f_bsize differs between targets"
@@ -86,7 +103,16 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         medium,
         reason,
         free_bytes,
+        shared_by_machines,
     })
+}
+
+fn refused(file_system: &str, path: &Path) -> FsError {
+    FsError::Option {
+        option: "the file system of the folder",
+        found: format!("{file_system} ({})", path.display()),
+        allowed: "tmpfs, a local disk or a network file system".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -102,6 +128,7 @@ mod tests {
             (choice.file_system.as_str(), choice.medium),
             ("tmpfs", Medium::Memory)
         );
-        assert_eq!(choose(&folder, path, Medium::Disk).unwrap().medium, Medium::Disk);
+        let forced = choose(&folder, path, Medium::Disk).unwrap();
+        assert_eq!((forced.medium, forced.lives_in_memory()), (Medium::Disk, true));
     }
 }

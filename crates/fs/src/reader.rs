@@ -1,33 +1,77 @@
 //! A view of a folder without a cache: what a scheduler asks before it counts on blocks.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{Availability, BlockKey, NamespaceId};
 
 use crate::directory::Directory;
-use crate::error::Result;
+use crate::error::{FsError, Result};
 use crate::index::{Index, LookupCursor};
 use crate::jobs::lock;
+use crate::lister::{self, Lister};
 use crate::options::FsOptions;
 
 /// How often a folder that does not exist yet is looked for.
 const REOPEN_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Answers which leading blocks of a chain a folder has in all of some namespaces.
+///
+/// A thread of its own looks for the folder and lists it; it ends when the value is dropped.
 #[derive(Debug)]
 pub struct FsReader {
-    path: PathBuf,
-    options: FsOptions,
-    namespaces: Vec<NamespaceId>,
-    state: Mutex<State>,
+    watch: Arc<Watch>,
+    process: u32,
 }
 
 #[derive(Debug)]
-struct State {
-    opened: Option<(Directory, Index)>,
-    tried: Instant,
+struct Watch {
+    path: PathBuf,
+    options: FsOptions,
+    namespaces: Vec<NamespaceId>,
+    opened: OnceLock<Opened>,
+    /// A reset that was asked for before the folder was there.
+    reset_wanted: Mutex<bool>,
+    lister: Lister,
+}
+
+#[derive(Debug)]
+struct Opened {
+    directory: Directory,
+    index: Mutex<Index>,
+}
+
+impl Watch {
+    /// Opens the folder if it is there.
+    fn try_open(&self) -> Result<()> {
+        let Some(directory) = Directory::open(&self.path, &self.options, false)? else {
+            return Ok(());
+        };
+        let index = Mutex::new(Index::new(&self.namespaces));
+        lister::list(&directory, &index);
+        let reset = lock(&self.reset_wanted);
+        let control = Arc::clone(&directory.control);
+        // What is in there may be from before it: only what comes later may be found.
+        let started = if *reset { control.start_epoch() } else { Ok(()) };
+        let _ = self.opened.set(Opened { directory, index });
+        started
+    }
+
+    /// What the thread does.
+    fn run(&self) {
+        let mut tried = Instant::now();
+        self.lister.run(|| {
+            if let Some(Opened { directory, index }) = self.opened.get() {
+                lister::list(directory, index);
+            } else if tried.elapsed() >= REOPEN_INTERVAL {
+                tried = Instant::now();
+                if let Err(error) = self.try_open() {
+                    tracing::warn!(%error, "cannot open the KV store");
+                }
+            }
+        });
+    }
 }
 
 impl FsReader {
@@ -36,45 +80,70 @@ impl FsReader {
     /// # Errors
     /// The folder exists but cannot be used.
     pub fn open(path: &Path, namespaces: Vec<NamespaceId>, options: &FsOptions) -> Result<Self> {
-        let opened =
-            Directory::open(path, options, false)?.map(|directory| (directory, Index::new(&namespaces)));
-        Ok(FsReader {
+        let watch = Arc::new(Watch {
             path: path.into(),
             options: options.clone(),
             namespaces,
-            state: Mutex::new(State {
-                opened,
-                tried: Instant::now(),
-            }),
+            opened: OnceLock::new(),
+            reset_wanted: Mutex::new(false),
+            lister: Lister::default(),
+        });
+        watch.try_open()?;
+        let watching = Arc::clone(&watch);
+        std::thread::Builder::new()
+            .name("kvlane-lister".into())
+            .spawn(move || watching.run())
+            .map_err(FsError::io("start a thread for", path))?;
+        watch.lister.started();
+        Ok(FsReader {
+            watch,
+            process: std::process::id(),
         })
+    }
+
+    /// `None`: the folder is not there yet, or this is a forked child, where every lock may have been held by a thread
+    /// that is not there.
+    fn opened(&self) -> Option<&Opened> {
+        if self.is_forked() {
+            return None;
+        }
+        self.watch.opened.get()
+    }
+
+    fn is_forked(&self) -> bool {
+        self.process != std::process::id()
     }
 
     /// How many leading blocks of `chain` every namespace has, continuing from what `cursor` remembers of it.
     pub fn lookup(&self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
-        let mut state = lock(&self.state);
-        if state.opened.is_none() && state.tried.elapsed() >= REOPEN_INTERVAL {
-            state.tried = Instant::now();
-            match Directory::open(&self.path, &self.options, false) {
-                Ok(Some(directory)) => state.opened = Some((directory, Index::new(&self.namespaces))),
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%error, "cannot open the KV store"),
-            }
-        }
-        let Some((directory, index)) = &mut state.opened else {
+        let Some(Opened { directory, index }) = self.opened() else {
             return Availability::default();
         };
-        index.refresh(directory);
-        index.availability(chain, cursor)
+        self.watch
+            .lister
+            .look(directory, index)
+            .availability(chain, cursor)
     }
 
     /// Starts a new epoch; `false` if the folder is read-only or not there, or does not accept writes now: then only
     /// this process sees the new epoch until it does.
     pub fn reset(&self) -> bool {
-        let control = match &lock(&self.state).opened {
-            Some((directory, _)) => Arc::clone(&directory.control),
-            None => return false,
+        if self.is_forked() {
+            return false;
+        }
+        {
+            let mut wanted = lock(&self.watch.reset_wanted);
+            if self.watch.opened.get().is_none() {
+                *wanted = true;
+                return false;
+            }
+        }
+        let Some(opened) = self.opened() else {
+            return false;
         };
-        control
+        opened
+            .directory
+            .control
             .start_epoch()
             .inspect_err(|error| tracing::warn!(%error, "cannot start a new epoch"))
             .is_ok()
@@ -82,14 +151,23 @@ impl FsReader {
 
     /// (used, limit) bytes of the folder. Lists it: not for every step of an engine.
     pub fn usage_bytes(&self) -> (u64, u64) {
-        lock(&self.state)
-            .opened
-            .as_ref()
-            .map_or((0, 0), |(directory, _)| {
-                (
-                    directory.used_bytes().unwrap_or(0),
-                    directory.control.capacity_bytes(),
-                )
-            })
+        self.opened().map_or((0, 0), |Opened { directory, .. }| {
+            (
+                directory.used_bytes().unwrap_or(0),
+                directory.control.capacity_bytes(),
+            )
+        })
     }
 }
+
+impl Drop for FsReader {
+    fn drop(&mut self) {
+        // Without waiting: the thread may stand still in a file system.
+        if !self.is_forked() {
+            self.watch.lister.close();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

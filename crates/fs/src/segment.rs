@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvlane_core::{BlockKey, NamespaceId};
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, flock};
 
 use crate::cold::open_direct;
 use crate::control::open_trusted;
@@ -17,6 +17,8 @@ use crate::format::{
     self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
     counters,
 };
+use crate::host::Host;
+use crate::jobs::lock;
 use crate::options::Medium;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
 
@@ -32,6 +34,29 @@ pub(crate) struct SegmentView {
     /// The file opened for reads past the page cache, once somebody asked for it.
     direct: OnceLock<Option<File>>,
     mapping: ReadMapping,
+    /// A read fault in a hole of this file takes a page.
+    holes_take_memory: bool,
+    /// How often it is held: the lock belongs to the open file, which has many users.
+    holds: Mutex<usize>,
+}
+
+/// Keeps the payload of a segment from becoming a hole while it is copied from, even when the segment is removed. In a
+/// file system that lives in memory, a read of a hole through a mapping takes a page: that is a SIGBUS where none is left,
+/// and memory outside of the budget elsewhere.
+#[derive(Debug)]
+pub(crate) struct Hold(Arc<SegmentView>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut holds = lock(&self.0.holds);
+        *holds -= 1;
+        if *holds == 0
+            && self.0.holes_take_memory
+            && let Err(errno) = flock(&self.0.file, FlockOperation::NonBlockingUnlock)
+        {
+            tracing::debug!(path = %self.0.path.display(), %errno, "cannot unlock a segment");
+        }
+    }
 }
 
 impl SegmentView {
@@ -59,12 +84,25 @@ impl SegmentView {
             file,
             direct: OnceLock::new(),
             mapping,
+            holes_take_memory: directory.mapped_payload() && directory.lives_in_memory(),
+            holds: Mutex::new(0),
         })
     }
 
     /// The file for reads past the page cache, where that is to be had.
     pub(crate) fn direct(&self) -> Option<&File> {
         self.direct.get_or_init(|| open_direct(&self.file)).as_ref()
+    }
+
+    /// Check the slot's sequence after this and before the copy: it says whether the payload was a hole already. `None`:
+    /// it is becoming one right now.
+    pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
+        let mut holds = lock(&self.holds);
+        if *holds == 0 && self.holes_take_memory {
+            flock(&self.file, FlockOperation::NonBlockingLockShared).ok()?;
+        }
+        *holds += 1;
+        Some(Hold(Arc::clone(self)))
     }
 
     pub(crate) fn mapping(&self) -> &ReadMapping {
@@ -157,7 +195,7 @@ pub(crate) fn read_header(file: &File, path: &std::path::Path, name: &str) -> Re
 /// A segment that this process writes.
 #[derive(Debug)]
 pub(crate) struct OwnedSegment {
-    pub(crate) view: SegmentView,
+    pub(crate) view: Arc<SegmentView>,
     // In front of `file`, so that it is dropped first.
     _fork_guard: ForkGuard,
     /// Open for writing; carries the owner lock.
@@ -196,12 +234,7 @@ impl Geometry {
     }
 
     /// Header of a new segment of about `target_bytes`; `None` if not even one slot fits into `limit_bytes`.
-    pub(crate) fn header(
-        &self,
-        target_bytes: u64,
-        limit_bytes: u64,
-        host_id: [u8; 16],
-    ) -> Option<SegmentHeader> {
+    pub(crate) fn header(&self, target_bytes: u64, limit_bytes: u64, host: Host) -> Option<SegmentHeader> {
         let mut header = SegmentHeader {
             segment_id: random_u64(),
             created_unix_ms: unix_ms(),
@@ -209,8 +242,9 @@ impl Geometry {
             layer_count: self.layer_bytes.len() as u32,
             slot_bytes: self.slot_bytes,
             payload_bytes: self.payload_bytes,
-            host_id,
+            boot_id: host.boot_id,
             geometry: self.id,
+            machine_id: host.machine_id,
         };
         let per_slot = self.slot_bytes + header.record_bytes() + 12;
         let wanted = (target_bytes.min(limit_bytes) / per_slot).clamp(1, u64::from(format::SLOTS_MAX));
@@ -233,7 +267,9 @@ impl OwnedSegment {
         let name = segment_name(header.segment_id);
         let path = directory.path.join(&name);
         let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
-        let filled = fill(&file, header, layer_bytes, &path, start_id).and_then(|()| {
+        let filled = allocate(directory, &file, header, &path)
+            .and_then(|()| fill(&file, header, layer_bytes, &path, start_id));
+        let filled = filled.and_then(|()| {
             publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path))
         });
         if let Err(error) = filled {
@@ -287,7 +323,7 @@ impl OwnedSegment {
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
         let process = std::process::id();
         Ok(Some(OwnedSegment {
-            view,
+            view: Arc::new(view),
             _fork_guard: ForkGuard::new(&file),
             file,
             mapping,
@@ -327,10 +363,7 @@ impl OwnedSegment {
     /// Makes the slot's content invisible and returns the odd sequence that stands for it. Payload may be written from
     /// here on.
     pub(crate) fn invalidate(&self, slot: u32) -> u64 {
-        let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
-        let now = word.load(Ordering::Relaxed);
-        let odd = (now + 1) | 1;
-        word.store(odd, Ordering::SeqCst);
+        let odd = next_odd(self.mapping.u64_at(self.header().sequence_offset(slot) as usize));
         // Payload stores, non-temporal ones too, must not overtake the invalidation.
         store_fence();
         self.bump_changes();
@@ -341,10 +374,14 @@ impl OwnedSegment {
     /// has another sequence by now, so it belongs to whoever took the segment over, and is left alone.
     pub(crate) fn publish(&self, slot: u32, odd: u64, record: &mut SlotRecord) -> bool {
         let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
+        // The end of the numbers is nothing that counting reaches, but a file may say so.
+        let Some(even) = odd.checked_add(1) else {
+            return false;
+        };
         if word.load(Ordering::Acquire) != odd {
             return false;
         }
-        record.sequence = odd + 1;
+        record.sequence = even;
         record.owner = self.start_id;
         record.written_unix_ms = unix_ms();
         // Payload before record before sequence: non-temporal stores are not ordered by a release store alone.
@@ -354,7 +391,7 @@ impl OwnedSegment {
             .write_bytes(self.header().record_offset(slot) as usize, &bytes);
         store_fence();
         fence(Ordering::Release);
-        let published = word.compare_exchange(odd, odd + 1, Ordering::AcqRel, Ordering::Relaxed);
+        let published = word.compare_exchange(odd, even, Ordering::AcqRel, Ordering::Relaxed);
         self.bump_changes();
         published.is_ok()
     }
@@ -406,7 +443,10 @@ impl OwnedSegment {
         );
         directory.control.bump_generation();
         directory.control.bump_changes();
-        punch_payload(&self.file, self.header());
+        match self.file.try_clone() {
+            Ok(file) => directory.give_back_payload(Removed::new(file, self.header())),
+            Err(error) => tracing::debug!(%error, "a removed segment keeps its memory until nobody maps it"),
+        }
     }
 }
 
@@ -433,20 +473,30 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
         .map_err(|errno| FsError::io("remove", &path)(errno.into()))?;
     directory.control.bump_generation();
     directory.control.bump_changes();
-    punch_payload(&file, &header);
+    directory.give_back_payload(Removed::new(file, &header));
     Ok(true)
 }
 
-fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> bool {
-    directory.choice.medium == crate::options::Medium::Network && header.host_id != directory.host_id
+/// Whether a free lock says nothing about the segment's writer, since it may run on another machine.
+pub(crate) fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> bool {
+    directory.choice.is_shared_by_machines() && !directory.host.has_made(header)
+}
+
+/// Moves a sequence on to its next odd number, whoever else is moving it, and returns that.
+fn next_odd(word: &AtomicU64) -> u64 {
+    let odd = |now: u64| now.saturating_add(1) | 1;
+    let mut now = word.load(Ordering::Relaxed);
+    while let Err(other) = word.compare_exchange_weak(now, odd(now), Ordering::SeqCst, Ordering::Relaxed) {
+        now = other;
+    }
+    odd(now)
 }
 
 /// Makes every slot's content invisible in a segment whose lock we have just taken.
 fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
     let tables = WriteMapping::new(file, header.data_offset() as usize)?;
     for slot in 0..header.slot_count {
-        let word = tables.u64_at(header.sequence_offset(slot) as usize);
-        word.store((word.load(Ordering::Relaxed) + 1) | 1, Ordering::SeqCst);
+        next_odd(tables.u64_at(header.sequence_offset(slot) as usize));
     }
     tables
         .u64_at((header.counters_offset() + counters::CHANGES) as usize)
@@ -455,12 +505,38 @@ fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A reader that still maps a removed file would keep its memory; a hole has none.
-fn punch_payload(file: &File, header: &SegmentHeader) {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    let length = header.file_bytes() - header.data_offset();
-    if let Err(errno) = rustix::fs::fallocate(file, flags, header.data_offset(), length) {
-        tracing::debug!(%errno, "cannot punch a hole into a removed segment");
+/// A segment without a name and without a valid slot. A reader that still maps it would keep its memory; a hole has none.
+#[derive(Debug)]
+pub(crate) struct Removed {
+    file: File,
+    from: u64,
+    length: u64,
+}
+
+impl Removed {
+    fn new(file: File, header: &SegmentHeader) -> Self {
+        Removed {
+            file,
+            from: header.data_offset(),
+            length: header.file_bytes() - header.data_offset(),
+        }
+    }
+
+    /// Punches the hole, unless somebody is copying from there. Whoever comes later looks at the sequences first, which
+    /// were moved before this.
+    pub(crate) fn is_punched(&self, directory: &Directory) -> bool {
+        if directory.lives_in_memory()
+            && let Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) =
+                flock(&self.file, FlockOperation::NonBlockingLockExclusive)
+        {
+            return false;
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if let Err(errno) = rustix::fs::fallocate(&self.file, flags, self.from, self.length) {
+            tracing::debug!(%errno, "cannot punch a hole into a removed segment");
+        }
+        // The lock goes with the file.
+        true
     }
 }
 
@@ -489,6 +565,25 @@ fn create_unnamed(directory: &Directory, name: &str) -> std::io::Result<(File, O
     }
 }
 
+/// Gives the file its length and its blocks: without them, a full file system would answer a store through the mapping with
+/// SIGBUS.
+fn allocate(
+    directory: &Directory,
+    file: &File,
+    header: &SegmentHeader,
+    path: &std::path::Path,
+) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let allocated = match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, header.file_bytes()) {
+        // Not every file system can. Where the payload is written by system calls, only the tables need blocks.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) if !directory.mapped_payload() => file
+            .write_all_at(&vec![0; header.data_offset() as usize], 0)
+            .and_then(|()| file.set_len(header.file_bytes())),
+        other => other.map_err(Into::into),
+    };
+    allocated.map_err(FsError::io("allocate", path))
+}
+
 fn fill(
     file: &File,
     header: &SegmentHeader,
@@ -499,11 +594,6 @@ fn fill(
     use std::os::unix::fs::FileExt;
     if !OWNER_LOCK.try_lock(file).map_err(FsError::io("lock", path))? {
         return Err(FsError::io("lock", path)(std::io::ErrorKind::WouldBlock.into()));
-    }
-    // Without allocated blocks, a full file system would answer a store through the mapping with SIGBUS.
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, header.file_bytes()) {
-        Ok(()) => {}
-        Err(errno) => return Err(FsError::io("allocate", path)(errno.into())),
     }
     let owner = header.counters_offset() + counters::OWNER;
     file.write_all_at(&header.encode(), 0)

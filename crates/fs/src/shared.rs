@@ -1,8 +1,8 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use crossbeam::channel::Sender;
 use kvlane_core::NamespaceId;
@@ -12,6 +12,7 @@ use crate::counters::{Counters, FsStats};
 use crate::directory::{Directory, unix_ms};
 use crate::index::{Found, Index};
 use crate::jobs::{Jobs, lock};
+use crate::lister::Lister;
 use crate::segment::Geometry;
 use crate::writer::Command;
 
@@ -36,12 +37,14 @@ pub(crate) struct Shared {
     pub(crate) cache: Cache,
     pub(crate) verify: bool,
     pub(crate) index: Mutex<Index>,
+    pub(crate) lister: Lister,
     pub(crate) jobs: Jobs,
     pub(crate) counters: Counters,
     pub(crate) start_id: u64,
     writer: Option<Sender<Command>>,
     touched: Mutex<Touched>,
     used_bytes: AtomicU64,
+    segments: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -71,13 +74,20 @@ impl Shared {
             cache,
             verify,
             index: Mutex::new(Index::new(&[namespace])),
+            lister: Lister::default(),
             jobs: Jobs::new(jobs_in_flight),
             counters: Counters::default(),
             start_id,
             writer,
             touched: Mutex::default(),
             used_bytes: AtomicU64::new(0),
+            segments: AtomicU64::new(0),
         }
+    }
+
+    /// The index as the folder is now.
+    pub(crate) fn look(&self) -> MutexGuard<'_, Index> {
+        self.lister.look(&self.directory, &self.index)
     }
 
     /// `false`: this transfer cannot store, or its writer thread is gone.
@@ -149,10 +159,30 @@ impl Shared {
         let mut stats = self.counters.snapshot();
         stats.used_bytes = self.used_bytes.load(Ordering::Relaxed);
         stats.limit_bytes = self.directory.control.capacity_bytes();
-        stats.segments = self
-            .index
-            .try_lock()
-            .map_or(0, |index| index.segment_count() as u64);
+        // Without waiting: while the index is busy, what it had before is the answer.
+        if let Ok(index) = self.index.try_lock() {
+            self.segments
+                .store(index.segment_count() as u64, Ordering::Relaxed);
+        }
+        stats.segments = self.segments.load(Ordering::Relaxed);
         stats
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Folder, shared};
+
+    #[test]
+    fn while_the_index_is_busy_the_number_of_segments_is_the_last_known() {
+        let folder = Folder::new(8 << 20);
+        let shared = shared(folder.open_again(), 1);
+        let _segment = folder.segment(4, 2);
+        lock(&shared.index).refresh(&shared.directory);
+        assert_eq!(shared.stats().segments, 1);
+        let busy = lock(&shared.index);
+        assert_eq!(shared.stats().segments, 1);
+        drop(busy);
     }
 }

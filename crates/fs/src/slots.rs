@@ -16,6 +16,8 @@ const QUARANTINE: Duration = Duration::from_secs(60);
 const VICTIMS_BATCH: usize = 64;
 /// Chains whose keys are remembered, so that a request does not evict its own.
 const CHAINS_REMEMBERED: usize = 256;
+/// Keys of all of them together.
+const CHAIN_KEYS_REMEMBERED: usize = 1 << 18;
 
 /// Names a slot of an owned segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,9 +48,72 @@ pub(crate) struct Slots {
     free: Vec<SlotRef>,
     victims: VecDeque<(SlotRef, u32)>,
     reserved: HashMap<BlockKey, SlotRef>,
-    chain_of: HashMap<BlockKey, u64>,
-    chains: VecDeque<(u64, Vec<BlockKey>)>,
-    next_chain: u64,
+    quarantined: Vec<SlotRef>,
+    chains: Chains,
+}
+
+/// The chains that requests have named lately. A key names all blocks in front of it too, so two chains that share a key
+/// share their head; but each is a request of its own.
+#[derive(Debug, Default)]
+struct Chains {
+    /// Which of them named a key last.
+    latest: HashMap<BlockKey, u64>,
+    remembered: VecDeque<Vec<BlockKey>>,
+    /// Number of the one in front.
+    first: u64,
+    key_count: usize,
+}
+
+impl Chains {
+    fn find(&self, key: &BlockKey) -> Option<&[BlockKey]> {
+        let number = self.latest.get(key)? - self.first;
+        self.remembered.get(number as usize).map(Vec::as_slice)
+    }
+
+    /// All that is known of the chain that `keys` are a part of; remembers what is new of it.
+    fn whole(&mut self, keys: &[BlockKey]) -> HashSet<BlockKey> {
+        let (Some(first), Some(last)) = (keys.first(), keys.last()) else {
+            return HashSet::new();
+        };
+        // By the last key: a first one may be shared by all requests that begin with the same system prompt.
+        if let Some(chain) = self.find(last)
+            && let Some(at) = chain.iter().position(|key| key == first)
+            && chain[at..].starts_with(keys)
+        {
+            return chain.iter().copied().collect();
+        }
+        let head = self.find(first).map_or(&[][..], |chain| {
+            let at = chain.iter().position(|key| key == first);
+            &chain[..at.unwrap_or(0)]
+        });
+        let chain = [head, keys].concat();
+        let whole = chain.iter().copied().collect();
+        let number = self.first + self.remembered.len() as u64;
+        for key in &chain {
+            self.latest.insert(*key, number);
+        }
+        self.key_count += chain.len();
+        self.remembered.push_back(chain);
+        while self.remembered.len() > CHAINS_REMEMBERED
+            || (self.key_count > CHAIN_KEYS_REMEMBERED && self.remembered.len() > 1)
+        {
+            self.forget_first();
+        }
+        whole
+    }
+
+    fn forget_first(&mut self) {
+        let Some(chain) = self.remembered.pop_front() else {
+            return;
+        };
+        self.key_count -= chain.len();
+        for key in chain {
+            if self.latest.get(&key) == Some(&self.first) {
+                self.latest.remove(&key);
+            }
+        }
+        self.first += 1;
+    }
 }
 
 impl Slots {
@@ -77,6 +142,14 @@ impl Slots {
                 Slot::Free
             };
             slots.push(state);
+        }
+        for slot in 0..count {
+            if matches!(slots[slot as usize], Slot::Quarantined { .. }) {
+                self.quarantined.push(SlotRef {
+                    segment: number,
+                    slot,
+                });
+            }
         }
         // Popped from the end: the first slots are used first, so that a young segment is filled from its start.
         for slot in (0..count).rev() {
@@ -128,29 +201,9 @@ impl Slots {
         self.reserved.get(key).copied()
     }
 
-    /// Remembers that these keys are one chain.
-    pub(crate) fn remember_chain(&mut self, keys: &[BlockKey]) {
-        let Some(first) = keys.first() else { return };
-        let number = self.chain_of.get(first).copied().unwrap_or(self.next_chain);
-        if number == self.next_chain {
-            self.next_chain += 1;
-            self.chains.push_back((number, Vec::new()));
-        }
-        for key in keys {
-            self.chain_of.insert(*key, number);
-        }
-        if let Some((_, members)) = self.chains.iter_mut().rev().find(|(chain, _)| *chain == number) {
-            members.extend_from_slice(keys);
-        }
-        while self.chains.len() > CHAINS_REMEMBERED {
-            if let Some((gone, members)) = self.chains.pop_front() {
-                for key in members {
-                    if self.chain_of.get(&key) == Some(&gone) {
-                        self.chain_of.remove(&key);
-                    }
-                }
-            }
-        }
+    /// Blocks that a request for `keys` must not evict: all that is known of its own chain.
+    pub(crate) fn own_chain(&mut self, keys: &[BlockKey]) -> HashSet<BlockKey> {
+        self.chains.whole(keys)
     }
 
     /// A slot that holds nothing.
@@ -166,8 +219,8 @@ impl Slots {
         None
     }
 
-    /// The slot of the block that is needed least: not of the chain that `own` belongs to, not in `spare`.
-    pub(crate) fn take_victim(&mut self, own: &BlockKey, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+    /// The slot of the block that is needed least and not in `spare`.
+    pub(crate) fn take_victim(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         for attempt in 0..2 {
             let mut kept = Vec::new();
             let mut taken = None;
@@ -181,8 +234,7 @@ impl Slots {
                 if owned.segment.view.mark(at.slot) != mark {
                     continue;
                 }
-                let chain = self.chain_of.get(&key);
-                if spare.contains(&key) || (chain.is_some() && chain == self.chain_of.get(own)) {
+                if spare.contains(&key) {
                     kept.push((at, mark));
                     continue;
                 }
@@ -195,21 +247,19 @@ impl Slots {
             if taken.is_some() || attempt == 1 {
                 return taken;
             }
-            self.choose_victims(own, spare);
+            self.choose_victims(spare);
         }
         None
     }
 
     /// Oldest use first, and of those the deepest in its chain: a head serves more prompts than a tail.
-    fn choose_victims(&mut self, own: &BlockKey, spare: &HashSet<BlockKey>) {
-        let own_chain = self.chain_of.get(own).copied();
+    fn choose_victims(&mut self, spare: &HashSet<BlockKey>) {
         let mut candidates: Vec<(u32, std::cmp::Reverse<u32>, SlotRef)> = Vec::new();
         for (number, owned) in self.segments.iter().enumerate() {
             let Some(owned) = owned else { continue };
             for (slot, state) in owned.slots.iter().enumerate() {
                 if let Slot::Committed { key, depth } = state
                     && !spare.contains(key)
-                    && (own_chain.is_none() || self.chain_of.get(key).copied() != own_chain)
                 {
                     let slot = slot as u32;
                     let at = SlotRef {
@@ -244,24 +294,19 @@ impl Slots {
         Some(owned.slots[at.slot as usize])
     }
 
-    /// Reservations and quarantines that are over.
-    pub(crate) fn overdue(&self, now: Instant) -> Vec<SlotRef> {
-        let mut found = Vec::new();
-        for (number, owned) in self.segments.iter().enumerate() {
-            let Some(owned) = owned else { continue };
-            for (slot, state) in owned.slots.iter().enumerate() {
-                let (Slot::Reserved { until, .. } | Slot::Quarantined { until }) = state else {
-                    continue;
-                };
-                if *until <= now {
-                    found.push(SlotRef {
-                        segment: number,
-                        slot: slot as u32,
-                    });
-                }
-            }
-        }
-        found
+    /// Reservations and quarantines that are over. Costs what is promised or rests, not what there is.
+    pub(crate) fn overdue(&mut self, now: Instant) -> Vec<SlotRef> {
+        let mut resting = std::mem::take(&mut self.quarantined);
+        resting.retain(|&at| matches!(self.state(at), Some(Slot::Quarantined { .. })));
+        self.quarantined = resting;
+        let waiting = self.reserved.values().chain(&self.quarantined);
+        let over = |at: &SlotRef| {
+            matches!(
+                self.state(*at),
+                Some(Slot::Reserved { until, .. } | Slot::Quarantined { until }) if until <= now
+            )
+        };
+        waiting.copied().filter(over).collect()
     }
 
     /// What became of a slot that was half written at adoption: its old writer, only stopped, may have finished it.
@@ -296,6 +341,7 @@ impl Slots {
         self.free.retain(|at| at.segment != number);
         self.victims.retain(|(at, _)| at.segment != number);
         self.reserved.retain(|_, at| at.segment != number);
+        self.quarantined.retain(|at| at.segment != number);
         self.segments[number].take().map(|owned| owned.segment)
     }
 

@@ -20,6 +20,7 @@ use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
+use crate::lister;
 use crate::load::{IDLE_CHECK, LoadJob};
 use crate::options::{FsOptions, Medium, RESERVATION_MAX};
 use crate::segment::Geometry;
@@ -34,7 +35,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Moves blocks between one paged cache and a folder.
 ///
-/// Threads: one that decides about slots (only if it can store), and as many as the option `io_threads` says for stores
+/// Threads: one that lists the folder, one that decides about slots (only if it can store), and as many as the option `io_threads` says for stores
 /// and for loads each. They end when the value is dropped or closed; one that hangs in a file system is left behind.
 #[derive(Debug)]
 pub struct FsTransfer {
@@ -100,6 +101,8 @@ impl FsTransfer {
             start_id,
             can_store.then_some(command_sender),
         ));
+        // What is there is found from the first lookup on.
+        drop(shared.look());
         let threads = options.threads();
         let abandoned = Arc::new(AtomicBool::new(false));
         let mut handles = Vec::new();
@@ -109,6 +112,12 @@ impl FsTransfer {
                 .map(|handle| handles.push(handle))
                 .map_err(FsError::io("start a thread for", path))
         };
+        let lists = Arc::clone(&shared);
+        spawn(
+            "kvlane-lister".into(),
+            Box::new(move || lists.lister.run(|| lister::list(&lists.directory, &lists.index))),
+        )?;
+        shared.lister.started();
         if let Some(place) = place {
             let (task_sender, tasks) = unbounded();
             for number in 0..threads {
@@ -206,20 +215,19 @@ impl FsTransfer {
         if self.is_forked() {
             return Availability::default();
         }
-        let mut index = lock(&self.shared.index);
-        index.refresh(&self.shared.directory);
-        index.availability(chain, cursor)
+        self.shared.look().availability(chain, cursor)
     }
 
     /// Ends all jobs and threads. Called by drop.
     pub fn close(&self) {
-        self.shared.jobs.close();
-        self.abandoned.store(true, Ordering::Relaxed);
-        if self.process != std::process::id() {
+        if self.is_forked() {
             // In a forked child there are no threads, and the parent's segments are not ours to touch.
             return;
         }
+        self.shared.jobs.close();
+        self.abandoned.store(true, Ordering::Relaxed);
         self.shared.tell_writer(Command::Stop);
+        self.shared.lister.close();
         // Without a sender, the loading threads end at once.
         *lock(&self.loads) = None;
         *lock(&self.cold) = None;
@@ -240,11 +248,22 @@ impl FsTransfer {
         }
     }
 
+    /// In a forked child every lock may have been held by a thread that is not there: none may be taken.
     fn is_forked(&self) -> bool {
         self.process != std::process::id()
     }
 
+    fn refuse_forked(&self) -> Result<()> {
+        if self.is_forked() {
+            return Err(FsError::Forked {
+                path: self.shared.directory.path.clone(),
+            });
+        }
+        Ok(())
+    }
+
     fn start_load(&self, request: LoadRequest, after: Option<Mark>) -> kvlane_core::Result<JobId> {
+        self.refuse_forked()?;
         request.check(self.shared.cache.map())?;
         let id = self.shared.jobs.next_id();
         let blocks = request.keys.len();
@@ -252,13 +271,8 @@ impl FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        if self.is_forked() {
-            self.miss_all(id, blocks, MissReason::Dropped);
-            return Ok(id);
-        }
         let found = {
-            let mut index = lock(&self.shared.index);
-            index.refresh(&self.shared.directory);
+            let index = self.shared.look();
             request.keys.iter().map(|key| index.find(0, key)).collect()
         };
         let cold = lock(&self.cold).clone();
@@ -293,6 +307,7 @@ impl FsTransfer {
     }
 
     fn check_job(&self, job: JobId) -> kvlane_core::Result<()> {
+        self.refuse_forked()?;
         if self.shared.jobs.is_known(job) {
             Ok(())
         } else {
@@ -314,6 +329,12 @@ impl FsTransfer {
 
 impl Drop for FsTransfer {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // Ending a channel takes its locks, and the threads are the parent's: left as they are.
+            std::mem::forget(self.loads.get_mut().map(Option::take));
+            std::mem::forget(self.threads.get_mut().map(std::mem::take));
+            return;
+        }
         self.close();
     }
 }
@@ -343,6 +364,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
+        self.refuse_forked()?;
         request.check(self.shared.cache.map())?;
         if !self.shared.can_store() {
             return Err(FsError::ReadOnly {
@@ -356,14 +378,9 @@ impl KvTransfer for FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let namespace = {
-            let mut index = lock(&self.shared.index);
-            index.refresh(&self.shared.directory);
-            index.effective(0)
-        };
+        let namespace = self.shared.look().effective(0);
         let job = StoreJob::new(&self.shared, id, request, namespace);
-        let accepted = !self.is_forked()
-            && !self.shared.writer_is_behind()
+        let accepted = !self.shared.writer_is_behind()
             && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
             && self.shared.tell_writer(Command::Begin(job));
         if !accepted {
@@ -399,6 +416,7 @@ impl KvTransfer for FsTransfer {
 
     fn wait_layer(&self, job: JobId, layer: usize, deadline: Instant) -> kvlane_core::Result<bool> {
         self.check_layer(layer)?;
+        self.refuse_forked()?;
         match self.shared.jobs.get(job) {
             Some(Job::Load(job)) => Ok(job.wait_layer(layer, deadline)),
             Some(Job::Store(_)) => Err(kvlane_core::Error::UnknownJob(job.0)),
@@ -411,6 +429,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn wait(&self, job: JobId, deadline: Instant) -> kvlane_core::Result<Option<Completion>> {
+        self.refuse_forked()?;
         self.shared
             .jobs
             .wait(job, deadline)
@@ -425,6 +444,9 @@ impl KvTransfer for FsTransfer {
     }
 
     fn cancel(&self, job: JobId) {
+        if self.is_forked() {
+            return;
+        }
         match self.shared.jobs.get(job) {
             Some(Job::Load(job)) => job.close(MissReason::Cancelled),
             Some(Job::Store(job)) => job.close(MissReason::Cancelled),
@@ -433,6 +455,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn reset(&self) -> kvlane_core::Result<()> {
+        self.refuse_forked()?;
         Ok(self.shared.directory.control.start_epoch()?)
     }
 }
@@ -466,10 +489,11 @@ fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
         if written.is_none_or(|at| at.elapsed() >= Duration::from_millis(MARK_MS)) {
             shared.write_marks();
             shared.measure();
-            // Lets go of segments that were removed, so that their memory is free.
-            lock(&shared.index).refresh(&shared.directory);
             written = Some(Instant::now());
         }
         std::thread::park_timeout(Duration::from_millis(100));
     }
 }
+
+#[cfg(test)]
+mod tests;

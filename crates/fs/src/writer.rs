@@ -13,7 +13,7 @@ use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
-use crate::growth::{self, Growth};
+use crate::growth::{self, Generosity, Growth};
 use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::{MARK_MS, Shared};
@@ -24,6 +24,8 @@ use crate::store::{Place, Plan, StoreJob};
 const TICK: Duration = Duration::from_millis(100);
 /// Pause after a wish for space that was not granted.
 const GROWTH_PAUSE: Duration = Duration::from_millis(250);
+/// How long a wish for space stands after space was last needed.
+const WISH_LASTS: Duration = Duration::from_secs(10);
 /// Pause after space was refused for good.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
@@ -69,6 +71,9 @@ pub(crate) struct Writer {
     tasks: Sender<StoreTask>,
     threads: usize,
     grow_after: Instant,
+    /// When space was last needed.
+    wished: Option<Instant>,
+    generosity: Generosity,
     marks_written: Instant,
     complained: HashSet<String>,
 }
@@ -96,6 +101,8 @@ impl Writer {
             tasks,
             threads,
             grow_after: now,
+            wished: None,
+            generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
         }
@@ -105,6 +112,7 @@ impl Writer {
     pub(crate) fn run(mut self, commands: &Receiver<Command>, abandoned: &AtomicBool) {
         let process = std::process::id();
         self.prepare();
+        let mut ticked = Instant::now();
         loop {
             match commands.recv_timeout(TICK) {
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => break,
@@ -114,7 +122,11 @@ impl Writer {
             if abandoned.load(Ordering::Relaxed) || std::process::id() != process {
                 break;
             }
-            self.tick();
+            // Not after every command: it asks the kernel about every other writer.
+            if ticked.elapsed() >= TICK {
+                self.tick();
+                ticked = Instant::now();
+            }
         }
         self.shared.write_marks();
         self.shared.directory.wait_until_writable();
@@ -168,6 +180,7 @@ impl Writer {
             self.shared.measure();
             self.marks_written = now;
         }
+        self.shared.directory.give_back_payloads();
         self.let_go_of_lost();
         let overdue = self.slots.overdue(now);
         if !overdue.is_empty() {
@@ -184,7 +197,19 @@ impl Writer {
             // At least one segment, before anybody needs it.
             self.grow();
         }
-        if growth::should_give_back(&self.shared.directory, self.place, self.slots.bytes()) {
+        if self
+            .wished
+            .is_some_and(|wished| now.duration_since(wished) >= WISH_LASTS)
+        {
+            // Others would give back, or not take what is free, for somebody who does not need it any more.
+            self.wished = None;
+            self.shared.directory.control.set_wants(self.place, 0);
+        }
+        let (directory, bytes) = (&self.shared.directory, self.slots.bytes());
+        if self
+            .generosity
+            .should_give_back(directory, self.place, bytes, now)
+        {
             self.give_back();
         }
     }
@@ -219,16 +244,13 @@ impl Writer {
 
     /// The namespace in force, after a look at what others did.
     fn refreshed_namespace(&self) -> NamespaceId {
-        let mut index = lock(&self.shared.index);
-        index.refresh(&self.shared.directory);
-        index.effective(0)
+        self.shared.look().effective(0)
     }
 
     fn reserve(&mut self, keys: &[BlockKey], first_depth: u32, deadline: Instant) {
         self.let_go_of_lost();
         let namespace = self.refreshed_namespace();
-        self.slots.remember_chain(keys);
-        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let spare = self.slots.own_chain(keys);
         let mut promised = false;
         for (position, key) in keys.iter().enumerate() {
             let own = self.slots.reserved(key);
@@ -246,7 +268,7 @@ impl Writer {
                     }
                     at
                 }
-                None => match self.allocate(key, &spare) {
+                None => match self.allocate(&spare) {
                     Some(at) => at,
                     None => break,
                 },
@@ -284,11 +306,15 @@ impl Writer {
 
     fn withdraw(&mut self, keys: &[BlockKey]) {
         for key in keys {
-            if let Some(at) = self.slots.reserved(key) {
-                self.free(at);
-            }
+            self.withdraw_one(key);
         }
         self.shared.directory.control.bump_changes();
+    }
+
+    fn withdraw_one(&mut self, key: &BlockKey) {
+        if let Some(at) = self.slots.reserved(key) {
+            self.free(at);
+        }
     }
 
     /// Makes a slot that holds nothing of worth free, for everybody to see.
@@ -303,18 +329,20 @@ impl Writer {
 
     fn begin(&mut self, job: Arc<StoreJob>) {
         if job.is_closed() {
+            // Nobody will keep these promises.
+            self.withdraw(&job.request().keys);
             return;
         }
         self.let_go_of_lost();
         let in_force = self.refreshed_namespace();
         let keys = job.request().keys.clone();
-        self.slots.remember_chain(&keys);
-        let spare: HashSet<BlockKey> = keys.iter().copied().collect();
+        let spare = self.slots.own_chain(&keys);
         let mut places = Vec::with_capacity(keys.len());
         let mut plans = Vec::with_capacity(keys.len());
         let mut present = 0;
+        let mut full = false;
         for key in &keys {
-            let (place, plan) = self.plan(&job, in_force, key, &spare, &mut present);
+            let (place, plan) = self.plan(&job, in_force, key, &spare, &mut present, &mut full);
             places.push(place);
             plans.push(plan);
         }
@@ -337,19 +365,28 @@ impl Writer {
         key: &BlockKey,
         spare: &HashSet<BlockKey>,
         present: &mut u64,
+        full: &mut bool,
     ) -> (Option<SlotRef>, Plan) {
         if in_force != job.namespace() {
             // A reset came in between: what was computed before it must not be found after it.
+            self.withdraw_one(key);
             return (None, Plan::Dropped);
         }
         let found = lock(&self.shared.index).find(0, key);
         if let Some(found) = found {
             self.shared.touch(std::iter::once(found));
             *present += 1;
+            // Somebody else was faster, and the slot is of use to others.
+            self.withdraw_one(key);
             return (None, Plan::Present);
         }
-        let reserved = self.slots.reserved(key);
-        let Some(at) = reserved.or_else(|| self.allocate(key, spare)) else {
+        let mut at = self.slots.reserved(key);
+        if at.is_none() && !*full {
+            at = self.allocate(spare);
+            // Looking again for each further block would go through all slots each time.
+            *full = at.is_none();
+        }
+        let Some(at) = at else {
             return (None, Plan::Dropped);
         };
         let Some(segment) = self.slots.segment(at).cloned() else {
@@ -370,8 +407,8 @@ impl Writer {
         )
     }
 
-    /// A slot for `key`: free, from a new segment, or recycled.
-    fn allocate(&mut self, key: &BlockKey, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+    /// A slot for a block of the chain `spare`: free, from a new segment, or recycled.
+    fn allocate(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         loop {
             if let Some(at) = self.slots.take_free() {
                 return Some(at);
@@ -381,13 +418,14 @@ impl Writer {
                 break;
             }
         }
-        let at = self.slots.take_victim(key, spare)?;
+        let at = self.slots.take_victim(spare)?;
         Counters::add(&self.shared.counters.evicted_blocks, 1);
         Some(at)
     }
 
     fn grow(&mut self) -> bool {
         let now = Instant::now();
+        self.wished = Some(now);
         if now < self.grow_after {
             return false;
         }
@@ -395,7 +433,7 @@ impl Writer {
         let own_bytes = self.slots.bytes();
         match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
             Growth::Grown(segment) => {
-                let segment = Arc::new(segment);
+                let segment = Arc::from(segment);
                 populate(&self.shared, &segment);
                 self.slots.add(segment, now);
                 self.shared.measure();
@@ -444,6 +482,10 @@ fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
     let spawned = std::thread::Builder::new()
         .name("kvlane-populate".into())
         .spawn(move || {
+            // Given back already, or not before this has ended: it would take the pages again.
+            let Some(_hold) = segment.view.hold() else {
+                return;
+            };
             let (from, to) = (
                 segment.header().data_offset() as usize,
                 segment.header().file_bytes() as usize,
@@ -456,3 +498,6 @@ fn populate(shared: &Arc<Shared>, segment: &Arc<OwnedSegment>) {
         tracing::debug!(%error, "cannot start a thread to populate a segment");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -94,8 +94,9 @@ fn edited_header(input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
         layer_count: input.int_in_range(1..=LAYERS_MAX)?,
         slot_bytes: 4096 * input.int_in_range(1..=1024)?,
         payload_bytes: input.int_in_range(1..=4096)?,
-        host_id: input.arbitrary()?,
+        boot_id: input.arbitrary()?,
         geometry: input.arbitrary()?,
+        machine_id: input.arbitrary()?,
     };
     let mut bytes = header.encode();
     let body_bytes = SEGMENT_HEADER_BYTES - 4;

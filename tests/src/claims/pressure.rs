@@ -1,10 +1,11 @@
 //! Many at once, and more than fits: misses are allowed, wrong bytes are not.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
-use kvlane_core::{BlockKey, MissReason, Outcome};
+use kvlane_core::{BlockKey, Chain, ChainRoot, MissReason, Outcome};
 
-use crate::fixture::{Factory, Peer, keys, namespace, plan};
+use crate::fixture::{Factory, PATIENCE, Peer, keys, namespace, plan};
 use crate::layouts::{self, Plan, Sizes};
 
 /// Producers store overlapping chains while consumers load them.
@@ -97,6 +98,24 @@ pub fn eviction_never_returns_wrong_bytes(factory: &dyn Factory) {
     );
 }
 
+/// Three times as much as fits, of chains that all begin with the same system prompt: a full place goes on working.
+pub fn chains_that_begin_alike_evict_each_other(factory: &dyn Factory) {
+    let place = factory.small_place();
+    let plan = sized_plan(place.capacity_bytes() / 32);
+    let (producer, consumer) = (place.peer(namespace(), &plan), place.peer(namespace(), &plan));
+    let count = 3 * place.capacity_bytes() / producer.map().block_bytes() / 4;
+    let prompts = common_start("the system prompt", 2, 6, count);
+    for chain in &prompts {
+        let deadline = Instant::now() + PATIENCE;
+        producer
+            .backend
+            .reserve(chain, 0, deadline)
+            .expect("it may be promised");
+        assert_eq!(producer.store(chain), Outcome::Done);
+        assert_eq!(check(&consumer, chain), 6, "the newest chain is not there");
+    }
+}
+
 /// A request never evicts its own chain: its head is kept, its tail is dropped and named.
 pub fn a_store_larger_than_the_place_says_what_was_dropped(factory: &dyn Factory) {
     let place = factory.small_place();
@@ -150,6 +169,20 @@ fn check(peer: &Peer, keys: &[BlockKey]) -> usize {
         );
     }
     keys.len() - wrong.len()
+}
+
+/// `count` chains of `length` blocks of which the first `common` are the same.
+fn common_start(salt: &str, common: usize, length: usize, count: usize) -> Vec<Vec<BlockKey>> {
+    let root = ChainRoot::new(4)
+        .expect("4 tokens are allowed")
+        .with_cache_salt(salt);
+    let prompt = |number: usize| {
+        let mut chain = Chain::new(&root);
+        chain.extend(0..4 * common as u32);
+        chain.extend((0..4 * (length - common) as u32).map(|token| 1_000 * (number as u32 + 1) + token));
+        chain.keys().to_vec()
+    };
+    (0..count).map(prompt).collect()
 }
 
 /// A cache of 12 blocks of about `block_bytes` each.

@@ -8,8 +8,9 @@ fn header() -> SegmentHeader {
         layer_count: 48,
         slot_bytes: 3 << 20,
         payload_bytes: (3 << 20) - 17,
-        host_id: [3; 16],
+        boot_id: [3; 16],
         geometry: [4; 32],
+        machine_id: [5; 16],
     }
 }
 

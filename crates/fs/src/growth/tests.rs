@@ -8,6 +8,7 @@ struct Process {
     shared: Arc<Shared>,
     place: WriterPlace,
     segments: Vec<OwnedSegment>,
+    generosity: Generosity,
 }
 
 const TARGET: u64 = 1 << 20;
@@ -20,6 +21,7 @@ impl Process {
             shared,
             place,
             segments: Vec::new(),
+            generosity: Generosity::default(),
         }
     }
 
@@ -33,7 +35,7 @@ impl Process {
     fn grow(&mut self) -> &'static str {
         match grow(&self.shared, self.place, TARGET, self.bytes()) {
             Growth::Grown(segment) => {
-                self.segments.push(segment);
+                self.segments.push(*segment);
                 "grown"
             }
             Growth::Asked => "asked",
@@ -46,8 +48,14 @@ impl Process {
         while self.grow() == "grown" {}
     }
 
-    fn should_give_back(&self) -> bool {
-        should_give_back(&self.shared.directory, self.place, self.bytes())
+    fn should_give_back(&mut self) -> bool {
+        self.should_give_back_at(Instant::now())
+    }
+
+    fn should_give_back_at(&mut self, now: Instant) -> bool {
+        let (directory, bytes) = (&self.shared.directory, self.bytes());
+        self.generosity
+            .should_give_back(directory, self.place, bytes, now)
     }
 
     fn give_back(&mut self) {
@@ -90,6 +98,41 @@ fn a_later_writer_gets_its_share_from_an_idle_one() {
     assert_eq!(second.grow(), "full", "it has its share");
     assert!(!first.should_give_back());
     assert!(first.bytes() >= 3 << 20, "nor is the first one robbed");
+}
+
+#[test]
+fn a_newcomer_is_not_starved_by_a_stopped_writer_that_has_the_most() {
+    let folder = Folder::new(12 << 20);
+    let mut stopped = Process::start(&folder, 1);
+    stopped.fill();
+    let mut second = Process::start(&folder, 2);
+    while second.bytes() < 9 << 19 {
+        if second.grow() == "asked" {
+            stopped.give_back();
+        }
+    }
+    assert!(stopped.bytes() > second.bytes());
+    // From here on the first one does nothing.
+    let mut newcomer = Process::start(&folder, 3);
+    assert_eq!(newcomer.grow(), "asked");
+    let start = Instant::now();
+    assert!(!second.should_give_back_at(start), "the other one has more");
+    assert!(!second.should_give_back_at(start + LARGEST_PATIENCE / 2));
+    assert!(second.should_give_back_at(start + LARGEST_PATIENCE));
+    second.give_back();
+    assert_eq!(newcomer.grow(), "grown");
+    while second.bytes() > 4 << 20 {
+        second.give_back();
+    }
+    newcomer
+        .shared
+        .directory
+        .control
+        .set_wants(newcomer.place, 8 << 20);
+    for seconds in 0..5 {
+        let now = start + Duration::from_secs(seconds);
+        assert!(!second.should_give_back_at(now), "it keeps its share");
+    }
 }
 
 #[test]

@@ -3,6 +3,19 @@ use crate::fixture::{Folder, NAMESPACE, commit, key, put, record, segment_of};
 use crate::format::SlotRecord;
 use crate::segment::OwnedSegment;
 
+impl Index {
+    /// All that the lister's thread does, and a look.
+    pub(crate) fn refresh(&mut self, directory: &Directory) {
+        if let Some(wanted) = self.wanted_listing(directory) {
+            self.take_listing(wanted.list(directory));
+        }
+        let unsure = self.unsure_owners();
+        let answers = unsure.iter().map(|view| view.owner_lives()).collect();
+        self.take_owners(&unsure, answers);
+        self.catch_up(directory);
+    }
+}
+
 fn index() -> Index {
     Index::new(&[NAMESPACE])
 }

@@ -8,9 +8,8 @@ use super::{Progress, describe, each_segment, open};
 use crate::control::open_trusted;
 use crate::directory::{Directory, unix_ms};
 use crate::error::{FsError, Result};
-use crate::options::Medium;
 use crate::raw::OfdLock;
-use crate::segment::{self, SegmentView};
+use crate::segment::{self, SegmentView, is_foreign_host};
 
 /// Making a file takes far less, even where it has to be allocated.
 const LEFTOVER_AGE_MIN_MS: u64 = 60_000;
@@ -129,12 +128,9 @@ fn reason_to_keep(directory: &Directory, view: &SegmentView, unused_ms: u64) -> 
     let used_ms = info.last_used_unix_ms.max(info.created_unix_ms);
     if info.owner_lives {
         Some("a running server owns it".to_owned())
-    } else if directory.choice.medium == Medium::Network && view.header.host_id != directory.host_id {
+    } else if is_foreign_host(directory, &view.header) {
         // `remove_orphan` refuses it for the same reason.
-        Some(
-            "another machine made it, or this one before a restart: its locks may be invisible here"
-                .to_owned(),
-        )
+        Some("another machine made it: its locks may be invisible here".to_owned())
     } else if unix_ms().saturating_sub(used_ms) < unused_ms {
         Some(format!("it was used in the last {} s", seconds(unused_ms)))
     } else {
@@ -204,6 +200,8 @@ mod tests {
 
     use super::*;
     use crate::fixture::{Folder, geometry};
+    use crate::host::Host;
+    use crate::options::Medium;
     use crate::segment::OwnedSegment;
 
     fn run(directory: &Directory, unused_ms: u64, dry_run: bool) -> GcReport {
@@ -279,7 +277,11 @@ mod tests {
         let folder = Folder::new(1 << 30);
         let network = folder.open_as(Medium::Network);
         // Another machine's, one that is owned, one that nobody owns.
-        let mut header = geometry().header(1, u64::MAX, [9; 16]).unwrap();
+        let elsewhere = Host {
+            boot_id: [9; 16],
+            machine_id: [9; 16],
+        };
+        let mut header = geometry().header(1, u64::MAX, elsewhere).unwrap();
         header.slot_count = 1;
         drop(OwnedSegment::create(&network, &header, &geometry().layer_bytes, 1).unwrap());
         let owned = folder.segment(1, 2);

@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{Folder, commit, geometry, key, put, record};
 use crate::format::SlotState;
+use kvlane_core::{MissReason, Outcome};
 
 fn name_of(segment: &OwnedSegment) -> String {
     segment_name(segment.header().segment_id)
@@ -130,7 +131,10 @@ fn on_a_network_only_the_creating_host_adopts_and_removes() {
     let folder = Folder::new(8 << 20);
     let name = name_of(&folder.segment(4, 1));
     let mut network = folder.open_as(crate::options::Medium::Network);
-    network.host_id = [9; 16];
+    network.host = crate::host::Host {
+        boot_id: [9; 16],
+        machine_id: [9; 16],
+    };
     assert!(
         OwnedSegment::adopt(&network, &name, &geometry())
             .unwrap()
@@ -157,11 +161,13 @@ fn a_header_states_no_more_than_fits_the_target() {
         for layer_bytes in [1_u64, 4096, 100_000] {
             let geometry = Geometry::new(vec![layer_bytes; layers]);
             for target in [1 << 16, 1 << 20, 64 << 20] {
-                let header = geometry.header(target, u64::MAX, [0; 16]).unwrap();
+                let header = geometry
+                    .header(target, u64::MAX, crate::host::Host::this())
+                    .unwrap();
                 assert!(header.slot_count == 1 || header.file_bytes() <= target);
                 assert_eq!(
                     geometry
-                        .header(target, header.file_bytes(), [0; 16])
+                        .header(target, header.file_bytes(), crate::host::Host::this())
                         .unwrap()
                         .slot_count,
                     header.slot_count
@@ -170,8 +176,162 @@ fn a_header_states_no_more_than_fits_the_target() {
                     slot_count: 1,
                     ..header
                 };
-                assert!(geometry.header(target, one.file_bytes() - 1, [0; 16]).is_none());
+                assert!(
+                    geometry
+                        .header(target, one.file_bytes() - 1, crate::host::Host::this())
+                        .is_none()
+                );
             }
         }
     }
+}
+
+/// Two processes count up the same words: one that was stopped and one that took over.
+#[test]
+fn sequences_never_go_back_under_two_hands() {
+    let word = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut last = 0;
+                for _ in 0..100_000 {
+                    let odd = next_odd(&word);
+                    assert!(odd > last && odd % 2 == 1);
+                    last = odd;
+                }
+            });
+        }
+    });
+    assert_eq!(word.into_inner(), 2 * 200_000 - 1, "no step was lost");
+}
+
+#[test]
+fn a_sequence_at_the_end_of_the_numbers_stays_there() {
+    let folder = Folder::new(8 << 20);
+    let segment = folder.segment(1, 1);
+    let word = segment
+        .mapping()
+        .u64_at(segment.header().sequence_offset(0) as usize);
+    word.store(u64::MAX - 1, Ordering::Relaxed);
+    for _ in 0..2 {
+        segment.clear(0);
+        assert_eq!(segment.view.sequence(0), u64::MAX);
+    }
+}
+
+#[test]
+fn a_record_that_does_not_belong_into_its_segment_is_a_miss() {
+    let folder = Folder::in_memory(8 << 20);
+    let shared = crate::fixture::shared(folder.open_as(crate::options::Medium::Memory), 1);
+    // As many layers, but so small that a block of ours would end behind the file.
+    let small = crate::fixture::segment_of(&folder.directory, &Geometry::new(vec![64, 64]), 1, 1);
+    commit(&small, 0, key(0), 0, 1);
+    let right = folder.segment(1, 1);
+    commit(&right, 0, key(0), 0, 1);
+    let found = |segment: &OwnedSegment, epoch| crate::index::Found {
+        slot: 0,
+        sequence: segment.view.sequence(0),
+        view: Arc::new(
+            SegmentView::open(&folder.directory, &name_of(segment))
+                .unwrap()
+                .unwrap(),
+        ),
+        namespace: crate::fixture::NAMESPACE.with_epoch(epoch),
+    };
+    let recycled = Some(MissReason::Recycled);
+    assert_eq!(load_of(&shared, key(0), found(&small, 0)), recycled);
+    assert_eq!(load_of(&shared, key(0), found(&right, 1)), recycled);
+    assert_eq!(load_of(&shared, key(1), found(&right, 0)), recycled);
+    let whole = load_of(&shared, key(0), found(&right, 0));
+    assert_eq!(whole, Some(MissReason::Corrupt), "only its bytes are none");
+}
+
+#[test]
+fn what_was_not_as_the_index_said_is_not_offered_again() {
+    let folder = Folder::new(8 << 20);
+    let shared = crate::fixture::shared(folder.open_again(), 1);
+    let segment = folder.segment(1, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let mut index = lock(&shared.index);
+    index.refresh(&shared.directory);
+    let found = index.find(0, &key(0)).unwrap();
+    drop(index);
+    // The record goes bad behind the index' back.
+    let offset = segment.header().record_offset(0) as usize + 20;
+    segment.mapping().write_bytes(offset, &[0xff; 4]);
+    assert_eq!(load_of(&shared, key(0), found), Some(MissReason::Recycled));
+    assert!(lock(&shared.index).find(0, &key(0)).is_none());
+}
+
+/// Why a load of this block misses.
+fn load_of(
+    shared: &Arc<crate::shared::Shared>,
+    key: BlockKey,
+    found: crate::index::Found,
+) -> Option<MissReason> {
+    let (id, job) = crate::fixture::load_of(shared, key, found);
+    job.run(&mut crate::cold::Bounce::default());
+    drop(job);
+    let mut done = Vec::new();
+    shared.jobs.poll(&mut done);
+    assert_eq!((done.len(), done[0].job), (1, id));
+    match done[0].outcome {
+        Outcome::Done => None,
+        Outcome::Miss { reason, .. } => Some(reason),
+    }
+}
+
+/// Whether the payload takes space.
+fn has_payload(file: &File, header: &SegmentHeader) -> bool {
+    file.metadata().unwrap().blocks() * 512 > header.data_offset()
+}
+
+#[test]
+fn a_payload_is_given_back_once_nobody_copies_from_it() {
+    let folder = Folder::in_memory(8 << 20);
+    for orphan in [false, true] {
+        let segment = folder.segment(4, 1);
+        commit(&segment, 0, key(0), 0, 1);
+        let (name, header) = (name_of(&segment), segment.header().clone());
+        let view = Arc::new(SegmentView::open(&folder.directory, &name).unwrap().unwrap());
+        let (one, other) = (view.hold().unwrap(), view.hold().unwrap());
+        if orphan {
+            drop(segment);
+            assert!(remove_orphan(&folder.directory, &name).unwrap());
+        } else {
+            segment.retire(&folder.directory);
+        }
+        assert!(!view.path.exists(), "its name goes at once");
+        drop(one);
+        folder.directory.give_back_payloads();
+        assert!(has_payload(&view.file, &header), "somebody copies from it");
+        drop(other);
+        folder.directory.give_back_payloads();
+        assert!(!has_payload(&view.file, &header));
+    }
+}
+
+#[test]
+fn a_load_from_a_removed_segment_is_a_miss_and_takes_no_memory() {
+    let folder = Folder::in_memory(8 << 20);
+    let shared = crate::fixture::shared(folder.open_as(crate::options::Medium::Memory), 1);
+    let segment = folder.segment(4, 1);
+    commit(&segment, 0, key(0), 0, 1);
+    let view = Arc::new(
+        SegmentView::open(&folder.directory, &name_of(&segment))
+            .unwrap()
+            .unwrap(),
+    );
+    let found = crate::index::Found {
+        slot: 0,
+        sequence: view.sequence(0),
+        view: Arc::clone(&view),
+        namespace: crate::fixture::NAMESPACE.with_epoch(0),
+    };
+    segment.retire(&folder.directory);
+    assert_eq!(load_of(&shared, key(0), found), Some(MissReason::Recycled));
+    assert!(
+        !has_payload(&view.file, segment.header()),
+        "the load took pages of the hole"
+    );
 }

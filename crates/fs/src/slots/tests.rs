@@ -10,9 +10,9 @@ fn spare(keys: &[BlockKey]) -> HashSet<BlockKey> {
 }
 
 /// The order in which the blocks are given up.
-fn victims(slots: &mut Slots, own: &BlockKey, spare: &HashSet<BlockKey>) -> Vec<u32> {
+fn victims(slots: &mut Slots, spare: &HashSet<BlockKey>) -> Vec<u32> {
     let mut order = Vec::new();
-    while let Some(at) = slots.take_victim(own, spare) {
+    while let Some(at) = slots.take_victim(spare) {
         order.push(at.slot);
         slots.set(at, Slot::Filling);
     }
@@ -43,7 +43,7 @@ fn the_longest_unused_block_goes_first_and_of_those_the_deepest() {
             commit(segment, slot, key(slot), depth, mark);
         }
     });
-    assert_eq!(victims(&mut slots, &key(99), &none()), [5, 4, 2, 1, 0, 3, 6]);
+    assert_eq!(victims(&mut slots, &none()), [5, 4, 2, 1, 0, 3, 6]);
 }
 
 #[test]
@@ -56,8 +56,9 @@ fn a_request_never_evicts_its_own_chain() {
     });
     let chain: Vec<BlockKey> = (0..4).map(key).collect();
     // Stored earlier as one chain, of which the request names a part.
-    slots.remember_chain(&chain);
-    assert_eq!(victims(&mut slots, &key(0), &spare(&chain[..1])), [7, 6, 5, 4]);
+    slots.own_chain(&chain);
+    let own = slots.own_chain(&chain[..1]);
+    assert_eq!(victims(&mut slots, &own), [7, 6, 5, 4]);
     // Unknown as a chain, but named in the request.
     let mut slots = Slots::default();
     let segment = Arc::new(folder.segment(4, 1));
@@ -65,7 +66,51 @@ fn a_request_never_evicts_its_own_chain() {
         commit(&segment, slot, key(slot), slot, 1);
     }
     slots.add(segment, Instant::now());
-    assert_eq!(victims(&mut slots, &key(9), &spare(&[key(3), key(1)])), [2, 0]);
+    assert_eq!(victims(&mut slots, &spare(&[key(3), key(1)])), [2, 0]);
+}
+
+#[test]
+fn a_request_may_evict_others_that_begin_as_it_does() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |segment| {
+        for slot in 0..8 {
+            commit(segment, slot, key(slot), slot.min(2), 1);
+        }
+    });
+    // Both begin with blocks 0 and 1, the system prompt.
+    let first = slots.own_chain(&[0, 1, 2, 3].map(key));
+    let second = slots.own_chain(&[0, 1, 4, 5].map(key));
+    assert_eq!(first, spare(&[0, 1, 2, 3].map(key)));
+    assert_eq!(second, spare(&[0, 1, 4, 5].map(key)));
+    // Its later parts are still known by what it named at first.
+    assert_eq!(slots.own_chain(&[0, 1, 2].map(key)), first);
+    assert_eq!(slots.own_chain(&[3].map(key)), first);
+    assert_eq!(
+        slots.own_chain(&[5, 6].map(key)),
+        spare(&[0, 1, 4, 5, 6].map(key))
+    );
+    assert_eq!(victims(&mut slots, &second).len(), 4);
+}
+
+#[test]
+fn what_is_remembered_of_chains_is_bounded() {
+    let mut chains = Chains::default();
+    for number in 0..2_000 {
+        let chain: Vec<BlockKey> = [0, 1]
+            .into_iter()
+            .chain(number * 3 + 2..number * 3 + 5)
+            .map(key)
+            .collect();
+        for _ in 0..3 {
+            assert_eq!(chains.whole(&chain), spare(&chain));
+        }
+    }
+    assert_eq!(chains.remembered.len(), CHAINS_REMEMBERED);
+    assert_eq!(chains.key_count, 5 * CHAINS_REMEMBERED);
+    assert_eq!(chains.latest.len(), 3 * CHAINS_REMEMBERED + 2);
+    let long: Vec<BlockKey> = (0..CHAIN_KEYS_REMEMBERED as u32).map(key).collect();
+    chains.whole(&long);
+    assert_eq!((chains.remembered.len(), chains.latest.len()), (1, long.len()));
 }
 
 #[test]
@@ -77,11 +122,11 @@ fn a_victim_that_was_used_meanwhile_is_kept() {
     }
     let mut slots = Slots::default();
     slots.add(Arc::clone(&segment), Instant::now());
-    let first = slots.take_victim(&key(99), &none()).unwrap();
+    let first = slots.take_victim(&none()).unwrap();
     assert_eq!(first.slot, 0);
     slots.set(first, Slot::Filling);
     segment.set_mark(1, 100);
-    assert_eq!(victims(&mut slots, &key(99), &none()), [2, 3, 1]);
+    assert_eq!(victims(&mut slots, &none()), [2, 3, 1]);
 }
 
 #[test]
@@ -95,7 +140,7 @@ fn only_whole_blocks_are_victims() {
     let at = slots.take_free().unwrap();
     let until = Instant::now() + Duration::from_secs(9);
     slots.set(at, Slot::Reserved { key: key(3), until });
-    assert_eq!(victims(&mut slots, &key(99), &none()), [0]);
+    assert_eq!(victims(&mut slots, &none()), [0]);
     assert_eq!(slots.reserved(&key(3)), Some(at));
 }
 
@@ -127,7 +172,7 @@ fn an_adopted_segment_brings_its_blocks_and_its_half_written_slots_rest() {
     );
     assert_eq!(slots.overdue(now + QUARANTINE / 2), []);
     assert_eq!(slots.overdue(now + QUARANTINE), [SlotRef { segment: 0, slot: 1 }]);
-    assert_eq!(victims(&mut slots, &key(99), &none()), [0]);
+    assert_eq!(victims(&mut slots, &none()), [0]);
 }
 
 #[test]

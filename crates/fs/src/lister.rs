@@ -1,0 +1,125 @@
+//! Keeps an index up to date with the files of its folder, in a thread of its own: listing, opening and mapping files, and
+//! asking for locks, can stand still in a file system, and an engine must not. What an engine's thread does itself are
+//! loads from what is mapped, under a lock that nobody has while he asks the kernel for anything.
+
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use crate::directory::Directory;
+use crate::index::Index;
+use crate::jobs::lock;
+
+/// How often the thread looks by itself.
+const INTERVAL: Duration = Duration::from_millis(50);
+/// How long a lookup waits for the thread when a segment has come or gone: far more than a listing takes. It waits no
+/// more until a listing that was later than this has come to its end.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// What the thread and those who need it know of each other.
+#[derive(Debug, Default)]
+pub(crate) struct Lister {
+    state: Mutex<State>,
+    asked: Condvar,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: bool,
+    closed: bool,
+    asked: bool,
+    begun_rounds: u64,
+    ended_rounds: u64,
+    /// Somebody has waited in vain, and no round has ended since.
+    late: bool,
+}
+
+impl Lister {
+    /// The index as the folder is now, or as it was a moment ago if its file system does not answer.
+    pub(crate) fn look<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
+        let behind = lock(index).is_behind(directory);
+        if behind && !self.ask() {
+            list(directory, index);
+        }
+        let mut index = lock(index);
+        index.catch_up(directory);
+        index
+    }
+
+    /// The thread's work: `round` again and again until [`close`](Self::close).
+    pub(crate) fn run(&self, mut round: impl FnMut()) {
+        let mut state = lock(&self.state);
+        state.running = true;
+        loop {
+            if !state.asked && !state.closed {
+                state = match self.asked.wait_timeout(state, INTERVAL) {
+                    Ok((state, _)) => state,
+                    Err(poisoned) => poisoned.into_inner().0,
+                };
+            }
+            if state.closed {
+                return;
+            }
+            state.asked = false;
+            state.begun_rounds += 1;
+            drop(state);
+            round();
+            state = lock(&self.state);
+            state.ended_rounds = state.begun_rounds;
+            state.late = false;
+            self.ended.notify_all();
+        }
+    }
+
+    /// From here on [`run`](Self::run) is on its way in another thread.
+    pub(crate) fn started(&self) {
+        lock(&self.state).running = true;
+    }
+
+    pub(crate) fn close(&self) {
+        lock(&self.state).closed = true;
+        self.asked.notify_all();
+    }
+
+    /// Waits for a round that begins after this, a bounded time. `false`: there is no thread.
+    fn ask(&self) -> bool {
+        let mut state = lock(&self.state);
+        if !state.running {
+            return false;
+        }
+        state.asked = true;
+        self.asked.notify_one();
+        if state.late || state.closed {
+            return true;
+        }
+        let wanted = state.begun_rounds + 1;
+        let waits = |state: &mut State| state.ended_rounds < wanted && !state.closed;
+        state = match self.ended.wait_timeout_while(state, PATIENCE, waits) {
+            Ok((state, _)) => state,
+            Err(poisoned) => poisoned.into_inner().0,
+        };
+        if state.ended_rounds < wanted {
+            state.late = true;
+        }
+        true
+    }
+}
+
+/// One round: whatever asks the kernel is done while the index is free.
+pub(crate) fn list(directory: &Directory, index: &Mutex<Index>) {
+    let wanted = lock(index).wanted_listing(directory);
+    if let Some(wanted) = wanted {
+        let listing = wanted.list(directory);
+        let gone = lock(index).take_listing(listing);
+        // Unmaps and closes.
+        drop(gone);
+    }
+    let unsure = lock(index).unsure_owners();
+    if !unsure.is_empty() {
+        let answers = unsure.iter().map(|view| view.owner_lives()).collect();
+        lock(index).take_owners(&unsure, answers);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+use std::time::Duration;
+
+use kvlane_core::{Availability, MissReason, StoreRequest};
+
+use super::*;
+use crate::fixture::{Folder, NAMESPACE, commit, key, shared};
+use crate::index::{Index, LookupCursor};
+
+/// A writer without its thread, in a folder of its own.
+struct Alone {
+    writer: Writer,
+    folder: Folder,
+    _tasks: Receiver<StoreTask>,
+}
+
+impl Alone {
+    fn new() -> Self {
+        let folder = Folder::new(8 << 20);
+        let shared = shared(folder.open_again(), 1);
+        let place = shared.directory.control.register_writer(1).unwrap();
+        let (sender, tasks) = crossbeam::channel::unbounded();
+        let mut writer = Writer::new(shared, place, 1 << 20, sender, 1);
+        writer.prepare();
+        Alone {
+            writer,
+            folder,
+            _tasks: tasks,
+        }
+    }
+
+    fn reserve(&mut self, keys: &[BlockKey]) {
+        self.writer
+            .reserve(keys, 0, Instant::now() + Duration::from_secs(60));
+    }
+
+    fn job(&self, keys: &[BlockKey]) -> Arc<StoreJob> {
+        let request = StoreRequest {
+            keys: keys.to_vec(),
+            blocks: (0..keys.len() as u32).collect(),
+            first_depth: 0,
+            deadline: Instant::now() + Duration::from_secs(60),
+        };
+        let shared = &self.writer.shared;
+        StoreJob::new(shared, shared.jobs.next_id(), request, NAMESPACE.with_epoch(0))
+    }
+
+    fn found(&self, keys: &[BlockKey]) -> Availability {
+        let mut index = Index::new(&[NAMESPACE]);
+        index.refresh(&self.folder.directory);
+        index.availability(keys, &mut LookupCursor::default())
+    }
+}
+
+#[test]
+fn a_store_that_is_over_before_it_begins_leaves_no_promise() {
+    let mut alone = Alone::new();
+    let keys: Vec<BlockKey> = (0..3).map(key).collect();
+    alone.reserve(&keys);
+    assert_eq!(alone.found(&keys).pending_blocks, 3);
+    let job = alone.job(&keys[..2]);
+    job.close(MissReason::Cancelled);
+    alone.writer.begin(job);
+    assert_eq!(
+        alone.found(&keys[2..]).pending_blocks,
+        1,
+        "that was not of the job"
+    );
+    assert_eq!(alone.found(&keys).pending_blocks, 0);
+    assert_eq!(alone.writer.slots.promises().len(), 1);
+}
+
+#[test]
+fn a_promise_that_somebody_else_has_kept_gives_its_slot_back() {
+    let mut alone = Alone::new();
+    let keys: Vec<BlockKey> = (0..2).map(key).collect();
+    alone.reserve(&keys);
+    let other = alone.folder.segment(4, 2);
+    commit(&other, 0, key(0), 0, 1);
+    let job = alone.job(&keys);
+    alone.writer.begin(Arc::clone(&job));
+    assert!(
+        matches!(job.plans(), [Plan::Present, Plan::Copy(_)]),
+        "{:?}",
+        job.plans()
+    );
+    assert_eq!(alone.writer.slots.promises(), []);
+    let free = std::iter::from_fn(|| alone.writer.slots.take_free()).count();
+    let all = alone.writer.slots.segments().next().unwrap().header().slot_count as usize;
+    assert_eq!(free, all - 1);
+}
+
+#[test]
+fn a_wish_for_space_ends_when_nothing_was_needed_for_a_while() {
+    let mut alone = Alone::new();
+    let control = Arc::clone(&alone.writer.shared.directory.control);
+    let wants = || {
+        let writers = alone.folder.directory.control.live_writers(None);
+        writers.iter().map(|writer| writer.wants_bytes).sum::<u64>()
+    };
+    control.set_wants(alone.writer.place, 4096);
+    alone.writer.wished = Some(Instant::now());
+    alone.writer.tick();
+    assert_eq!(wants(), 4096, "it is still needed");
+    alone.writer.wished = Instant::now().checked_sub(WISH_LASTS);
+    assert!(alone.writer.wished.is_some(), "the machine has run long enough");
+    alone.writer.tick();
+    assert_eq!(wants(), 0);
+}
