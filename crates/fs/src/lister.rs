@@ -40,13 +40,16 @@ struct State {
 impl Lister {
     /// The index as the folder is now, or as it was a moment ago if its file system does not answer.
     pub(crate) fn look<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
-        let behind = lock(index).is_behind(directory);
-        if behind && !self.ask() {
-            list(directory, index);
+        let mut known = lock(index);
+        if known.is_behind(directory) {
+            drop(known);
+            if !self.ask() {
+                list(directory, index);
+            }
+            known = lock(index);
         }
-        let mut index = lock(index);
-        index.catch_up(directory);
-        index
+        known.catch_up(directory);
+        known
     }
 
     /// The thread's work: `round` again and again until [`close`](Self::close).
