@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use kvlane_core::{Availability, BlockKey, NamespaceId};
 
 use crate::directory::{Directory, unix_ms};
-use crate::error::FsError;
 use crate::format::SlotState;
+use crate::lister::{Listing, Wanted};
 use crate::segment::SegmentView;
 
 /// All segments are looked at this often even if nobody announced a change: a writer may have died in between.
@@ -114,75 +114,6 @@ impl Tracked {
     fn id(&self) -> u64 {
         self.view.header.segment_id
     }
-}
-
-/// What is to be found out about a folder, without the index.
-#[derive(Debug)]
-pub(crate) struct Wanted {
-    generation: u64,
-    known: HashSet<u64>,
-    rejected: HashSet<u64>,
-}
-
-/// What was found.
-#[derive(Debug)]
-pub(crate) struct Listing {
-    generation: u64,
-    /// `None`: the folder could not be listed.
-    linked: Option<HashSet<u64>>,
-    opened: Vec<(Arc<SegmentView>, bool)>,
-    rejected: Vec<u64>,
-    /// Otherwise a segment could not be opened now, though it may be all right.
-    complete: bool,
-}
-
-impl Wanted {
-    /// Asks the file system. May block: not for an engine's thread, and not with the index locked.
-    pub(crate) fn list(self, directory: &Directory) -> Listing {
-        let mut listing = Listing {
-            generation: self.generation,
-            linked: None,
-            opened: Vec::new(),
-            rejected: Vec::new(),
-            complete: true,
-        };
-        let names = match directory.segment_names() {
-            Ok(names) => names,
-            Err(error) => {
-                tracing::warn!(%error, "cannot list the segments");
-                listing.complete = false;
-                return listing;
-            }
-        };
-        listing.linked = Some(names.iter().map(|(id, _)| *id).collect());
-        for (id, name) in names {
-            if self.known.contains(&id) || self.rejected.contains(&id) {
-                continue;
-            }
-            match SegmentView::open(directory, &name) {
-                Ok(Some(view)) => {
-                    let owner_lives = view.owner_lives();
-                    listing.opened.push((Arc::new(view), owner_lives));
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    // Somebody else's rubbish must not cost us our own blocks.
-                    tracing::warn!(%error, "a segment is left out");
-                    if is_transient(&error) {
-                        listing.complete = false;
-                    } else {
-                        listing.rejected.push(id);
-                    }
-                }
-            }
-        }
-        listing
-    }
-}
-
-/// Whether the same file may be opened a moment later: this process or machine has run out of something.
-fn is_transient(error: &FsError) -> bool {
-    matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// Remembers how far a chain was found, so that asking again costs what has changed.

@@ -2,12 +2,15 @@
 //! asking for locks, can stand still in a file system, and an engine must not. What an engine's thread does itself are
 //! loads from what is mapped, under a lock that nobody has while he asks the kernel for anything.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::directory::Directory;
+use crate::error::FsError;
 use crate::index::Index;
 use crate::jobs::lock;
+use crate::segment::SegmentView;
 
 /// How often the thread looks by itself.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -37,13 +40,16 @@ struct State {
 impl Lister {
     /// The index as the folder is now, or as it was a moment ago if its file system does not answer.
     pub(crate) fn look<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
-        let behind = lock(index).is_behind(directory);
-        if behind && !self.ask() {
-            list(directory, index);
+        let mut known = lock(index);
+        if known.is_behind(directory) {
+            drop(known);
+            if !self.ask() {
+                list(directory, index);
+            }
+            known = lock(index);
         }
-        let mut index = lock(index);
-        index.catch_up(directory);
-        index
+        known.catch_up(directory);
+        known
     }
 
     /// The thread's work: `round` again and again until [`close`](Self::close).
@@ -103,6 +109,75 @@ impl Lister {
         }
         true
     }
+}
+
+/// What is to be found out about a folder, without the index.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) generation: u64,
+    pub(crate) known: HashSet<u64>,
+    pub(crate) rejected: HashSet<u64>,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub(crate) struct Listing {
+    pub(crate) generation: u64,
+    /// `None`: the folder could not be listed.
+    pub(crate) linked: Option<HashSet<u64>>,
+    pub(crate) opened: Vec<(Arc<SegmentView>, bool)>,
+    pub(crate) rejected: Vec<u64>,
+    /// Otherwise a segment could not be opened now, though it may be all right.
+    pub(crate) complete: bool,
+}
+
+impl Wanted {
+    /// Asks the file system. May block: not for an engine's thread, and not with the index locked.
+    pub(crate) fn list(self, directory: &Directory) -> Listing {
+        let mut listing = Listing {
+            generation: self.generation,
+            linked: None,
+            opened: Vec::new(),
+            rejected: Vec::new(),
+            complete: true,
+        };
+        let names = match directory.segment_names() {
+            Ok(names) => names,
+            Err(error) => {
+                tracing::warn!(%error, "cannot list the segments");
+                listing.complete = false;
+                return listing;
+            }
+        };
+        listing.linked = Some(names.iter().map(|(id, _)| *id).collect());
+        for (id, name) in names {
+            if self.known.contains(&id) || self.rejected.contains(&id) {
+                continue;
+            }
+            match SegmentView::open(directory, &name) {
+                Ok(Some(view)) => {
+                    let owner_lives = view.owner_lives();
+                    listing.opened.push((Arc::new(view), owner_lives));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    // Somebody else's rubbish must not cost us our own blocks.
+                    tracing::warn!(%error, "a segment is left out");
+                    if is_transient(&error) {
+                        listing.complete = false;
+                    } else {
+                        listing.rejected.push(id);
+                    }
+                }
+            }
+        }
+        listing
+    }
+}
+
+/// Whether the same file may be opened a moment later: this process or machine has run out of something.
+fn is_transient(error: &FsError) -> bool {
+    matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// One round: whatever asks the kernel is done while the index is free.

@@ -232,12 +232,13 @@ impl Writer {
         // Under the lock: between losing its name and giving its space back, nobody may count on that space.
         let retired = control.with_budget_lock(growth::LOCK_PATIENCE, || {
             let segment = self.slots.remove(self.slots.coldest()?)?;
+            // Counted first: whoever misses a block finds out why.
+            Counters::add(&shared.counters.returned_segments, 1);
             segment.retire(&shared.directory);
             control.set_bytes_used(self.place, self.slots.bytes());
             Some(segment)
         });
         let Some(Some(segment)) = retired else { return };
-        Counters::add(&shared.counters.returned_segments, 1);
         shared.measure();
         tracing::info!(path = %segment.view.path.display(), "gave a segment back for another writer");
     }

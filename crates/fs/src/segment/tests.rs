@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{Folder, commit, geometry, key, put, record};
 use crate::format::SlotState;
+use crate::jobs::lock;
 use kvlane_core::{MissReason, Outcome};
 
 fn name_of(segment: &OwnedSegment) -> String {
