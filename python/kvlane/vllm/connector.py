@@ -8,6 +8,7 @@ a miss. Only the start may refuse, with a sentence that says what is wrong.
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -82,11 +83,13 @@ class KvlaneFsConnector(KVConnectorBase_V1):
                 can_store=transfer.is_kv_producer,
                 can_load=transfer.is_kv_consumer,
                 images_are_named=identity.images_are_named(vllm_config),
-                batches_in_flight=max(2, parallel.pipeline_parallel_size),
+                batches_in_flight=parallel.pipeline_parallel_size + 1,
                 holds_aborted_loads=_holds_aborted_loads(),
                 parking_blocks=None if _leaves_room_for_loads() else self._kv_cache_config.num_blocks,
             ),
         )
+        if options.sync_load:
+            self._scheduler.find_prefix_cache(_block_pool_finder(vllm_config.cache_config.enable_prefix_caching))
         self._search = NamespaceSearch(
             options.root,
             self._engine_id,
@@ -219,6 +222,10 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             if isinstance(worker, WorkerHandshake) and self._search is not None:
                 self._search.add(worker)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.find_prefix_cache(lambda: gpu_block_pool)
+
     @_guarded((0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
@@ -245,7 +252,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     @_guarded((False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request.request_id), None
+        return self._scheduler.finished(request.request_id, block_ids), None
 
     @_guarded(False)
     def reset_cache(self) -> bool | None:
@@ -373,13 +380,33 @@ def _set_failure_policy(transfer: Any, options: Options) -> None:
 
 def _inside_multi_connector() -> bool:
     """Whether MultiConnector is making this connector. It gives its children a configuration without a trace of it."""
+    return _maker("MultiConnector") is not None
+
+
+def _maker(class_name: str) -> Any:
+    """The object of that class whose code is making this connector, None if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         maker = frame.f_locals.get("self")
-        if maker is not None and any(kind.__name__ == "MultiConnector" for kind in type(maker).__mro__):
-            return True
+        if maker is not None and any(kind.__name__ == class_name for kind in type(maker).__mro__):
+            return maker
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None
+
+
+def _block_pool_finder(prefix_caching: bool) -> Callable[[], Any]:
+    """A way to vLLM's block pool, which does not exist yet. vLLM 0.22 and newer hand it over later; before, it can only
+    be had from the scheduler that is making this connector."""
+    scheduler = _maker("Scheduler")
+    if scheduler is None:
+        if prefix_caching and not hasattr(KVConnectorBase_V1, "bind_gpu_block_pool"):
+            logger.warning(
+                "kvlane: vLLM's scheduler was not found, so a bad block may stay in the prefix cache when its request is "
+                "aborted at that moment; leave sync_load or prefix caching off"
+            )
+        return lambda: None
+    known = weakref.ref(scheduler)
+    return lambda: getattr(getattr(known(), "kv_cache_manager", None), "block_pool", None)
 
 
 def _holds_aborted_loads() -> bool:

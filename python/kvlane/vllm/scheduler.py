@@ -7,7 +7,7 @@ reader that only looks at memory.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from kvlane._native import Chain
@@ -15,6 +15,7 @@ from kvlane.vllm.identity import AdapterIdentities, request_chain
 from kvlane.vllm.metadata import IDLE, LoadJob, Reservation, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
 from kvlane.vllm.room import Room
+from kvlane.vllm.unproven import BlockPool, UnprovenBlocks
 
 logger = logging.getLogger("vllm.kvlane")
 
@@ -100,6 +101,9 @@ class SchedulerHalf:
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
         self._quiet_steps = 0
+        #: Requests whose synchronous load may still turn out bad, and the blocks of those loads.
+        self._sync_loading: list[_Request] = []
+        self._unproven = UnprovenBlocks()
         self._counters: dict[str, float] = {}
 
     def open(self, reader: Reader) -> None:
@@ -109,6 +113,10 @@ class SchedulerHalf:
     @property
     def is_open(self) -> bool:
         return self._reader is not None
+
+    def find_prefix_cache(self, block_pool: Callable[[], BlockPool | None]) -> None:
+        """How to get at vLLM's block pool, from which bad blocks of synchronous loads are evicted."""
+        self._unproven.block_pool = block_pool
 
     # ---- what a request can get
 
@@ -179,6 +187,8 @@ class SchedulerHalf:
         state.loading = set(targets)
         if self._options.sync_load:
             self._quiet_steps = self._settings.batches_in_flight + 1
+            self._sync_loading.append(state)
+            self._unproven.add(targets)
         else:
             self._loading[request.request_id] = state
             if self._room is not None:
@@ -195,6 +205,14 @@ class SchedulerHalf:
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
+            for request_id in output.preempted_req_ids or ():
+                state = self._requests.get(request_id)
+                self._unproven.preempted(state.request if state is not None else None)
+        elif self._sync_loading:
+            self._unproven.clear()
+            for state in self._sync_loading:
+                state.loading = set()  # from now on its blocks may be another request's
+            self._sync_loading.clear()
         if self._room is not None:
             self._room.scheduled(output, self._requests)
         if self._settings.can_store and (output.scheduled_new_reqs or self._storing):
@@ -271,6 +289,7 @@ class SchedulerHalf:
         for request_id in failed:
             self._load_failed(self._requests.get(request_id))
         if bad_blocks:
+            self._unproven.evict(bad_blocks)
             for state in self._requests.values():
                 if not state.loading.isdisjoint(bad_blocks):
                     self._load_failed(state)
@@ -281,8 +300,9 @@ class SchedulerHalf:
                 if self._room is not None:
                     self._room.loaded(request_id)
 
-    def finished(self, request_id: str) -> bool:
+    def finished(self, request_id: str, block_ids: Sequence[int] = ()) -> bool:
         """A request ended. True: vLLM must keep its blocks until the workers report the request as sent."""
+        self._unproven.freed(block_ids)
         state = self._requests.pop(request_id, None)
         if self._room is not None:
             self._room.gone(request_id)

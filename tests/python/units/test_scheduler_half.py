@@ -367,3 +367,64 @@ def test_a_failed_load_that_lost_its_blocks_waits_for_nobody():
     half.workers_answered(["a"], [], {1})
     assert half.matched_tokens(asked, 0) == (0, False)
     assert half.matched_tokens(request(request_id="b"), 0) == (96, True)
+
+
+# ---- synchronous loads that turn out bad when their request is gone
+
+
+class Pool:
+    """A stand-in for vLLM's block pool."""
+
+    def __init__(self):
+        self.blocks = [None] * 20
+        self.evicted = set()
+
+    def evict_blocks(self, block_ids):
+        self.evicted |= block_ids
+
+
+def loading_synchronously():
+    half, _ = make(Folder(ready=4), {"sync_load": True}, batches_in_flight=2)
+    pool = Pool()
+    half.find_prefix_cache(lambda: pool)
+    asked = request(80)
+    found, _ = half.matched_tokens(asked, 0)
+    allocate(half, asked, [1, 2, 3, 4, 5], found)
+    half.step(output(new=[("r", [1, 2, 3, 4, 5], 64, 16)]))
+    return half, pool, asked
+
+
+def test_what_was_computed_from_a_bad_block_is_evicted_with_it():
+    half, pool, _ = loading_synchronously()
+    half.finished("r", [1, 2, 3, 4, 5])
+    half.finished("another's prefix hit it", [1, 2, 3, 9])
+    half.finished("unconcerned", [1, 2, 8])
+    half.workers_answered([], [], {3})
+    assert pool.evicted == {3, 4, 5, 9}
+
+
+def test_a_preemption_before_the_outcome_costs_the_whole_prefix_cache():
+    half, pool, asked = loading_synchronously()
+    asked.num_stale_output_tokens, asked.drop_stale_output = 1, False
+    half.step(output(preempted=["r"]))
+    assert asked.drop_stale_output
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set(range(20))
+    assert half.matched_tokens(asked, 0) == (0, False)
+
+
+def test_nothing_is_evicted_while_vllm_still_sees_the_request():
+    half, pool, _ = loading_synchronously()
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set()
+
+
+def test_bad_blocks_of_others_do_not_count_once_the_outcome_is_known():
+    """The request goes on for a long time; its blocks may then be another's, and the other's load may fail."""
+    half, pool, asked = loading_synchronously()
+    for _ in range(3):
+        half.step(output(cached=[("r", None, 80, 1)]))
+    half.finished("somebody", [3])
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set()
+    assert half.matched_tokens(asked, 0) == (64, False)
