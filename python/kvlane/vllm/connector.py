@@ -359,10 +359,22 @@ def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:
 
 def _set_failure_policy(transfer: Any, options: Options) -> None:
     """Decides what a failed load costs. vLLM reads the policy right after it made the connector."""
-    if options.load_failure_policy == "keep":
-        return
     # A synchronous load has its blocks in the prefix cache before they are filled. Recomputing would leave bad blocks
-    # there when the request is aborted first, so such a request has to fail.
+    # there when the request is aborted first, and a step in flight would deliver a token that came from them: such a
+    # request has to fail.
+    if options.sync_load and _inside_multi_connector():
+        raise ConfigError(
+            "sync_load is True below MultiConnector, where the outer configuration decides what a failed load costs, "
+            "allowed: sync_load False"
+        )
+    if options.load_failure_policy == "keep":
+        if options.sync_load and transfer.kv_load_failure_policy == "recompute":
+            raise ConfigError(
+                "load_failure_policy is 'keep' and kv_load_failure_policy 'recompute' while sync_load is True, "
+                "allowed: kv_load_failure_policy 'fail', or load_failure_policy 'recompute' (which sets it for "
+                "sync_load), or sync_load False"
+            )
+        return
     policy = "fail" if options.sync_load else "recompute"
     if _inside_multi_connector():
         logger.warning(
