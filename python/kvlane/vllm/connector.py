@@ -5,6 +5,7 @@ not have are probed for. No hook lets an exception out, because that ends the en
 a miss. Only the start may refuse, with a sentence that says what is wrong.
 """
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -85,6 +86,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
                 images_are_named=identity.images_are_named(vllm_config),
                 batches_in_flight=parallel.pipeline_parallel_size + 1,
                 holds_aborted_loads=_holds_aborted_loads(),
+                siblings_are_silent=_inside_multi_connector() and not _synchronous_loads_are_announced(),
                 parking_blocks=None if _leaves_room_for_loads() else self._kv_cache_config.num_blocks,
             ),
         )
@@ -413,8 +415,8 @@ def _block_pool_finder(prefix_caching: bool) -> Callable[[], Any]:
     if scheduler is None:
         if prefix_caching and not hasattr(KVConnectorBase_V1, "bind_gpu_block_pool"):
             logger.warning(
-                "kvlane: vLLM's scheduler was not found, so a bad block may stay in the prefix cache when its request is "
-                "aborted at that moment; leave sync_load or prefix caching off"
+                "kvlane: vLLM's scheduler was not found, so a bad block may stay in the prefix cache if its request is "
+                "aborted then; leave sync_load or prefix caching off"
             )
         return lambda: None
     known = weakref.ref(scheduler)
@@ -433,6 +435,13 @@ def _leaves_room_for_loads() -> bool:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return hasattr(Scheduler, "_inflight_prefill_reserved_blocks")
+
+
+def _synchronous_loads_are_announced() -> bool:
+    """Whether vLLM says in a step that somebody loads synchronously in it (0.29 and newer)."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    return "has_sync_kv_loads" in {field.name for field in dataclasses.fields(SchedulerOutput)}
 
 
 def _ranks(parallel: Any) -> tuple[tuple[int, int], tuple[int, int]]:

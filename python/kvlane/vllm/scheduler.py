@@ -52,6 +52,8 @@ class SchedulerSettings:
     batches_in_flight: int = 1
     #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
     holds_aborted_loads: bool = True
+    #: Other connectors may load synchronously (MultiConnector) without a word from vLLM about it.
+    siblings_are_silent: bool = False
     #: Blocks of the cache, where vLLM itself does not see to it that loads leave room for somebody to compute.
     parking_blocks: int | None = None
 
@@ -69,8 +71,9 @@ class _Request:
     reserved_s: float | None = None
     #: When its KV was first asked for.
     asked_s: float | None = None
-    #: Blocks that vLLM had itself when it last asked.
+    #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
+    own_blocks: int = 0
     missing_blocks: int = 0
     miss_reason: str = "absent"
     counted: bool = False
@@ -101,9 +104,9 @@ class SchedulerHalf:
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
         self._quiet_steps = 0
-        #: Requests whose synchronous load may still turn out bad, and the blocks of those loads.
-        self._sync_loading: list[_Request] = []
-        self._unproven = UnprovenBlocks()
+        #: Steps, with the one being planned, until the result of the first of them is known for sure.
+        self._steps_until_known = settings.batches_in_flight + 1
+        self._unproven = UnprovenBlocks(self._steps_until_known)
         self._counters: dict[str, float] = {}
 
     def open(self, reader: Reader) -> None:
@@ -125,6 +128,8 @@ class SchedulerHalf:
 
         (None, False) asks vLLM to come back: a prefill is still writing. Repeated calls change nothing but the clock.
         """
+        if self._settings.siblings_are_silent:
+            self._request(request).local_blocks = computed_tokens // self._settings.block_tokens
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
@@ -167,7 +172,7 @@ class SchedulerHalf:
     def blocks_allocated(self, request: Any, block_ids: Callable[[], list[int]], external_tokens: int) -> None:
         """vLLM took up the last answer for `external_tokens` (0: not at all) and gave the request blocks."""
         state = self._request(request)
-        loaded = external_tokens // self._settings.block_tokens
+        loaded = state.own_blocks = external_tokens // self._settings.block_tokens
         if not state.counted and self._settings.can_load:
             state.counted = True
             self._count("hit_blocks", loaded)
@@ -186,9 +191,8 @@ class SchedulerHalf:
         self._loads.append(LoadJob(request.request_id, keys, targets))
         state.loading = set(targets)
         if self._options.sync_load:
-            self._quiet_steps = self._settings.batches_in_flight + 1
-            self._sync_loading.append(state)
-            self._unproven.add(targets)
+            self._quiet_steps = self._steps_until_known
+            self._unproven.add(state.loading)
         else:
             self._loading[request.request_id] = state
             if self._room is not None:
@@ -200,19 +204,17 @@ class SchedulerHalf:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
-        # The KV of a step that loads synchronously may turn out wrong, in this step and in those planned before its
-        # result is known. Blocks left out here are stored by a later step of their request.
+        # The KV of a step that loads synchronously, we or another connector, may turn out wrong, in this step and in
+        # those planned before its result is known. Blocks left out here are stored by a later step of their request.
+        if getattr(output, "has_sync_kv_loads", False) or self._a_sibling_loaded(output):
+            self._quiet_steps = self._steps_until_known
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
-            for request_id in output.preempted_req_ids or ():
-                state = self._requests.get(request_id)
-                self._unproven.preempted(state.request if state is not None else None)
-        elif self._sync_loading:
-            self._unproven.clear()
-            for state in self._sync_loading:
-                state.loading = set()  # from now on its blocks may be another request's
-            self._sync_loading.clear()
+        self._unproven.next_step()
+        for request_id in output.preempted_req_ids or ():
+            state = self._requests.get(request_id)
+            self._unproven.preempted(state.request if state is not None else None)
         if self._room is not None:
             self._room.scheduled(output, self._requests)
         if self._settings.can_store and (output.scheduled_new_reqs or self._storing):
@@ -361,6 +363,24 @@ class SchedulerHalf:
             first = state.stored_blocks
             if first < state.prompt_blocks:
                 self._withdrawals.append(state.chain.keys(first, state.prompt_blocks - first))
+
+    def _a_sibling_loaded(self, output: Any) -> bool:
+        """Whether a request starts with more computed tokens than vLLM had and we load."""
+        if not self._settings.siblings_are_silent:
+            return False
+        started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        cached = output.scheduled_cached_reqs
+        started += [
+            (request_id, computed)
+            for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            if request_id in cached.resumed_req_ids
+        ]
+        for request_id, computed_tokens in started:
+            state = self._requests.get(request_id)
+            known = state.local_blocks + state.own_blocks if state is not None else 0
+            if computed_tokens // self._settings.block_tokens > known:
+                return True
+        return False
 
     def _load_failed(self, state: _Request | None) -> None:
         if state is not None and not state.load_failed:

@@ -301,6 +301,41 @@ def test_nothing_is_stored_while_a_synchronous_load_may_still_fail():
     assert [len(step.stores) for step in steps] == [0, 0, 0, 2, 0]
 
 
+def test_nothing_is_stored_while_another_connectors_synchronous_load_may_still_fail():
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2)
+    seen(half, request(64))
+    first = output(new=[("r", [1, 2, 3, 4], 32, 16)])
+    first.has_sync_kv_loads = True
+    steps = [half.step(first)] + [half.step(output(cached=[("r", None, 48, 16)])) for _ in range(3)]
+    assert [len(step.stores) for step in steps] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_synchronous_load_that_vllm_does_not_announce_is_seen_by_its_tokens(resumed):
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    half.matched_tokens(asked, 16)  # vLLM itself has one block
+    allocate(half, asked, [], 0)
+    first = output(new=[("r", [1, 2, 3, 4], 16, 16)])
+    assert len(half.step(first).stores) == 1
+    if resumed:
+        later = output(cached=[("r", [5, 6, 7, 8], 48, 16, True)])
+    else:
+        half.matched_tokens(request(64, "s"), 0)
+        later = output(new=[("s", [5, 6, 7, 8], 48, 16)])
+    assert half.step(later).stores == []
+
+
+def test_own_loads_and_local_blocks_are_nobody_elses():
+    half, _ = make(Folder(ready=4), can_store=True, siblings_are_silent=True)
+    asked = request(100)
+    found, _ = half.matched_tokens(asked, 16)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], found)
+    half.step(output())
+    half.workers_answered(["r"], [], set())
+    assert len(half.step(output(new=[("r", [1, 2, 3, 4, 5, 6, 7], 64, 36)])).stores) == 1
+
+
 def test_a_reset_stops_running_prompts_from_being_stored():
     half, _ = make(can_store=True, can_load=False)
     seen(half, request(64))
