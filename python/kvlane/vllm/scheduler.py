@@ -4,6 +4,7 @@ Nothing here waits. `SchedulerHalf` is driven by vLLM's hooks (see connector.py)
 reader that only looks at memory.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -104,6 +105,7 @@ class SchedulerHalf:
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
         self._quiet_steps = 0
+        self._planning_failed = False
         #: Steps, with the one being planned, until the result of the first of them is known for sure.
         self._steps_until_known = settings.batches_in_flight + 1
         self._unproven = UnprovenBlocks(self._steps_until_known)
@@ -204,6 +206,26 @@ class SchedulerHalf:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
+        try:
+            self._plan(output, reservations, stores)
+        except Exception:
+            # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
+            # before it is clear again whose KV is right.
+            self._quiet_steps = self._steps_until_known
+            if not self._planning_failed:
+                self._planning_failed = True
+                logger.exception("kvlane: internal error in planning a step; it costs recomputes and is logged once")
+            given_up, self._storing = self._storing, {}
+            for state in given_up.values():
+                with contextlib.suppress(Exception):
+                    self._withdraw(state)
+        if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
+            return IDLE
+        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads)
+        self._withdrawals, self._loads, self._aborted_loads = [], [], []
+        return step
+
+    def _plan(self, output: Any, reservations: list[Reservation], stores: list[StoreJob]) -> None:
         # The KV of a step that loads synchronously, we or another connector, may turn out wrong, in this step and in
         # those planned before its result is known. Blocks left out here are stored by a later step of their request.
         if getattr(output, "has_sync_kv_loads", False) or self._a_sibling_loaded(output):
@@ -219,11 +241,6 @@ class SchedulerHalf:
             self._room.scheduled(output, self._requests)
         if self._settings.can_store and (output.scheduled_new_reqs or self._storing):
             self._plan_stores(output, quiet, reservations, stores)
-        if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
-            return IDLE
-        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads)
-        self._withdrawals, self._loads, self._aborted_loads = [], [], []
-        return step
 
     def _plan_stores(self, output: Any, quiet: bool, reservations: list[Reservation], stores: list[StoreJob]) -> None:
         for request_id in output.preempted_req_ids or ():

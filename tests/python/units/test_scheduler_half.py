@@ -280,6 +280,21 @@ def test_long_prefills_renew_their_promise():
     assert len(half.step(output(cached=[("r", [2], 16, 16)])).reservations) == 1
 
 
+def test_an_error_in_planning_stores_costs_the_stores_and_no_load():
+    half, _ = make(Folder(ready=9), can_store=True)
+    seen(half, request(64, "stores"))
+    half.step(output(new=[("stores", [7], 0, 16)]))
+    for name in ("a", "b"):
+        asked = request(request_id=name)
+        allocate(half, asked, [1, 2, 3, 4, 5, 6], half.matched_tokens(asked, 0)[0])
+        unlike_vllm = output(cached=[("stores", [8], 16, 16)])
+        del unlike_vllm.scheduled_cached_reqs.new_block_ids
+        step = half.step(unlike_vllm)
+        assert [load.request_id for load in step.loads] == [name]
+        assert len(step.withdrawals) == (1 if name == "a" else 0)
+    assert half._storing == {}
+
+
 def test_null_blocks_are_never_stored():
     half, _ = make(can_store=True, can_load=False)
     seen(half, request(64))
