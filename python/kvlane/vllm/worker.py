@@ -133,7 +133,12 @@ class WorkerHalf:
             return
         self._step = dataclasses.replace(self._step, loads=[])  # a second call in a step starts nothing
         for load in loads:
-            self._start_load(load)
+            try:
+                self._start_load(load)
+            except Exception as error:
+                # vLLM waits for every load, so this one must end.
+                _log_once("start of a load", error)
+                self._load_ended(_Load(load.request_id, load.block_ids, 0.0), list(range(len(load.block_ids))))
         if self._options.sync_load and not self._settings.layerwise_load:
             self._finish_step_loads()
 

@@ -110,6 +110,15 @@ def test_a_refused_load_is_reported_as_failed_at_once():
     assert run(half, load_step("a")) == ((None, {"a"}), {4, 5, 6})
 
 
+def test_an_error_outside_of_the_store_fails_its_load_and_no_other():
+    def stream():
+        raise RuntimeError("the device is gone")
+
+    half, store = make()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get), stream)
+    assert run(half, load_step("a", "b")) == ((None, {"a", "b"}), {4, 5, 6})
+
+
 def test_a_load_without_keys_is_reported_as_failed():
     half, store = make()
     assert run(half, StepMetadata(loads=[LoadJob("a", b"", [4, 5])])) == ((None, {"a"}), {4, 5})
