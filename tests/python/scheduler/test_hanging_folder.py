@@ -19,10 +19,12 @@ class HangingStore:
 
     def begin_store(self, *arguments):
         self.begun += 1
-        return self._store.begin_store(*arguments)
+        return self.begun << 40
 
-    def finish_store(self, *arguments):
+    def layer_ready(self, *arguments):
         pass
+
+    finish_store = cancel = layer_ready
 
     def wait(self, job, timeout_ms):
         time.sleep(timeout_ms / 1000)
