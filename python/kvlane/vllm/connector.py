@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import inspect
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
@@ -32,6 +34,12 @@ _Result = TypeVar("_Result")
 
 #: Caches whose block tables keep every block of a request, so that a block once computed can be stored and loaded.
 _FULL_ATTENTION = {"FullAttentionSpec", "MLAAttentionSpec"}
+
+
+# vLLM before 0.24 takes the scheduler half's counts only in a step in which a worker has some. Such a vLLM is told by a
+# hook that came with the change.
+_SCHEDULERS_COUNTS_NEED_WORKERS = not hasattr(KVConnectorBase_V1, "has_pending_push_work")
+REPORT_INTERVAL_S = 1.0
 
 
 def _guarded(default: Any) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
@@ -61,6 +69,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._failed_hooks: set[str] = set()
+        self._next_report_s = 0.0
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._search: NamespaceSearch | None = None
@@ -271,6 +280,11 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KvlaneStats | None:
         half = self._scheduler or self._worker
         counters = half.take_counters() if half is not None else {}
+        if not counters and half is not None and half is self._worker and _SCHEDULERS_COUNTS_NEED_WORKERS:
+            now_s = time.monotonic()
+            if now_s >= self._next_report_s:
+                self._next_report_s = now_s + REPORT_INTERVAL_S
+                return KvlaneStats(data={})
         return KvlaneStats(data=counters) if counters else None
 
     @_guarded(None)
@@ -323,6 +337,12 @@ except ImportError:  # vLLM before 0.32 does not ask where a hit came from
 
 class ExampleConnector(KvlaneFsConnector):
     """kvlane under the name of vLLM's example, so that manifests stay as they are."""
+
+
+# MultiConnector looks its children up by class name when it takes up their counts, also those that were loaded by
+# kv_connector_module_path with the plugin turned off.
+if KvlaneFsConnector.__name__ not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector(KvlaneFsConnector.__name__, "kvlane.vllm", KvlaneFsConnector.__name__)
 
 
 def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:

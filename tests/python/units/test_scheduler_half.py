@@ -478,3 +478,25 @@ def test_bad_blocks_of_others_do_not_count_once_the_outcome_is_known():
     half.workers_answered([], [], {3})
     assert pool.evicted == set()
     assert half.matched_tokens(asked, 0) == (64, False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "parking_blocks", "reason"),
+    [
+        (Folder(), None, "absent"),
+        (Folder(pending=6), None, "timeout"),
+        (None, None, "not_open"),
+        (Folder(ready=6), 9, "no_room"),
+    ],
+)
+def test_misses_are_counted_by_reason(folder, parking_blocks, reason):
+    half, clock = make(folder, {"load_timeout_ms": 1000}, parking_blocks=parking_blocks)
+    if parking_blocks is not None:
+        loading(half, "holds the blocks")
+        half.take_counters()
+    asked = request()
+    half.matched_tokens(asked, 0)
+    clock.now_s += 2
+    assert half.matched_tokens(asked, 0) == (0, False)
+    allocate(half, asked, [], 0)
+    assert half.take_counters() == {f"miss_blocks_{reason}": 6}
