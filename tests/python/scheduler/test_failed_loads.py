@@ -4,7 +4,7 @@ step that was already in flight. The store is spoiled on disk, so the failure co
 import pytest
 
 from faults import corrupt_blocks
-from kvlane.vllm.connector import _leaves_room_for_loads
+from kvlane.vllm.connector import KvlaneFsConnector, _leaves_room_for_loads
 from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import LAYERS, expected_tokens
 
@@ -172,12 +172,17 @@ def test_recomputing_a_failed_synchronous_load_is_the_hazard_that_these_tests_se
         assert engine.answer("later", prompt) != expected_tokens(prompt, 8)
 
 
+@pytest.mark.parametrize("handed_over", [True, False], ids=["pool handed over", "pool searched for"])
 @pytest.mark.parametrize("bad", [(0,), (3,)], ids=str)
-def test_a_failed_synchronous_load_whose_request_went_away_leaves_nothing_bad(store, stored, asynchronous, bad):
+def test_a_failed_synchronous_load_whose_request_went_away_leaves_nothing_bad(
+    store, stored, asynchronous, bad, handed_over, monkeypatch
+):
     """The abort arrives while the step that found the bad block is on its way back: vLLM looks at running requests
-    only. Blocks computed from the bad one must not stay either."""
+    only. Blocks computed from the bad one must not stay either. vLLM before 0.22 hands no block pool over."""
     prompt, spoil = stored
     spoil(*bad)
+    if not handed_over:
+        monkeypatch.delattr(KvlaneFsConnector, "bind_gpu_block_pool")
     with PaperEngine("consumer", store, asynchronous=asynchronous, sync_load=True) as engine:
         engine.add("gone", prompt)
         scheduled = engine.scheduler.schedule()
