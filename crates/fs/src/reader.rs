@@ -1,7 +1,7 @@
 //! A view of a folder without a cache: what a scheduler asks before it counts on blocks.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{Availability, BlockKey, NamespaceId};
@@ -51,15 +51,7 @@ impl FsReader {
 
     /// How many leading blocks of `chain` every namespace has, continuing from what `cursor` remembers of it.
     pub fn lookup(&self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
-        let mut state = lock(&self.state);
-        if state.opened.is_none() && state.tried.elapsed() >= REOPEN_INTERVAL {
-            state.tried = Instant::now();
-            match Directory::open(&self.path, &self.options, false) {
-                Ok(Some(directory)) => state.opened = Some((directory, Index::new(&self.namespaces))),
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%error, "cannot open the KV store"),
-            }
-        }
+        let mut state = self.state();
         let Some((directory, index)) = &mut state.opened else {
             return Availability::default();
         };
@@ -70,7 +62,7 @@ impl FsReader {
     /// Starts a new epoch; `false` if the folder is read-only or not there, or does not accept writes now: then only
     /// this process sees the new epoch until it does.
     pub fn reset(&self) -> bool {
-        let control = match &lock(&self.state).opened {
+        let control = match &self.state().opened {
             Some((directory, _)) => Arc::clone(&directory.control),
             None => return false,
         };
@@ -78,6 +70,29 @@ impl FsReader {
             .start_epoch()
             .inspect_err(|error| tracing::warn!(%error, "cannot start a new epoch"))
             .is_ok()
+    }
+
+    /// The epoch that the folder is in; `None` while it is not there.
+    pub fn epoch(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        state
+            .opened
+            .as_ref()
+            .map(|(directory, _)| directory.control.epoch())
+    }
+
+    /// The state, after another look for a folder that was not there.
+    fn state(&self) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        if state.opened.is_none() && state.tried.elapsed() >= REOPEN_INTERVAL {
+            state.tried = Instant::now();
+            match Directory::open(&self.path, &self.options, false) {
+                Ok(Some(directory)) => state.opened = Some((directory, Index::new(&self.namespaces))),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "cannot open the KV store"),
+            }
+        }
+        state
     }
 
     /// (used, limit) bytes of the folder. Lists it: not for every step of an engine.

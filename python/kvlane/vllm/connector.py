@@ -118,9 +118,9 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         )
 
     def _open_reader(self, namespaces: list[bytes]) -> None:
+        # A server that only stores asks it for the folder's epoch, and resets the folder through it.
         assert self._scheduler is not None
-        if self._kv_transfer_config.is_kv_consumer:
-            self._scheduler.open(FsReader(self._options.root, namespaces, self._options.native()))
+        self._scheduler.open(FsReader(self._options.root, namespaces, self._options.native()))
 
     # ---- worker side
 

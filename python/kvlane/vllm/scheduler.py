@@ -35,6 +35,7 @@ class Reader(Protocol):
 
     def lookup(self, chain: Chain, limit_blocks: int) -> tuple[int, int]: ...
     def reset(self) -> bool: ...
+    def epoch(self) -> int | None: ...
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 
@@ -206,8 +207,11 @@ class SchedulerHalf:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
+        epoch = None
         try:
             self._plan(output, reservations, stores)
+            if stores and self._reader is not None:
+                epoch = self._reader.epoch()
         except Exception:
             # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
             # before it is clear again whose KV is right.
@@ -221,7 +225,7 @@ class SchedulerHalf:
                     self._withdraw(state)
         if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
             return IDLE
-        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads)
+        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads, epoch)
         self._withdrawals, self._loads, self._aborted_loads = [], [], []
         return step
 
@@ -334,12 +338,19 @@ class SchedulerHalf:
             return not self._settings.holds_aborted_loads
         return False
 
-    def reset(self) -> bool | None:
-        """Forgets everything stored so far, for all who share the folder; running prompts are not stored any more."""
+    def reset(self) -> bool:
+        """Forgets everything stored so far, for all who share the folder. What requests computed or loaded before is
+        not stored any more. False: there is no folder (yet) that takes a reset."""
         for state in self._storing.values():
             self._withdraw(state)
+        for state in self._requests.values():
+            if state.own_blocks or state.request.request_id in self._storing:
+                state.stored_blocks = state.prompt_blocks
         self._storing.clear()
-        return self._reader.reset() if self._reader is not None else None
+        if self._reader is None:
+            self.on_reader_missing()
+            return False
+        return self._reader.reset()
 
     def take_counters(self) -> dict[str, float]:
         """Counts since the last call, empty if nothing happened."""

@@ -36,7 +36,9 @@ class Store(Protocol):
 
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
-    def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
+    def begin_store(
+        self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int, epoch: int | None = None
+    ) -> int: ...
     def layer_ready(self, job: int, layer: int, stream: int | None = None) -> None: ...
     def finish_store(self, job: int, stream: int | None = None) -> None: ...
     def load(
@@ -134,9 +136,8 @@ class WorkerHalf:
         for promise in step.reservations:
             self._try("reserve", self._store.reserve, promise.keys, promise.first_depth, promise.timeout_ms)
         for job in step.stores:
-            number = self._try(
-                "begin_store", self._store.begin_store, job.keys, job.block_ids, job.first_depth, STORE_DEADLINE_MS
-            )
+            arguments = (job.keys, job.block_ids, job.first_depth, STORE_DEADLINE_MS, step.epoch)
+            number = self._try("begin_store", self._store.begin_store, *arguments)
             if number is not None:
                 self.step_stores.append((number, job.keys))
             else:

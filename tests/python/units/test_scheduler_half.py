@@ -22,6 +22,15 @@ class Folder:
         ready = min(self.ready, limit_blocks)
         return ready, min(self.pending, limit_blocks - ready)
 
+    epoch_now = 7
+
+    def epoch(self):
+        return self.epoch_now
+
+    def reset(self):
+        self.epoch_now += 1
+        return True
+
 
 class Clock:
     now_s = 100.0
@@ -359,6 +368,33 @@ def test_a_reset_stops_running_prompts_from_being_stored():
     step = half.step(output(cached=[("r", [2, 3, 4], 16, 48)]))
     assert step.stores == []
     assert len(step.withdrawals) == 1
+
+
+def test_stores_name_the_epoch_for_which_they_were_planned():
+    folder = Folder()
+    half, _ = make(folder, can_store=True)
+    seen(half, request(64))
+    planned = half.step(output(new=[("r", [1], 0, 16)]))
+    assert half.reset() is True
+    assert (planned.epoch, folder.epoch()) == (7, 8)
+
+
+def test_what_was_loaded_before_a_reset_is_not_stored_after_it():
+    half, _ = make(Folder(ready=4), can_store=True)
+    asked = request(100)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], half.matched_tokens(asked, 0)[0])
+    half.step(output())
+    half.reset()
+    half.workers_answered(["r"], [], set())
+    assert half.step(output(new=[("r", [1, 2, 3, 4, 5, 6, 7], 64, 36)])).is_idle
+
+
+def test_a_reset_without_a_folder_does_not_claim_to_have_worked():
+    half, _ = make(can_store=True, can_load=False)
+    begun = []
+    half.on_reader_missing = lambda: begun.append(1)
+    assert half.reset() is False
+    assert begun
 
 
 def test_hits_and_misses_are_counted_once_per_request():

@@ -32,7 +32,9 @@ class ScriptedStore:
     def end(self, job, positions=(), reason="done"):
         self.ended[job] = (list(positions), reason)
 
-    def begin_store(self, keys, block_ids, first_depth, timeout_ms):
+    def begin_store(self, keys, block_ids, first_depth, timeout_ms, epoch=None):
+        if epoch is not None:
+            self.calls.append(("epoch", epoch))
         return self._job("begin_store", block_ids)
 
     def load(self, keys, block_ids, timeout_ms, layer_major=False):
@@ -223,6 +225,12 @@ def test_promises_come_before_stores_and_withdrawals_before_promises():
     half, store = make()
     half.begin_step(StepMetadata([Reservation(b"r", 0, 1)], [b"w"], [StoreJob("a", bytes(32), [1], 0)], [], []))
     assert [call[0] for call in store.calls] == ["withdraw", "reserve", "begin_store"]
+
+
+def test_stores_are_begun_in_the_epoch_of_their_plan():
+    half, store = make()
+    half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)], epoch=7))
+    assert ("epoch", 7) in store.calls
 
 
 def test_a_layer_leaves_once_also_if_another_shares_its_tensor():
