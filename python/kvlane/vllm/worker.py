@@ -20,8 +20,8 @@ logger = logging.getLogger("vllm.kvlane")
 STORE_DEADLINE_MS = 600_000
 
 #: How long steps do not store after a store that was not done in time, as a multiple of `store_timeout_ms`: at first,
-#: then twice as long each time, at most. So a folder that hangs costs a tenth of the time, and soon a hundredth.
-FIRST_STORE_PAUSE = 10
+#: then twice as long each time, at most. A hiccup costs little, and a folder that hangs soon a hundredth of the time.
+FIRST_STORE_PAUSE = 4
 LONGEST_STORE_PAUSE = 100
 
 #: How much longer than its own deadline a load is waited for: it ends only when no thread can write any more.

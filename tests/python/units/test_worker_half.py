@@ -278,7 +278,7 @@ def test_a_folder_that_hangs_is_asked_less_and_less_often():
         run(half, store_step(1, 2))
         asked_at_s += [second] * [call[0] for call in store.calls[before:]].count("begin_store")
     pauses_s = [later - earlier for earlier, later in itertools.pairwise(asked_at_s)]
-    assert pauses_s == [10, 20, 40, 80] + [100] * 8
+    assert pauses_s == [4, 8, 16, 32, 64] + [100] * 8
     assert half.take_counters()["dropped_blocks"] == 2 * (1000 - len(asked_at_s))
     assert "dropped_blocks" not in half.take_counters()
 
