@@ -67,6 +67,8 @@ class FsReader:
     def lookup(self, chain: Chain, limit_blocks: int) -> tuple[int, int]:
         """(ready, pending) leading blocks, each at most ``limit_blocks`` together."""
     def reset(self) -> bool: ...
+    def epoch(self) -> int | None:
+        """The number that a reset makes larger; None while the folder is not there."""
     def stats(self) -> dict[str, int]:
         """Gauges: used_bytes, limit_bytes. Lists the folder: not for every step."""
     def close(self) -> None: ...
@@ -82,7 +84,11 @@ class FsWorker:
         a CUDA device must all be on one; without a usable driver that is a ConfigError."""
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
-    def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
+    def begin_store(
+        self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int, epoch: int | None = None
+    ) -> int:
+        """``epoch``: what ``FsReader.epoch`` said when the store was planned; after a reset in between nothing is
+        stored."""
     def layer_ready(self, job: int, layer: int, stream: int | None = None) -> None:
         """``stream``: the compute stream that writes the layer, ``torch.cuda.current_stream().cuda_stream``; must be
         given for tensors on a CUDA device and is ignored for others."""

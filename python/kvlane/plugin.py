@@ -4,6 +4,7 @@ vLLM calls `register` once in every process, before the first look-up of a conne
 nothing is imported that is not needed, nothing is started.
 """
 
+import logging
 import os
 
 #: Connector names that kvlane answers to: taken over where vLLM knows them, added where it does not.
@@ -13,22 +14,42 @@ _MODULE = "kvlane.vllm"
 
 
 def register() -> None:
-    """Registers kvlane's connectors with vLLM. ``KVLANE_PLUGIN=0`` in the environment turns it off."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-    from vllm.logger import init_logger
+    """Registers kvlane's connectors with vLLM. ``KVLANE_PLUGIN=0`` in the environment turns it off.
 
+    vLLM calls this at every start, with or without a connector: whatever goes wrong, it must be able to start.
+    """
     # A name below vLLM's own logger: it has the handlers, other libraries' loggers have none.
-    logger = init_logger("vllm.kvlane")
+    logger = logging.getLogger("vllm.kvlane")
     if not enabled():
         logger.info("kvlane: KVLANE_PLUGIN=0, so vLLM's own connectors stay")
         return
-    registry = KVConnectorFactory._registry
-    taken_over = []
-    for name in CONNECTOR_NAMES:
-        if registry.pop(name, None) is not None:  # register_connector refuses a known name
-            taken_over.append(name)
-        KVConnectorFactory.register_connector(name, _MODULE, name)
+    try:
+        taken_over = _take_over()
+    except Exception as error:
+        logger.warning(
+            "kvlane: this vLLM is unknown (%s: %s), so no connector is registered; 'kv_connector_module_path': '%s' "
+            "may still work",
+            type(error).__name__,
+            error,
+            _MODULE,
+        )
+        return
     logger.info("kvlane: %s is registered, taken over from vLLM: %s", ", ".join(CONNECTOR_NAMES), ", ".join(taken_over))
+
+
+def _take_over() -> list[str]:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    registry = KVConnectorFactory._registry
+    before = dict(registry)
+    try:
+        for name in CONNECTOR_NAMES:
+            registry.pop(name, None)  # register_connector refuses a known name
+            KVConnectorFactory.register_connector(name, _MODULE, name)
+    except Exception:
+        registry.update(before)
+        raise
+    return [name for name in CONNECTOR_NAMES if name in before]
 
 
 def enabled() -> bool:

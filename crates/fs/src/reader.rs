@@ -149,6 +149,11 @@ impl FsReader {
             .is_ok()
     }
 
+    /// The epoch that the folder is in; `None` while it is not there.
+    pub fn epoch(&self) -> Option<u64> {
+        self.opened().map(|opened| opened.directory.control.epoch())
+    }
+
     /// (used, limit) bytes of the folder. Lists it: not for every step of an engine.
     pub fn usage_bytes(&self) -> (u64, u64) {
         self.opened().map_or((0, 0), |Opened { directory, .. }| {

@@ -52,7 +52,8 @@ pub(crate) struct StoreJob {
     id: JobId,
     request: StoreRequest,
     namespace: NamespaceId,
-    /// The epoch in which it began, or a later one, which the writer thread notices by the namespace.
+    /// The epoch for which it was planned, or else the one in which it began, or a later one, which the writer thread
+    /// notices by the namespace.
     epoch: u64,
     shared: Weak<Shared>,
     plans: OnceLock<Vec<Plan>>,
@@ -78,12 +79,13 @@ impl StoreJob {
         id: JobId,
         request: StoreRequest,
         namespace: NamespaceId,
+        epoch: u64,
     ) -> Arc<Self> {
         let (blocks, layers) = (request.keys.len(), shared.geometry.layer_bytes.len());
         Arc::new(StoreJob {
             id,
             namespace,
-            epoch: shared.directory.control.epoch(),
+            epoch,
             shared: Arc::downgrade(shared),
             plans: OnceLock::new(),
             gate: Gate::default(),

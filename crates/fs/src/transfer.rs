@@ -325,6 +325,42 @@ impl FsTransfer {
             },
         );
     }
+
+    /// As [`KvTransfer::begin_store`], for blocks that were planned when the folder was in `epoch`
+    /// ([`FsReader::epoch`](crate::FsReader::epoch)). After a reset in between nothing is stored: the blocks were
+    /// computed before it.
+    pub fn begin_store_of_epoch(
+        &self,
+        request: StoreRequest,
+        epoch: Option<u64>,
+    ) -> kvlane_core::Result<JobId> {
+        self.refuse_forked()?;
+        request.check(self.shared.cache.map())?;
+        if !self.shared.can_store() {
+            return Err(FsError::ReadOnly {
+                path: self.shared.directory.path.clone(),
+            }
+            .into());
+        }
+        let id = self.shared.jobs.next_id();
+        let blocks = request.keys.len();
+        if blocks == 0 {
+            self.shared.jobs.finish(id, Outcome::Done);
+            return Ok(id);
+        }
+        let namespace = self.shared.look().effective(0);
+        // Behind the namespace: epochs only grow, so one that is over in the namespace is noticed by the writer thread.
+        let now = self.shared.directory.control.epoch();
+        let job = StoreJob::new(&self.shared, id, request, namespace, now);
+        let accepted = epoch.is_none_or(|planned| planned == now)
+            && !self.shared.writer_is_behind()
+            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
+            && self.shared.tell_writer(Command::Begin(job));
+        if !accepted {
+            self.miss_all(id, blocks, MissReason::Dropped);
+        }
+        Ok(id)
+    }
 }
 
 impl Drop for FsTransfer {
@@ -332,6 +368,7 @@ impl Drop for FsTransfer {
         if self.is_forked() {
             // Ending a channel takes its locks, and the threads are the parent's: left as they are.
             std::mem::forget(self.loads.get_mut().map(Option::take));
+            std::mem::forget(self.cold.get_mut().map(Option::take));
             std::mem::forget(self.threads.get_mut().map(std::mem::take));
             return;
         }
@@ -364,29 +401,7 @@ impl KvTransfer for FsTransfer {
     }
 
     fn begin_store(&self, request: StoreRequest) -> kvlane_core::Result<JobId> {
-        self.refuse_forked()?;
-        request.check(self.shared.cache.map())?;
-        if !self.shared.can_store() {
-            return Err(FsError::ReadOnly {
-                path: self.shared.directory.path.clone(),
-            }
-            .into());
-        }
-        let id = self.shared.jobs.next_id();
-        let blocks = request.keys.len();
-        if blocks == 0 {
-            self.shared.jobs.finish(id, Outcome::Done);
-            return Ok(id);
-        }
-        let namespace = self.shared.look().effective(0);
-        let job = StoreJob::new(&self.shared, id, request, namespace);
-        let accepted = !self.shared.writer_is_behind()
-            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
-            && self.shared.tell_writer(Command::Begin(job));
-        if !accepted {
-            self.miss_all(id, blocks, MissReason::Dropped);
-        }
-        Ok(id)
+        self.begin_store_of_epoch(request, None)
     }
 
     fn layer_ready(&self, job: JobId, layer: usize) -> kvlane_core::Result<()> {

@@ -80,6 +80,11 @@ impl FsReader {
         })
     }
 
+    /// `None` while the folder is not there.
+    fn epoch(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        guard(py, || Ok(self.reader(py)?.epoch()))
+    }
+
     /// Gauges: used_bytes, limit_bytes. Lists the folder: not for every step.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guard(py, || {
@@ -158,6 +163,8 @@ impl FsWorker {
         self.call(py, |transfer| transfer.withdraw(&parse_keys(keys)?))
     }
 
+    /// `epoch`: what `FsReader.epoch` said when the store was planned; after a reset in between nothing is stored.
+    #[pyo3(signature = (keys, block_ids, first_depth, timeout_ms, epoch = None))]
     fn begin_store(
         &self,
         py: Python<'_>,
@@ -165,17 +172,18 @@ impl FsWorker {
         block_ids: &Bound<'_, PyAny>,
         first_depth: u32,
         timeout_ms: u64,
+        epoch: Option<u64>,
     ) -> PyResult<u64> {
         let blocks = u32_items(block_ids, 0)?;
         self.call(py, |transfer| {
             let keys = parse_keys(keys)?;
-            let job = transfer.begin_store(StoreRequest {
+            let request = StoreRequest {
                 keys,
                 blocks,
                 first_depth,
                 deadline: deadline(timeout_ms),
-            })?;
-            Ok(job.0)
+            };
+            Ok(transfer.begin_store_of_epoch(request, epoch)?.0)
         })
     }
 

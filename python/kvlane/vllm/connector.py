@@ -5,12 +5,16 @@ not have are probed for. No hook lets an exception out, because that ends the en
 a miss. Only the start may refuse, with a sentence that says what is wrong.
 """
 
+import dataclasses
 import functools
 import inspect
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
@@ -30,6 +34,12 @@ _Result = TypeVar("_Result")
 
 #: Caches whose block tables keep every block of a request, so that a block once computed can be stored and loaded.
 _FULL_ATTENTION = {"FullAttentionSpec", "MLAAttentionSpec"}
+
+
+# vLLM before 0.24 takes the scheduler half's counts only in a step in which a worker has some. Such a vLLM is told by a
+# hook that came with the change.
+_SCHEDULERS_COUNTS_NEED_WORKERS = not hasattr(KVConnectorBase_V1, "has_pending_push_work")
+REPORT_INTERVAL_S = 1.0
 
 
 def _guarded(default: Any) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
@@ -59,6 +69,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._failed_hooks: set[str] = set()
+        self._next_report_s = 0.0
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._search: NamespaceSearch | None = None
@@ -82,11 +93,14 @@ class KvlaneFsConnector(KVConnectorBase_V1):
                 can_store=transfer.is_kv_producer,
                 can_load=transfer.is_kv_consumer,
                 images_are_named=identity.images_are_named(vllm_config),
-                batches_in_flight=max(2, parallel.pipeline_parallel_size),
+                batches_in_flight=parallel.pipeline_parallel_size + 1,
                 holds_aborted_loads=_holds_aborted_loads(),
+                siblings_are_silent=_inside_multi_connector() and not _synchronous_loads_are_announced(),
                 parking_blocks=None if _leaves_room_for_loads() else self._kv_cache_config.num_blocks,
             ),
         )
+        if options.sync_load:
+            self._scheduler.find_prefix_cache(_block_pool_finder(vllm_config.cache_config.enable_prefix_caching))
         self._search = NamespaceSearch(
             options.root,
             self._engine_id,
@@ -104,9 +118,9 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         )
 
     def _open_reader(self, namespaces: list[bytes]) -> None:
+        # A server that only stores asks it for the folder's epoch, and resets the folder through it.
         assert self._scheduler is not None
-        if self._kv_transfer_config.is_kv_consumer:
-            self._scheduler.open(FsReader(self._options.root, namespaces, self._options.native()))
+        self._scheduler.open(FsReader(self._options.root, namespaces, self._options.native()))
 
     # ---- worker side
 
@@ -219,6 +233,10 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             if isinstance(worker, WorkerHandshake) and self._search is not None:
                 self._search.add(worker)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.find_prefix_cache(lambda: gpu_block_pool)
+
     @_guarded((0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
@@ -245,7 +263,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     @_guarded((False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request.request_id), None
+        return self._scheduler.finished(request.request_id, block_ids), None
 
     @_guarded(False)
     def reset_cache(self) -> bool | None:
@@ -262,6 +280,11 @@ class KvlaneFsConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KvlaneStats | None:
         half = self._scheduler or self._worker
         counters = half.take_counters() if half is not None else {}
+        if not counters and half is not None and half is self._worker and _SCHEDULERS_COUNTS_NEED_WORKERS:
+            now_s = time.monotonic()
+            if now_s >= self._next_report_s:
+                self._next_report_s = now_s + REPORT_INTERVAL_S
+                return KvlaneStats(data={})
         return KvlaneStats(data=counters) if counters else None
 
     @_guarded(None)
@@ -316,6 +339,12 @@ class ExampleConnector(KvlaneFsConnector):
     """kvlane under the name of vLLM's example, so that manifests stay as they are."""
 
 
+# MultiConnector looks its children up by class name when it takes up their counts, also those that were loaded by
+# kv_connector_module_path with the plugin turned off.
+if KvlaneFsConnector.__name__ not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector(KvlaneFsConnector.__name__, "kvlane.vllm", KvlaneFsConnector.__name__)
+
+
 def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -352,10 +381,22 @@ def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:
 
 def _set_failure_policy(transfer: Any, options: Options) -> None:
     """Decides what a failed load costs. vLLM reads the policy right after it made the connector."""
-    if options.load_failure_policy == "keep":
-        return
     # A synchronous load has its blocks in the prefix cache before they are filled. Recomputing would leave bad blocks
-    # there when the request is aborted first, so such a request has to fail.
+    # there when the request is aborted first, and a step in flight would deliver a token that came from them: such a
+    # request has to fail.
+    if options.sync_load and _inside_multi_connector():
+        raise ConfigError(
+            "sync_load is True below MultiConnector, where the outer configuration decides what a failed load costs, "
+            "allowed: sync_load False"
+        )
+    if options.load_failure_policy == "keep":
+        if options.sync_load and transfer.kv_load_failure_policy == "recompute":
+            raise ConfigError(
+                "load_failure_policy is 'keep' and kv_load_failure_policy 'recompute' while sync_load is True, "
+                "allowed: kv_load_failure_policy 'fail', or load_failure_policy 'recompute' (which sets it for "
+                "sync_load), or sync_load False"
+            )
+        return
     policy = "fail" if options.sync_load else "recompute"
     if _inside_multi_connector():
         logger.warning(
@@ -373,13 +414,33 @@ def _set_failure_policy(transfer: Any, options: Options) -> None:
 
 def _inside_multi_connector() -> bool:
     """Whether MultiConnector is making this connector. It gives its children a configuration without a trace of it."""
+    return _maker("MultiConnector") is not None
+
+
+def _maker(class_name: str) -> Any:
+    """The object of that class whose code is making this connector, None if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         maker = frame.f_locals.get("self")
-        if maker is not None and any(kind.__name__ == "MultiConnector" for kind in type(maker).__mro__):
-            return True
+        if maker is not None and any(kind.__name__ == class_name for kind in type(maker).__mro__):
+            return maker
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None
+
+
+def _block_pool_finder(prefix_caching: bool) -> Callable[[], Any]:
+    """A way to vLLM's block pool, which does not exist yet. vLLM 0.22 and newer hand it over later; before, it can only
+    be had from the scheduler that is making this connector."""
+    scheduler = _maker("Scheduler")
+    if scheduler is None:
+        if prefix_caching and not hasattr(KVConnectorBase_V1, "bind_gpu_block_pool"):
+            logger.warning(
+                "kvlane: vLLM's scheduler was not found, so a bad block may stay in the prefix cache if its request is "
+                "aborted then; leave sync_load or prefix caching off"
+            )
+        return lambda: None
+    known = weakref.ref(scheduler)
+    return lambda: getattr(getattr(known(), "kv_cache_manager", None), "block_pool", None)
 
 
 def _holds_aborted_loads() -> bool:
@@ -394,6 +455,13 @@ def _leaves_room_for_loads() -> bool:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return hasattr(Scheduler, "_inflight_prefill_reserved_blocks")
+
+
+def _synchronous_loads_are_announced() -> bool:
+    """Whether vLLM says in a step that somebody loads synchronously in it (0.29 and newer)."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    return "has_sync_kv_loads" in {field.name for field in dataclasses.fields(SchedulerOutput)}
 
 
 def _ranks(parallel: Any) -> tuple[tuple[int, int], tuple[int, int]]:

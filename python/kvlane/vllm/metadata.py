@@ -43,6 +43,8 @@ class StepMetadata(KVConnectorMetadata):
     loads: list[LoadJob] = dataclasses.field(default_factory=list)
     #: Requests that ended while their load was running.
     aborted_loads: list[str] = dataclasses.field(default_factory=list)
+    #: The folder's epoch for which the stores were planned, None if it is not known. After a reset they are void.
+    epoch: int | None = None
 
     @property
     def is_idle(self) -> bool:

@@ -1,12 +1,20 @@
 """Figures of the transfer: vLLM's periodic log line and Prometheus."""
 
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 #: Values that are a state and not a count: workers report the same folder, so the largest one holds.
-GAUGES = ("used_bytes", "limit_bytes")
+GAUGES = {
+    "used_bytes": "Bytes that segments take.",
+    "limit_bytes": "Bytes that segments may take.",
+    "segments": "Segment files in the folder.",
+}
+
+# Metrics of this process. vLLM's front end asks for them once per connector class, and a name can be taken once only.
+_made: dict[tuple[Any, ...], Any] = {}
 
 #: Prometheus name, what it counts, its label, and the stat behind each value of that label.
 COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
@@ -98,15 +106,15 @@ class KvlanePromMetrics(KVConnectorPromMetrics):
         self._counters: dict[tuple[int, str], Any] = {}
         self._gauges: dict[tuple[int, str], Any] = {}
         for name, text, label, stats in COUNTERS:
-            counter = metric_types[Counter](name=name, documentation=text, labelnames=[*labelnames, label])
+            counter = _make(metric_types[Counter], name=name, documentation=text, labelnames=[*labelnames, label])
             for engine, values in per_engine_labelvalues.items():
                 for label_value, stat in stats.items():
                     self._counters[engine, stat] = counter.labels(*values, label_value)
-        texts = {"used_bytes": "Bytes that segments take.", "limit_bytes": "Bytes that segments may take."}
-        for stat in GAUGES:
-            gauge = metric_types[Gauge](
+        for stat, text in GAUGES.items():
+            gauge = _make(
+                metric_types[Gauge],
                 name=f"vllm:kvlane_{stat}",
-                documentation=texts[stat],
+                documentation=text,
                 labelnames=labelnames,
                 multiprocess_mode="mostrecent",
             )
@@ -122,3 +130,15 @@ class KvlanePromMetrics(KVConnectorPromMetrics):
             counter = self._counters.get((engine_idx, stat))
             if counter is not None and value > 0:
                 counter.inc(value)
+
+
+def _make(kind: Callable[..., Any], *, name: str, labelnames: list[str], **options: Any) -> Any:
+    """A metric, or the one that was made before if it is still registered: vLLM drops all of its metrics when another
+    engine starts in the process."""
+    key = (kind, name, tuple(labelnames))
+    try:
+        _made[key] = kind(name=name, labelnames=labelnames, **options)
+    except ValueError:  # the name is taken
+        if key not in _made:
+            raise
+    return _made[key]

@@ -4,10 +4,11 @@ Nothing here waits. `SchedulerHalf` is driven by vLLM's hooks (see connector.py)
 reader that only looks at memory.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from kvlane._native import Chain
@@ -15,6 +16,7 @@ from kvlane.vllm.identity import AdapterIdentities, request_chain
 from kvlane.vllm.metadata import IDLE, LoadJob, Reservation, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
 from kvlane.vllm.room import Room
+from kvlane.vllm.unproven import BlockPool, UnprovenBlocks
 
 logger = logging.getLogger("vllm.kvlane")
 
@@ -33,6 +35,7 @@ class Reader(Protocol):
 
     def lookup(self, chain: Chain, limit_blocks: int) -> tuple[int, int]: ...
     def reset(self) -> bool: ...
+    def epoch(self) -> int | None: ...
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 
@@ -51,6 +54,8 @@ class SchedulerSettings:
     batches_in_flight: int = 1
     #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
     holds_aborted_loads: bool = True
+    #: Other connectors may load synchronously (MultiConnector) without a word from vLLM about it.
+    siblings_are_silent: bool = False
     #: Blocks of the cache, where vLLM itself does not see to it that loads leave room for somebody to compute.
     parking_blocks: int | None = None
 
@@ -68,8 +73,9 @@ class _Request:
     reserved_s: float | None = None
     #: When its KV was first asked for.
     asked_s: float | None = None
-    #: Blocks that vLLM had itself when it last asked.
+    #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
+    own_blocks: int = 0
     missing_blocks: int = 0
     miss_reason: str = "absent"
     counted: bool = False
@@ -100,6 +106,10 @@ class SchedulerHalf:
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
         self._quiet_steps = 0
+        self._planning_failed = False
+        #: Steps, with the one being planned, until the result of the first of them is known for sure.
+        self._steps_until_known = settings.batches_in_flight + 1
+        self._unproven = UnprovenBlocks(self._steps_until_known)
         self._counters: dict[str, float] = {}
 
     def open(self, reader: Reader) -> None:
@@ -110,6 +120,10 @@ class SchedulerHalf:
     def is_open(self) -> bool:
         return self._reader is not None
 
+    def find_prefix_cache(self, block_pool: Callable[[], BlockPool | None]) -> None:
+        """How to get at vLLM's block pool, from which bad blocks of synchronous loads are evicted."""
+        self._unproven.block_pool = block_pool
+
     # ---- what a request can get
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -117,6 +131,8 @@ class SchedulerHalf:
 
         (None, False) asks vLLM to come back: a prefill is still writing. Repeated calls change nothing but the clock.
         """
+        if self._settings.siblings_are_silent:
+            self._request(request).local_blocks = computed_tokens // self._settings.block_tokens
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
@@ -159,7 +175,7 @@ class SchedulerHalf:
     def blocks_allocated(self, request: Any, block_ids: Callable[[], list[int]], external_tokens: int) -> None:
         """vLLM took up the last answer for `external_tokens` (0: not at all) and gave the request blocks."""
         state = self._request(request)
-        loaded = external_tokens // self._settings.block_tokens
+        loaded = state.own_blocks = external_tokens // self._settings.block_tokens
         if not state.counted and self._settings.can_load:
             state.counted = True
             self._count("hit_blocks", loaded)
@@ -178,7 +194,8 @@ class SchedulerHalf:
         self._loads.append(LoadJob(request.request_id, keys, targets))
         state.loading = set(targets)
         if self._options.sync_load:
-            self._quiet_steps = self._settings.batches_in_flight + 1
+            self._quiet_steps = self._steps_until_known
+            self._unproven.add(state.loading)
         else:
             self._loading[request.request_id] = state
             if self._room is not None:
@@ -190,20 +207,44 @@ class SchedulerHalf:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
-        # The KV of a step that loads synchronously may turn out wrong, in this step and in those planned before its
-        # result is known. Blocks left out here are stored by a later step of their request.
+        epoch = None
+        try:
+            self._plan(output, reservations, stores)
+            if stores and self._reader is not None:
+                epoch = self._reader.epoch()
+        except Exception:
+            # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
+            # before it is clear again whose KV is right.
+            self._quiet_steps = self._steps_until_known
+            if not self._planning_failed:
+                self._planning_failed = True
+                logger.exception("kvlane: internal error in planning a step; it costs recomputes and is logged once")
+            given_up, self._storing = self._storing, {}
+            for state in given_up.values():
+                with contextlib.suppress(Exception):
+                    self._withdraw(state)
+        if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
+            return IDLE
+        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads, epoch)
+        self._withdrawals, self._loads, self._aborted_loads = [], [], []
+        return step
+
+    def _plan(self, output: Any, reservations: list[Reservation], stores: list[StoreJob]) -> None:
+        # The KV of a step that loads synchronously, we or another connector, may turn out wrong, in this step and in
+        # those planned before its result is known. Blocks left out here are stored by a later step of their request.
+        if getattr(output, "has_sync_kv_loads", False) or self._a_sibling_loaded(output):
+            self._quiet_steps = self._steps_until_known
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
+        self._unproven.next_step()
+        for request_id in output.preempted_req_ids or ():
+            state = self._requests.get(request_id)
+            self._unproven.preempted(state.request if state is not None else None)
         if self._room is not None:
             self._room.scheduled(output, self._requests)
         if self._settings.can_store and (output.scheduled_new_reqs or self._storing):
             self._plan_stores(output, quiet, reservations, stores)
-        if not (reservations or stores or self._loads or self._withdrawals or self._aborted_loads):
-            return IDLE
-        step = StepMetadata(reservations, self._withdrawals, stores, self._loads, self._aborted_loads)
-        self._withdrawals, self._loads, self._aborted_loads = [], [], []
-        return step
 
     def _plan_stores(self, output: Any, quiet: bool, reservations: list[Reservation], stores: list[StoreJob]) -> None:
         for request_id in output.preempted_req_ids or ():
@@ -271,6 +312,7 @@ class SchedulerHalf:
         for request_id in failed:
             self._load_failed(self._requests.get(request_id))
         if bad_blocks:
+            self._unproven.evict(bad_blocks)
             for state in self._requests.values():
                 if not state.loading.isdisjoint(bad_blocks):
                     self._load_failed(state)
@@ -281,8 +323,9 @@ class SchedulerHalf:
                 if self._room is not None:
                     self._room.loaded(request_id)
 
-    def finished(self, request_id: str) -> bool:
+    def finished(self, request_id: str, block_ids: Sequence[int] = ()) -> bool:
         """A request ended. True: vLLM must keep its blocks until the workers report the request as sent."""
+        self._unproven.freed(block_ids)
         state = self._requests.pop(request_id, None)
         if self._room is not None:
             self._room.gone(request_id)
@@ -295,12 +338,19 @@ class SchedulerHalf:
             return not self._settings.holds_aborted_loads
         return False
 
-    def reset(self) -> bool | None:
-        """Forgets everything stored so far, for all who share the folder; running prompts are not stored any more."""
+    def reset(self) -> bool:
+        """Forgets everything stored so far, for all who share the folder. What requests computed or loaded before is
+        not stored any more. False: there is no folder (yet) that takes a reset."""
         for state in self._storing.values():
             self._withdraw(state)
+        for state in self._requests.values():
+            if state.own_blocks or state.request.request_id in self._storing:
+                state.stored_blocks = state.prompt_blocks
         self._storing.clear()
-        return self._reader.reset() if self._reader is not None else None
+        if self._reader is None:
+            self.on_reader_missing()
+            return False
+        return self._reader.reset()
 
     def take_counters(self) -> dict[str, float]:
         """Counts since the last call, empty if nothing happened."""
@@ -341,6 +391,24 @@ class SchedulerHalf:
             first = state.stored_blocks
             if first < state.prompt_blocks:
                 self._withdrawals.append(state.chain.keys(first, state.prompt_blocks - first))
+
+    def _a_sibling_loaded(self, output: Any) -> bool:
+        """Whether a request starts with more computed tokens than vLLM had and we load."""
+        if not self._settings.siblings_are_silent:
+            return False
+        started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        cached = output.scheduled_cached_reqs
+        started += [
+            (request_id, computed)
+            for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            if request_id in cached.resumed_req_ids
+        ]
+        for request_id, computed_tokens in started:
+            state = self._requests.get(request_id)
+            known = state.local_blocks + state.own_blocks if state is not None else 0
+            if computed_tokens // self._settings.block_tokens > known:
+                return True
+        return False
 
     def _load_failed(self, state: _Request | None) -> None:
         if state is not None and not state.load_failed:

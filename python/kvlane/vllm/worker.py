@@ -19,6 +19,11 @@ logger = logging.getLogger("vllm.kvlane")
 #: A store is registered before the forward pass, which may take long; `store_timeout_ms` counts from its end.
 STORE_DEADLINE_MS = 600_000
 
+#: How long steps do not store after a store that was not done in time, as a multiple of `store_timeout_ms`: at first,
+#: then twice as long each time, at most. A hiccup costs little, and a folder that hangs soon a hundredth of the time.
+FIRST_STORE_PAUSE = 4
+LONGEST_STORE_PAUSE = 100
+
 #: How much longer than its own deadline a load is waited for: it ends only when no thread can write any more.
 FENCE_MS = 5_000
 
@@ -31,7 +36,9 @@ class Store(Protocol):
 
     def reserve(self, keys: bytes, first_depth: int, timeout_ms: int) -> None: ...
     def withdraw(self, keys: bytes) -> None: ...
-    def begin_store(self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int) -> int: ...
+    def begin_store(
+        self, keys: bytes, block_ids: Sequence[int], first_depth: int, timeout_ms: int, epoch: int | None = None
+    ) -> int: ...
     def layer_ready(self, job: int, layer: int, stream: int | None = None) -> None: ...
     def finish_store(self, job: int, stream: int | None = None) -> None: ...
     def load(
@@ -81,8 +88,12 @@ class WorkerHalf:
         self._layer_index: Callable[[str], int | None] = lambda name: None
         self._stream: Callable[[], tuple[int, ...]] = _no_stream
         self._step: StepMetadata = IDLE
-        #: Stores of this step, until they were waited for.
-        self.step_stores: list[int] = []
+        #: Stores of this step and their keys, until they were waited for.
+        self.step_stores: list[tuple[int, bytes]] = []
+        #: No stores before this time, and how long that pause is; 0 after a store in time.
+        self._stores_pause_until_s = 0.0
+        self._stores_pause_s = 0.0
+        self._dropped_blocks = 0
         self._saved_layers: set[int] = set()
         #: Synchronous loads of this step, until they ended.
         self.step_loads: dict[int, _Load] = {}
@@ -116,15 +127,21 @@ class WorkerHalf:
             return
         for keys in step.withdrawals:
             self._try("withdraw", self._store.withdraw, keys)
+        self._saved_layers.clear()
+        if self._clock() < self._stores_pause_until_s:
+            for job in step.stores:
+                self._dropped_blocks += len(job.block_ids)
+                self._try("withdraw", self._store.withdraw, job.keys)
+            return
         for promise in step.reservations:
             self._try("reserve", self._store.reserve, promise.keys, promise.first_depth, promise.timeout_ms)
-        self._saved_layers.clear()
         for job in step.stores:
-            number = self._try(
-                "begin_store", self._store.begin_store, job.keys, job.block_ids, job.first_depth, STORE_DEADLINE_MS
-            )
+            arguments = (job.keys, job.block_ids, job.first_depth, STORE_DEADLINE_MS, step.epoch)
+            number = self._try("begin_store", self._store.begin_store, *arguments)
             if number is not None:
-                self.step_stores.append(number)
+                self.step_stores.append((number, job.keys))
+            else:
+                self._try("withdraw", self._store.withdraw, job.keys)
 
     def start_loads(self) -> None:
         """Starts the step's loads. Synchronous ones have ended when this returns, unless layers are waited for."""
@@ -133,7 +150,12 @@ class WorkerHalf:
             return
         self._step = dataclasses.replace(self._step, loads=[])  # a second call in a step starts nothing
         for load in loads:
-            self._start_load(load)
+            try:
+                self._start_load(load)
+            except Exception as error:
+                # vLLM waits for every load, so this one must end.
+                _log_once("start of a load", error)
+                self._load_ended(_Load(load.request_id, load.block_ids, 0.0), list(range(len(load.block_ids))))
         if self._options.sync_load and not self._settings.layerwise_load:
             self._finish_step_loads()
 
@@ -156,8 +178,8 @@ class WorkerHalf:
         if layer is None or layer in self._saved_layers:
             return
         self._saved_layers.add(layer)
-        for job in self.step_stores:
-            self._try("layer_ready", self._store.layer_ready, job, layer, *self._stream())
+        for job, _ in self.step_stores:
+            self._try("layer_ready", self._layer_ready, job, layer)
 
     def finish_stores(self) -> None:
         """After the forward pass: everything is copied out, or given up after `store_timeout_ms`."""
@@ -166,15 +188,53 @@ class WorkerHalf:
             return
         if self.step_loads:
             self._finish_step_loads()
+        if not jobs:
+            return
         deadline_s = self._clock() + self._options.store_timeout_ms / 1000
-        for job in jobs:
-            self._try("finish_store", self._store.finish_store, job, *self._stream())
-        for job in jobs:
+        for job, _ in jobs:
+            self._try("finish_store", self._finish_store, job)
+        late = 0
+        for job, keys in jobs:
             remaining_ms = max(int((deadline_s - self._clock()) * 1000), 0)
-            if self._try("wait", self._store.wait, job, remaining_ms) is None:
+            ended = self._try("wait", self._store.wait, job, remaining_ms)
+            if ended is None:
                 # From here on vLLM may reuse the blocks; a cancelled store never becomes visible.
                 self._try("cancel", self._store.cancel, job)
                 self._forgotten.add(job)
+                late += 1
+                missing = keys
+            else:
+                missing = b"".join(keys[32 * position : 32 * position + 32] for position in ended[0])
+            if missing:
+                # Nobody keeps these promises any more, so nobody shall wait for them.
+                self._try("withdraw", self._store.withdraw, missing)
+        if late:
+            self._pause_stores(late)
+        elif self._stores_pause_s:
+            logger.info("kvlane: the folder takes stores again")
+            self._stores_pause_s = 0.0
+
+    def _finish_store(self, job: int) -> None:
+        assert self._store is not None
+        self._store.finish_store(job, *self._stream())
+
+    def _layer_ready(self, job: int, layer: int) -> None:
+        assert self._store is not None
+        self._store.layer_ready(job, layer, *self._stream())
+
+    def _pause_stores(self, late: int) -> None:
+        """A folder that does not answer must not cost every step its timeout."""
+        if not self._stores_pause_s:
+            logger.warning(
+                "kvlane: %d stores were not done within store_timeout_ms (%d); steps without storing follow, longer "
+                "ones from time to time while this lasts",
+                late,
+                self._options.store_timeout_ms,
+            )
+        timeout_s = self._options.store_timeout_ms / 1000
+        first_s, longest_s = timeout_s * FIRST_STORE_PAUSE, timeout_s * LONGEST_STORE_PAUSE
+        self._stores_pause_s = min(max(self._stores_pause_s * 2, first_s), longest_s)
+        self._stores_pause_until_s = self._clock() + self._stores_pause_s
 
     def finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests that may be freed after an aborted load, and requests whose load ended. Each is reported once."""
@@ -204,7 +264,11 @@ class WorkerHalf:
         if not self._busy or self._store is None:
             return {}
         self._busy = bool(self._loads or self._forgotten)
-        return self._store.stats() or {}
+        counters = self._store.stats() or {}
+        if self._dropped_blocks:
+            counters["dropped_blocks"] = counters.get("dropped_blocks", 0) + self._dropped_blocks
+            self._dropped_blocks = 0
+        return counters
 
     def close(self) -> None:
         store, self._store = self._store, None

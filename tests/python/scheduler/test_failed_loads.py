@@ -4,7 +4,7 @@ step that was already in flight. The store is spoiled on disk, so the failure co
 import pytest
 
 from faults import corrupt_blocks
-from kvlane.vllm.connector import _leaves_room_for_loads
+from kvlane.vllm.connector import KvlaneFsConnector, _leaves_room_for_loads
 from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import LAYERS, expected_tokens
 
@@ -170,3 +170,63 @@ def test_recomputing_a_failed_synchronous_load_is_the_hazard_that_these_tests_se
         engine.abort("a")
         engine.connector.get_num_new_matched_tokens = lambda request, computed_tokens: (0, False)
         assert engine.answer("later", prompt) != expected_tokens(prompt, 8)
+
+
+@pytest.mark.parametrize("handed_over", [True, False], ids=["pool handed over", "pool searched for"])
+@pytest.mark.parametrize("bad", [(0,), (3,)], ids=str)
+def test_a_failed_synchronous_load_whose_request_went_away_leaves_nothing_bad(
+    store, stored, asynchronous, bad, handed_over, monkeypatch
+):
+    """The abort arrives while the step that found the bad block is on its way back: vLLM looks at running requests
+    only. Blocks computed from the bad one must not stay either. vLLM before 0.22 hands no block pool over."""
+    prompt, spoil = stored
+    spoil(*bad)
+    if not handed_over:
+        monkeypatch.delattr(KvlaneFsConnector, "bind_gpu_block_pool")
+    with PaperEngine("consumer", store, asynchronous=asynchronous, sync_load=True) as engine:
+        engine.add("gone", prompt)
+        scheduled = engine.scheduler.schedule()
+        result = engine.runner.execute(scheduled)
+        for block in result.kv_connector_output.invalid_block_ids:
+            engine.cache.scribble(block)  # the flipped bit alone may be too small for another answer
+        engine.abort("gone")
+        engine.scheduler.update_from_output(scheduled, result)
+        engine.connector.get_num_new_matched_tokens = lambda request, computed_tokens: (0, False)
+        assert_nothing_bad_is_left(engine, prompt)
+
+
+@pytest.mark.parametrize("bad", [(0,), (3,)], ids=str)
+def test_a_failed_synchronous_load_whose_request_is_preempted_leaves_nothing_bad(store, stored, bad):
+    """The next step is in flight already, and to plan it vLLM took the blocks away. What was sampled from the bad block
+    must not reach the client, nor may the request find the block again when it comes back."""
+    prompt, spoil = stored
+    spoil(*bad)
+    with PaperEngine("consumer", store, asynchronous=True, sync_load=True) as engine:
+        engine.add("a", prompt)
+        scheduled = engine.scheduler.schedule()
+        result = engine.runner.execute(scheduled)
+        # Newer vLLM spares requests that a step in flight writes; older ones take their blocks.
+        engine.scheduler.defer_block_free = False
+        preempt_in_the_next_step(engine, "a")
+        in_flight = engine.scheduler.schedule()
+        assert in_flight.preempted_req_ids == {"a"}
+        later = engine.runner.execute(in_flight)
+        for step, outcome in ((scheduled, result), (in_flight, later)):
+            for outputs in engine.scheduler.update_from_output(step, outcome).values():
+                assert [output for output in outputs.outputs if output.new_token_ids] == []
+        engine.run()
+        assert engine.answers["a"] == expected_tokens(prompt, 8)
+        assert engine.loads["a"] == 1
+        assert_nothing_bad_is_left(engine, prompt)
+
+
+def preempt_in_the_next_step(engine, request_id):
+    """Lets the next allocation fail, so that vLLM preempts the last running request."""
+    allocate_slots = engine.scheduler.kv_cache_manager.allocate_slots
+
+    def fails_once(request, *arguments, **options):
+        engine.scheduler.kv_cache_manager.allocate_slots = allocate_slots
+        assert request.request_id == request_id
+        return None
+
+    engine.scheduler.kv_cache_manager.allocate_slots = fails_once

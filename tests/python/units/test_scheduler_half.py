@@ -22,6 +22,15 @@ class Folder:
         ready = min(self.ready, limit_blocks)
         return ready, min(self.pending, limit_blocks - ready)
 
+    epoch_now = 7
+
+    def epoch(self):
+        return self.epoch_now
+
+    def reset(self):
+        self.epoch_now += 1
+        return True
+
 
 class Clock:
     now_s = 100.0
@@ -280,6 +289,21 @@ def test_long_prefills_renew_their_promise():
     assert len(half.step(output(cached=[("r", [2], 16, 16)])).reservations) == 1
 
 
+def test_an_error_in_planning_stores_costs_the_stores_and_no_load():
+    half, _ = make(Folder(ready=9), can_store=True)
+    seen(half, request(64, "stores"))
+    half.step(output(new=[("stores", [7], 0, 16)]))
+    for name in ("a", "b"):
+        asked = request(request_id=name)
+        allocate(half, asked, [1, 2, 3, 4, 5, 6], half.matched_tokens(asked, 0)[0])
+        unlike_vllm = output(cached=[("stores", [8], 16, 16)])
+        del unlike_vllm.scheduled_cached_reqs.new_block_ids
+        step = half.step(unlike_vllm)
+        assert [load.request_id for load in step.loads] == [name]
+        assert len(step.withdrawals) == (1 if name == "a" else 0)
+    assert half._storing == {}
+
+
 def test_null_blocks_are_never_stored():
     half, _ = make(can_store=True, can_load=False)
     seen(half, request(64))
@@ -301,6 +325,41 @@ def test_nothing_is_stored_while_a_synchronous_load_may_still_fail():
     assert [len(step.stores) for step in steps] == [0, 0, 0, 2, 0]
 
 
+def test_nothing_is_stored_while_another_connectors_synchronous_load_may_still_fail():
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2)
+    seen(half, request(64))
+    first = output(new=[("r", [1, 2, 3, 4], 32, 16)])
+    first.has_sync_kv_loads = True
+    steps = [half.step(first)] + [half.step(output(cached=[("r", None, 48, 16)])) for _ in range(3)]
+    assert [len(step.stores) for step in steps] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_synchronous_load_that_vllm_does_not_announce_is_seen_by_its_tokens(resumed):
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    half.matched_tokens(asked, 16)  # vLLM itself has one block
+    allocate(half, asked, [], 0)
+    first = output(new=[("r", [1, 2, 3, 4], 16, 16)])
+    assert len(half.step(first).stores) == 1
+    if resumed:
+        later = output(cached=[("r", [5, 6, 7, 8], 48, 16, True)])
+    else:
+        half.matched_tokens(request(64, "s"), 0)
+        later = output(new=[("s", [5, 6, 7, 8], 48, 16)])
+    assert half.step(later).stores == []
+
+
+def test_own_loads_and_local_blocks_are_nobody_elses():
+    half, _ = make(Folder(ready=4), can_store=True, siblings_are_silent=True)
+    asked = request(100)
+    found, _ = half.matched_tokens(asked, 16)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], found)
+    half.step(output())
+    half.workers_answered(["r"], [], set())
+    assert len(half.step(output(new=[("r", [1, 2, 3, 4, 5, 6, 7], 64, 36)])).stores) == 1
+
+
 def test_a_reset_stops_running_prompts_from_being_stored():
     half, _ = make(can_store=True, can_load=False)
     seen(half, request(64))
@@ -309,6 +368,33 @@ def test_a_reset_stops_running_prompts_from_being_stored():
     step = half.step(output(cached=[("r", [2, 3, 4], 16, 48)]))
     assert step.stores == []
     assert len(step.withdrawals) == 1
+
+
+def test_stores_name_the_epoch_for_which_they_were_planned():
+    folder = Folder()
+    half, _ = make(folder, can_store=True)
+    seen(half, request(64))
+    planned = half.step(output(new=[("r", [1], 0, 16)]))
+    assert half.reset() is True
+    assert (planned.epoch, folder.epoch()) == (7, 8)
+
+
+def test_what_was_loaded_before_a_reset_is_not_stored_after_it():
+    half, _ = make(Folder(ready=4), can_store=True)
+    asked = request(100)
+    allocate(half, asked, [1, 2, 3, 4, 5, 6], half.matched_tokens(asked, 0)[0])
+    half.step(output())
+    half.reset()
+    half.workers_answered(["r"], [], set())
+    assert half.step(output(new=[("r", [1, 2, 3, 4, 5, 6, 7], 64, 36)])).is_idle
+
+
+def test_a_reset_without_a_folder_does_not_claim_to_have_worked():
+    half, _ = make(can_store=True, can_load=False)
+    begun = []
+    half.on_reader_missing = lambda: begun.append(1)
+    assert half.reset() is False
+    assert begun
 
 
 def test_hits_and_misses_are_counted_once_per_request():
@@ -367,3 +453,86 @@ def test_a_failed_load_that_lost_its_blocks_waits_for_nobody():
     half.workers_answered(["a"], [], {1})
     assert half.matched_tokens(asked, 0) == (0, False)
     assert half.matched_tokens(request(request_id="b"), 0) == (96, True)
+
+
+# ---- synchronous loads that turn out bad when their request is gone
+
+
+class Pool:
+    """A stand-in for vLLM's block pool."""
+
+    def __init__(self):
+        self.blocks = [None] * 20
+        self.evicted = set()
+
+    def evict_blocks(self, block_ids):
+        self.evicted |= block_ids
+
+
+def loading_synchronously():
+    half, _ = make(Folder(ready=4), {"sync_load": True}, batches_in_flight=2)
+    pool = Pool()
+    half.find_prefix_cache(lambda: pool)
+    asked = request(80)
+    found, _ = half.matched_tokens(asked, 0)
+    allocate(half, asked, [1, 2, 3, 4, 5], found)
+    half.step(output(new=[("r", [1, 2, 3, 4, 5], 64, 16)]))
+    return half, pool, asked
+
+
+def test_what_was_computed_from_a_bad_block_is_evicted_with_it():
+    half, pool, _ = loading_synchronously()
+    half.finished("r", [1, 2, 3, 4, 5])
+    half.finished("another's prefix hit it", [1, 2, 3, 9])
+    half.finished("unconcerned", [1, 2, 8])
+    half.workers_answered([], [], {3})
+    assert pool.evicted == {3, 4, 5, 9}
+
+
+def test_a_preemption_before_the_outcome_costs_the_whole_prefix_cache():
+    half, pool, asked = loading_synchronously()
+    asked.num_stale_output_tokens, asked.drop_stale_output = 1, False
+    half.step(output(preempted=["r"]))
+    assert asked.drop_stale_output
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set(range(20))
+    assert half.matched_tokens(asked, 0) == (0, False)
+
+
+def test_nothing_is_evicted_while_vllm_still_sees_the_request():
+    half, pool, _ = loading_synchronously()
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set()
+
+
+def test_bad_blocks_of_others_do_not_count_once_the_outcome_is_known():
+    """The request goes on for a long time; its blocks may then be another's, and the other's load may fail."""
+    half, pool, asked = loading_synchronously()
+    for _ in range(3):
+        half.step(output(cached=[("r", None, 80, 1)]))
+    half.finished("somebody", [3])
+    half.workers_answered([], [], {3})
+    assert pool.evicted == set()
+    assert half.matched_tokens(asked, 0) == (64, False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "parking_blocks", "reason"),
+    [
+        (Folder(), None, "absent"),
+        (Folder(pending=6), None, "timeout"),
+        (None, None, "not_open"),
+        (Folder(ready=6), 9, "no_room"),
+    ],
+)
+def test_misses_are_counted_by_reason(folder, parking_blocks, reason):
+    half, clock = make(folder, {"load_timeout_ms": 1000}, parking_blocks=parking_blocks)
+    if parking_blocks is not None:
+        loading(half, "holds the blocks")
+        half.take_counters()
+    asked = request()
+    half.matched_tokens(asked, 0)
+    clock.now_s += 2
+    assert half.matched_tokens(asked, 0) == (0, False)
+    allocate(half, asked, [], 0)
+    assert half.take_counters() == {f"miss_blocks_{reason}": 6}

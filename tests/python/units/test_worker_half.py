@@ -1,5 +1,6 @@
 """Risk: a worker reports a request twice or never (the engine dies or hangs), or reads blocks that vLLM reused."""
 
+import itertools
 import types
 
 import pytest
@@ -8,6 +9,14 @@ from kvlane import ConfigError, StoreError
 from kvlane.vllm.metadata import LoadJob, Reservation, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
 from kvlane.vllm.worker import WorkerHalf, WorkerSettings, describe_tensors
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
 
 LAYERS = {"l.0": 0, "l.1": 1, "shares l.0": 0}
 
@@ -23,7 +32,9 @@ class ScriptedStore:
     def end(self, job, positions=(), reason="done"):
         self.ended[job] = (list(positions), reason)
 
-    def begin_store(self, keys, block_ids, first_depth, timeout_ms):
+    def begin_store(self, keys, block_ids, first_depth, timeout_ms, epoch=None):
+        if epoch is not None:
+            self.calls.append(("epoch", epoch))
         return self._job("begin_store", block_ids)
 
     def load(self, keys, block_ids, timeout_ms, layer_major=False):
@@ -108,6 +119,15 @@ def test_a_refused_load_is_reported_as_failed_at_once():
 
     half, _ = make(Refusing())
     assert run(half, load_step("a")) == ((None, {"a"}), {4, 5, 6})
+
+
+def test_an_error_outside_of_the_store_fails_its_load_and_no_other():
+    def stream():
+        raise RuntimeError("the device is gone")
+
+    half, store = make()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get), stream)
+    assert run(half, load_step("a", "b")) == ((None, {"a", "b"}), {4, 5, 6})
 
 
 def test_a_load_without_keys_is_reported_as_failed():
@@ -207,6 +227,12 @@ def test_promises_come_before_stores_and_withdrawals_before_promises():
     assert [call[0] for call in store.calls] == ["withdraw", "reserve", "begin_store"]
 
 
+def test_stores_are_begun_in_the_epoch_of_their_plan():
+    half, store = make()
+    half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)], epoch=7))
+    assert ("epoch", 7) in store.calls
+
+
 def test_a_layer_leaves_once_also_if_another_shares_its_tensor():
     half, store = make()
     half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
@@ -220,15 +246,88 @@ def test_layers_of_split_batches_leave_at_the_end_of_the_step():
     half.begin_step(StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
     half.layer_saved("l.0")
     half.finish_stores()
-    assert [call[0] for call in store.calls] == ["begin_store", "finish_store", "wait", "cancel"]
+    assert [call[0] for call in store.calls] == ["begin_store", "finish_store", "wait", "cancel", "withdraw"]
 
 
 def test_a_store_that_takes_too_long_is_cancelled_before_the_step_ends():
     half, store = make(store_timeout_ms=1)
     run(half, StepMetadata(stores=[StoreJob("a", bytes(32), [1], 0)]))
-    assert store.calls[-1] == ("cancel", 1)
+    assert store.calls[-2:] == [("cancel", 1), ("withdraw", bytes(32))]
     store.end(1, [0], "cancelled")
     assert run(half, StepMetadata()) == IDLE
+
+
+def store_step(*blocks):
+    keys = b"".join(block.to_bytes(32, "big") for block in blocks)
+    return StepMetadata([Reservation(keys, 0, 1)], stores=[StoreJob("a", keys, list(blocks), 0)])
+
+
+def key(block):
+    return block.to_bytes(32, "big")
+
+
+def test_a_folder_that_hangs_is_asked_less_and_less_often():
+    clock = Clock()
+    half = WorkerHalf(Options(store_timeout_ms=1000), WorkerSettings(), clock)
+    store = ScriptedStore()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get))
+    asked_at_s = []
+    for second in range(1000):
+        clock.now_s = 50.0 + second
+        before = len(store.calls)
+        run(half, store_step(1, 2))
+        asked_at_s += [second] * [call[0] for call in store.calls[before:]].count("begin_store")
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(asked_at_s)]
+    assert pauses_s == [4, 8, 16, 32, 64] + [100] * 8
+    assert half.take_counters()["dropped_blocks"] == 2 * (1000 - len(asked_at_s))
+    assert "dropped_blocks" not in half.take_counters()
+
+
+def test_one_store_in_time_ends_the_pauses():
+    clock = Clock()
+    half = WorkerHalf(Options(store_timeout_ms=1000), WorkerSettings(), clock)
+    store = ScriptedStore()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get))
+    for second, ends in enumerate([False, True, True, False], start=1):
+        clock.now_s += 100
+        if ends:
+            store.end(second)
+        run(half, store_step(1))
+    clock.now_s += 10
+    run(half, store_step(1))
+    assert [call[0] for call in store.calls].count("begin_store") == 5
+
+
+@pytest.mark.parametrize("outcome", ["late", "refused", "one block failed", "paused"])
+def test_promises_that_nobody_keeps_are_withdrawn(outcome):
+    """Decode servers would wait for them until their load times out."""
+
+    class Refusing(ScriptedStore):
+        def begin_store(self, *arguments):
+            raise StoreError("no")
+
+    half, store = make(Refusing() if outcome == "refused" else None, store_timeout_ms=1000)
+    if outcome == "one block failed":
+        store.end(1, [1], "dropped")
+    if outcome == "paused":
+        run(half, store_step(9))
+    run(half, store_step(1, 2))
+    withdrawn = [call[1] for call in store.calls if call[0] == "withdraw"]
+    assert withdrawn[-1] == (key(2) if outcome == "one block failed" else key(1) + key(2))
+    if outcome == "paused":
+        assert ("reserve", key(1) + key(2), 0, 1) not in store.calls
+
+
+def test_a_store_ends_also_if_the_device_is_gone():
+    def stream():
+        raise RuntimeError("the device is gone")
+
+    half, store = make(store_timeout_ms=1)
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get), stream)
+    half.begin_step(store_step(1))
+    half.layer_saved("l.0")
+    half.finish_stores()
+    assert ("cancel", 1) in store.calls
 
 
 def test_stores_are_ended_even_if_the_save_hook_did_not_run():

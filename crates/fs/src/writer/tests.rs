@@ -41,7 +41,7 @@ impl Alone {
             deadline: Instant::now() + Duration::from_secs(60),
         };
         let shared = &self.writer.shared;
-        StoreJob::new(shared, shared.jobs.next_id(), request, NAMESPACE.with_epoch(0))
+        StoreJob::new(shared, shared.jobs.next_id(), request, NAMESPACE.with_epoch(0), 0)
     }
 
     fn found(&self, keys: &[BlockKey]) -> Availability {

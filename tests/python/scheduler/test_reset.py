@@ -1,0 +1,32 @@
+"""Risk: KV that was computed before a reset (new weights, for one) is found after it."""
+
+from paper_engine import BLOCK_TOKENS, PaperEngine
+from paper_model import expected_tokens
+
+
+def test_a_step_in_flight_stores_nothing_into_the_epoch_of_a_reset(store, prompts, asynchronous):
+    prompt = prompts(4 * BLOCK_TOKENS + 5)
+    with PaperEngine("producer", store, asynchronous=asynchronous) as prefill:
+        prefill.add("a", prompt, max_tokens=1)
+        scheduled = prefill.scheduler.schedule()
+        assert scheduled.kv_connector_metadata.stores
+        assert prefill.connector.reset_cache() is True
+        result = prefill.runner.execute(scheduled)
+        prefill.scheduler.update_from_output(scheduled, result)
+        later = prompts(4 * BLOCK_TOKENS + 5)
+        prefill.answer("later", later, 1)
+    with PaperEngine("consumer", store) as decode:
+        assert decode.answer("a", prompt) == expected_tokens(prompt, 8)
+        assert decode.loaded_tokens["a"] == 0
+        assert decode.answer("later", later) == expected_tokens(later, 8)
+        assert decode.loaded_tokens["later"] == 4 * BLOCK_TOKENS
+
+
+def test_a_server_that_only_stores_resets_what_it_stored(store, prompts):
+    prompt = prompts(4 * BLOCK_TOKENS + 5)
+    with PaperEngine("producer", store) as prefill:
+        prefill.answer("a", prompt, 1)
+        assert prefill.connector.reset_cache() is True
+    with PaperEngine("consumer", store) as decode:
+        decode.answer("a", prompt)
+        assert decode.loaded_tokens["a"] == 0
