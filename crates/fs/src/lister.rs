@@ -14,9 +14,9 @@ use crate::segment::SegmentView;
 
 /// How often the thread looks by itself.
 const INTERVAL: Duration = Duration::from_millis(50);
-/// How long a lookup waits for the thread when a segment has come or gone: far more than a listing takes. It waits no
-/// more until a listing that was later than this has come to its end.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// How long a lookup waits for the thread when a segment has come or gone: far more than a listing takes, also on a machine
+/// that has too much to do. It waits no more until a listing that was later than this has come to its end.
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// What the thread and those who need it know of each other.
 #[derive(Debug, Default)]
