@@ -110,3 +110,10 @@ class FsWorker:
 
 def run_cli(arguments: Sequence[str], facts: str) -> int:
     """Runs the ``kvlane`` command and returns its exit status. ``facts``: JSON that only Python knows (for doctor)."""
+
+def next_logs() -> list[tuple[int, str, int, str]] | None:
+    """Waits for log lines and returns those that are there: level, source file, line in it, text. None once `end_logs`
+    was called and all were taken."""
+
+def end_logs() -> None:
+    """No more lines are queued; for the interpreter's exit."""
