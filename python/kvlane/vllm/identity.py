@@ -36,6 +36,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ("hf overrides", canonical_json(getattr(model, "hf_overrides", None))),
         ("runner", str(getattr(model, "runner_type", None))),
         ("block tokens", str(cache.block_size)),
+        ("attention", attention_backends(vllm_config)),
     ]
     if _rope_types(config) & _LENGTH_DEPENDENT_ROPE:
         facts.append(("max model length", str(model.max_model_len)))
@@ -53,6 +54,23 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ]
         facts += _prefixed("draft weights", weight_facts(draft, vllm_config.load_config, None))
     return facts
+
+
+def attention_backends(vllm_config: Any) -> str:
+    """The name of the attention backend, or the layers of each where there are several.
+
+    Backends differ in the order of a block's dimensions, which sizes and strides alone cannot always tell: with as many
+    heads as tokens in a block, (2, blocks, 16, 16, size) may be either. Known in workers, once the model is loaded.
+    """
+    layers = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", None) or {}
+    by_backend: dict[str, list[str]] = {}
+    for layer_name, layer in layers.items():
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None and hasattr(backend, "get_name"):
+            by_backend.setdefault(str(backend.get_name()), []).append(str(layer_name))
+    if len(by_backend) > 1:
+        return canonical_json({backend: sorted(names) for backend, names in by_backend.items()})
+    return next(iter(by_backend), "unknown")
 
 
 def rank_facts(layer_names: Iterable[str], fingerprint: bytes, pp: tuple[int, int], tp: tuple[int, int]) -> Facts:

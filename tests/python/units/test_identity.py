@@ -28,11 +28,25 @@ def engine(folder, **changes):
         cache_dtype="auto", block_size=16, enable_prefix_caching=True, calculate_kv_scales=False
     )
     load = types.SimpleNamespace(load_format="auto", download_dir=None)
-    result = types.SimpleNamespace(model_config=model, cache_config=cache, load_config=load, speculative_config=None)
+    compilation = types.SimpleNamespace(static_forward_context=layers("FLASH_ATTN"))
+    result = types.SimpleNamespace(
+        model_config=model, cache_config=cache, load_config=load, speculative_config=None,
+        compilation_config=compilation,
+    )  # fmt: skip
     for path, value in changes.items():
         owner, name = path.split("__")
         setattr(getattr(result, owner), name, value)
     return result
+
+
+def layers(*backends):
+    """What vLLM keeps of a loaded model's layers: attention, and others that have no backend."""
+
+    def layer(name):
+        return types.SimpleNamespace(attn_backend=types.SimpleNamespace(get_name=lambda: name))
+
+    attention = {f"l.{index}.attn": layer(name) for index, name in enumerate(backends)}
+    return {**attention, "l.0.experts": types.SimpleNamespace()}
 
 
 def namespace(config, model_identity=None, fingerprint=b"\x01" * 32, pp=RANK[0], tp=RANK[1]):
@@ -115,10 +129,21 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
         {"cache_config__block_size": 32},
         {"model_config__hf_config": ModelConfig({"hidden_size": 65})},
         {"load_config__load_format": "dummy"},
+        {"compilation_config__static_forward_context": layers("FLASHINFER")},
+        {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASHINFER")},
+        {"compilation_config__static_forward_context": {}},
     ],
 )
 def test_a_changed_fact_is_another_namespace(folder, changes):
     assert namespace(engine(folder, **changes)) != namespace(engine(folder))
+
+
+def test_the_place_of_a_layers_attention_backend_matters(folder):
+    one = {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASHINFER")}
+    other = {"compilation_config__static_forward_context": layers("FLASHINFER", "FLASH_ATTN")}
+    assert namespace(engine(folder, **one)) != namespace(engine(folder, **other))
+    more = {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASH_ATTN")}
+    assert namespace(engine(folder, **more)) == namespace(engine(folder))
 
 
 def test_auto_means_the_models_own_type(folder):
