@@ -3,10 +3,13 @@
 All of it is read from vLLM's configuration objects by name, so nothing of vLLM is imported here.
 """
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvlane._native import Chain, namespace_id
@@ -21,6 +24,15 @@ _VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "_attn_impleme
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # With these the angle of a rotation depends on the longest sequence that the server allows.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
+
+#: How long a request waits for the state of its adapter's files. A local disk answers in a fraction of it; a file
+#: system that does not is not waited for again.
+ADAPTER_WAIT_S = 0.02
+#: What a slow file system said counts for so long.
+ADAPTER_ANSWER_S = 10.0
+#: Adapters that are remembered, and looks at their files that may hang at the same time.
+ADAPTERS_LIMIT = 4096
+ADAPTER_CHECKS_LIMIT = 8
 
 
 def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
@@ -148,29 +160,93 @@ def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
     return facts
 
 
+@dataclasses.dataclass
+class _Check:
+    """One look at an adapter's files."""
+
+    started_s: float
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    ended_s: float = 0.0
+    identity: bytes | None = None
+
+
+@dataclasses.dataclass
+class _Adapter:
+    #: The identity when its files were first seen.
+    first: bytes | None = None
+    #: The last check that ended, and the one that runs.
+    answer: _Check | None = None
+    running: _Check | None = None
+    slow: bool = False
+
+
 class AdapterIdentities:
     """Identities of LoRA adapters, by name, path and the state of their files.
 
     The engine holds an adapter's weights from when it first loaded them, not as they are on disk now. An adapter whose
-    files change while this process runs has no identity from then on: nobody can say which weights made its KV.
+    files change while this process runs has no identity from then on: nobody can say which weights made its KV. When
+    the engine loads an adapter is not told, so a change between that and the first request goes unnoticed: a new
+    version of an adapter needs a path of its own.
+
+    Files are looked at by threads, because their file system may hang and the engine must not.
     """
 
-    def __init__(self) -> None:
-        self._first_seen: dict[tuple[str, str], bytes] = {}
+    def __init__(self, look: Callable[[str], Facts] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._look = look or file_facts
+        self._clock = clock
+        self._adapters: dict[tuple[str, str], _Adapter] = {}
+        self._checks = threading.BoundedSemaphore(ADAPTER_CHECKS_LIMIT)
 
     def identity(self, lora_request: Any) -> bytes | None:
-        """The adapter's identity, or None if its KV must be neither stored nor loaded."""
+        """The adapter's identity, or None if its KV must be neither stored nor loaded (not known yet included)."""
         name, path = str(lora_request.lora_name), str(lora_request.lora_path)
         if getattr(lora_request, "load_inplace", False):
             return None
+        adapter = self._adapters.get((name, path))
+        if adapter is None:
+            if len(self._adapters) >= ADAPTERS_LIMIT:
+                return None
+            adapter = self._adapters[name, path] = _Adapter()
+        self._take(adapter)
+        if adapter.running is None and self._checks.acquire(blocking=False):
+            self._start(adapter, name, path)
+            if not adapter.slow and adapter.running is not None:
+                adapter.slow = not adapter.running.ended.wait(ADAPTER_WAIT_S)
+            self._take(adapter)
+        answer = adapter.answer
+        if answer is None or self._clock() - answer.ended_s > ADAPTER_ANSWER_S or answer.identity is None:
+            return None
+        if adapter.first is None:
+            adapter.first = answer.identity
+        return answer.identity if answer.identity == adapter.first else None
+
+    def _start(self, adapter: _Adapter, name: str, path: str) -> None:
+        check = _Check(self._clock())
+
+        def run() -> None:
+            try:
+                files = self._look(os.path.expanduser(path))
+                if files:  # else it has no local files, so a change could not be noticed
+                    check.identity = canonical_json({"name": name, "path": path, "files": files}).encode()
+            except OSError:
+                pass
+            finally:
+                check.ended_s = self._clock()
+                self._checks.release()
+                check.ended.set()
+
+        adapter.running = check
         try:
-            files = file_facts(os.path.expanduser(path))
-        except OSError:
-            files = []
-        if not files:
-            return None  # not local files, so a change could not be noticed
-        now = canonical_json({"name": name, "path": path, "files": files}).encode()
-        return now if self._first_seen.setdefault((name, path), now) == now else None
+            threading.Thread(target=run, name="kvlane-adapter", daemon=True).start()
+        except RuntimeError:  # no more threads
+            adapter.running = None
+            self._checks.release()
+
+    def _take(self, adapter: _Adapter) -> None:
+        check = adapter.running
+        if check is not None and check.ended.is_set():
+            adapter.answer, adapter.running = check, None
+            adapter.slow = check.ended_s - check.started_s > ADAPTER_WAIT_S
 
 
 def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool) -> Chain | None:

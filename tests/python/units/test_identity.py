@@ -1,6 +1,8 @@
 """Risk: a server uses KV of other weights, another adapter, another rank or another image, and answers wrongly."""
 
 import os
+import threading
+import time
 import types
 
 import pytest
@@ -247,3 +249,61 @@ def test_an_adapter_whose_files_change_while_the_engine_runs_has_no_chain(folder
 def test_an_adapter_that_is_not_a_local_folder_has_no_chain(folder):
     assert chain_keys(request(lora_request=adapter("someone/adapter"))) is None
     assert chain_keys(request(lora_request=adapter(folder, load_inplace=True))) is None
+
+
+class SlowFolder:
+    """Stands for a file system that answers when a test lets it."""
+
+    def __init__(self):
+        self.answers = threading.Event()
+        self.answers.set()
+        self.looks = 0
+
+    def look(self, path):
+        self.looks += 1
+        assert self.answers.wait(30)
+        return identity.file_facts(path)
+
+
+def test_a_hanging_file_system_costs_an_engine_one_short_wait(folder):
+    slow = SlowFolder()
+    slow.answers.clear()
+    adapters = identity.AdapterIdentities(look=slow.look)
+    start = time.monotonic()
+    for _ in range(1000):
+        assert adapters.identity(adapter(folder)) is None
+    assert time.monotonic() - start < 1
+    assert slow.looks == 1, "every request started a thread that hangs"
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder)) is not None)
+
+
+def test_what_a_slow_file_system_said_counts_for_a_while(folder):
+    slow, now = SlowFolder(), [0.0]
+    adapters = identity.AdapterIdentities(look=slow.look, clock=lambda: now[0])
+    known = adapters.identity(adapter(folder))
+    assert known is not None
+    slow.answers.clear()
+    assert adapters.identity(adapter(folder)) == known
+    now[0] += identity.ADAPTER_ANSWER_S + 1
+    assert adapters.identity(adapter(folder)) is None
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder)) == known)
+
+
+def test_many_hanging_adapters_have_few_threads(folder):
+    slow = SlowFolder()
+    slow.answers.clear()
+    adapters = identity.AdapterIdentities(look=slow.look)
+    for number in range(50):
+        assert adapters.identity(adapter(folder, f"adapter {number}")) is None
+    assert slow.looks <= identity.ADAPTER_CHECKS_LIMIT
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder, "adapter 49")) is not None)
+
+
+def settle(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
