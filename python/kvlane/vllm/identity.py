@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvlane._native import Chain, namespace_id
+from kvlane.vllm.recent_chains import RecentChains, prompt_hashes
 
 #: A fact is a name and a value; equal facts mean equal KV bytes.
 Facts = list[tuple[str, str]]
@@ -249,11 +250,15 @@ class AdapterIdentities:
             adapter.slow = check.ended_s - check.started_s > ADAPTER_WAIT_S
 
 
+#: Of this process, because vLLM's hashes have a meaning in one process.
+_RECENT_CHAINS = RecentChains()
+
+
 def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool) -> Chain | None:
     """The chain of a request's prompt, or None if its KV cannot be named by its content.
 
     That is so for prompts given as embeddings, for pooling requests (their attention may look ahead), and for images
-    whose identifier is the request's and not the image's.
+    whose identifier is the request's and not the image's. A prompt that continues a recent one is hashed from there on.
     """
     tokens = request.prompt_token_ids
     if tokens is None or getattr(request, "prompt_embeds", None) is not None:
@@ -265,13 +270,21 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
         lora = adapters.identity(request.lora_request)
         if lora is None:
             return None
-    chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
-    for feature in getattr(request, "mm_features", None) or ():
+    features = getattr(request, "mm_features", None) or ()
+    # vLLM's hashes do not count images as kvlane does.
+    hashes = prompt_hashes(request, block_tokens) if not features else None
+    root = (block_tokens, request.cache_salt, lora)
+    chain = _RECENT_CHAINS.longest(root, hashes) if hashes is not None else None
+    if chain is None:
+        chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
+    for feature in features:
         if not images_are_named or not feature.identifier:
             return None
         place = feature.mm_position
         chain.add_image(place.offset, place.length, f"{feature.modality}:{feature.identifier}")
-    chain.extend(tokens)
+    chain.extend(tokens, chain.token_count)
+    if hashes is not None:
+        _RECENT_CHAINS.remember(root, hashes, chain)
     return chain
 
 

@@ -1,13 +1,19 @@
 """Risk: a server uses KV of other weights, another adapter, another rank or another image, and answers wrongly."""
 
+import hashlib
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import types
 
 import pytest
 
+from kvlane._native import Chain
 from kvlane.vllm import identity
+from kvlane.vllm.recent_chains import RecentChains
 
 RANK = ((0, 1), (0, 2))
 
@@ -307,3 +313,130 @@ def settle(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# ---- prompts that continue an earlier one
+
+UNREAD = "a token that nobody may read"
+
+
+def vllm_hashes(tokens, salt=None, block_tokens=16, digest_bytes=32):
+    """Hashes of full blocks as vLLM makes them: each covers the one before, the first one the salt."""
+    hashes, parent = [], b"seed"
+    for first in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        block = repr((parent, tokens[first : first + block_tokens], salt if first == 0 else None))
+        parent = hashlib.sha256(block.encode()).digest()[:digest_bytes]
+        hashes.append(parent)
+    return hashes
+
+
+def hashed_request(tokens, **changes):
+    hashes = vllm_hashes(tokens, changes.get("cache_salt"))
+    return request(**{"prompt_token_ids": tokens, "block_hashes": hashes, "num_tokens": len(tokens), **changes})
+
+
+@pytest.fixture
+def recent(monkeypatch):
+    monkeypatch.setattr(identity, "_RECENT_CHAINS", RecentChains())
+
+
+def plain_keys(tokens, **root):
+    chain = Chain(16, **root)
+    chain.extend(tokens)
+    return chain.keys(0, chain.block_count)
+
+
+def without_head(asked, count):
+    """The same request with tokens that would be refused if they were read."""
+    asked.prompt_token_ids = [UNREAD] * count + asked.prompt_token_ids[count:]
+    return asked
+
+
+def test_a_prompt_that_grew_is_hashed_from_where_it_grew(recent):
+    head, tokens = list(range(100)), list(range(100)) + list(range(500, 545))
+    first = identity.request_chain(hashed_request(head), 16, identity.AdapterIdentities(), True)
+    assert chain_keys(without_head(hashed_request(tokens), 96)) == plain_keys(tokens)
+    # The earlier request lives on, with its own chain.
+    assert (first.block_count, first.keys(0, 6)) == (6, plain_keys(head))
+    assert chain_keys(without_head(hashed_request(tokens), 144)) == plain_keys(tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_salt": "tenant", "block_hashes": vllm_hashes(list(range(100)))},
+        {"block_hashes": vllm_hashes(list(range(100)), digest_bytes=16)},
+        {"block_hashes": vllm_hashes(list(range(100)), block_tokens=8)},
+        {"block_hashes": []},
+        {"mm_features": [image("x", 97, 2)]},
+    ],
+)
+def test_a_prompt_that_may_not_continue_another_is_hashed_whole(recent, changes):
+    """Even where vLLM's hashes were equal: other salt, hashes that may collide, other blocks, images."""
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    with pytest.raises(TypeError, match="item 0 is a str"):
+        chain_keys(without_head(hashed_request(tokens, **changes), 96))
+    salt = changes.get("cache_salt")
+    assert chain_keys(hashed_request(tokens, **changes)) == plain_keys(tokens, cache_salt=salt)
+
+
+def test_an_adapters_prompt_does_not_continue_one_without(recent, folder):
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    with pytest.raises(TypeError):
+        chain_keys(without_head(hashed_request(tokens, lora_request=adapter(folder)), 96))
+
+
+def test_a_prompt_with_another_token_is_not_taken_for_the_same(recent):
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    for place in (0, 17, 95):
+        other = [*tokens]
+        other[place] = 7777
+        assert chain_keys(hashed_request(other)) == plain_keys(other)
+
+
+def test_remembered_chains_have_a_bound():
+    recent = RecentChains(limit_chains=3, limit_blocks=20)
+    prompts = [list(range(start, start + 16 * blocks)) for start, blocks in ((0, 2), (1000, 3), (2000, 4), (3000, 16))]
+    for tokens in prompts:
+        chain = Chain(16)
+        chain.extend(tokens)
+        recent.remember("root", vllm_hashes(tokens), chain)
+    found = [recent.longest("root", vllm_hashes(tokens)) for tokens in prompts]
+    assert [chain and chain.block_count for chain in found] == [None, None, 4, 16]
+    too_long = Chain(16)
+    too_long.extend(list(range(16 * 21)))
+    recent.remember("root", vllm_hashes(list(range(16 * 21))), too_long)
+    assert recent.longest("root", vllm_hashes(list(range(16 * 21)))) is None
+
+
+# ---- processes
+
+
+def test_names_do_not_depend_on_the_hash_seed_of_python(folder):
+    """Python's own hashes differ from process to process; sets and dictionaries of names must not show it."""
+    script = """
+        import sys
+        sys.path[:0] = [sys.argv[2]]
+        from test_identity import adapter, chain_keys, engine, hashed_request, image, namespace, request
+        folder = sys.argv[1]
+        config = engine(folder, model_config__hf_overrides={"names": {"a", "b", "c", "d", "e"}})
+        print(namespace(config).hex())
+        for asked in (
+            request(cache_salt="s", mm_features=[image("x"), image("y", 20)]),
+            request(lora_request=adapter(folder)),
+            hashed_request(list(range(100))),
+        ):
+            print(chain_keys(asked).hex())
+    """
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(folder), os.path.dirname(__file__)],
+            check=True, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1", "4242")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert len(said.pop().split()) == 4
