@@ -216,7 +216,10 @@ impl Chain {
         if self.has_images {
             return None;
         }
-        let keys = self.keys.get(..block_count)?.to_vec();
+        let known = self.keys.get(..block_count)?;
+        // With room to grow: a copy is made to be continued, and copying again would cost more than a few new keys.
+        let mut keys = Vec::with_capacity(block_count + block_count / 4 + 16);
+        keys.extend_from_slice(known);
         let mut block = Vec::with_capacity(self.full_bytes);
         block.extend_from_slice(keys.last()?.as_bytes());
         Some(Self {

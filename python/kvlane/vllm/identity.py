@@ -274,7 +274,7 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
     # vLLM's hashes do not count images as kvlane does.
     hashes = prompt_hashes(request, block_tokens) if not features else None
     root = (block_tokens, request.cache_salt, lora)
-    chain = _RECENT_CHAINS.longest(root, hashes) if hashes is not None else None
+    chain = _RECENT_CHAINS.longest(root, hashes, len(tokens) // block_tokens) if hashes is not None else None
     if chain is None:
         chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
     for feature in features:

@@ -14,7 +14,7 @@ _SHA256_BYTES = 32
 
 
 def prompt_hashes(request: Any, block_tokens: int) -> Sequence[bytes] | None:
-    """vLLM's own hashes of the prompt's full blocks, None where they cannot stand for the tokens.
+    """vLLM's own block hashes, those of the prompt's full blocks first; None where they cannot stand for the tokens.
 
     vLLM has hashed every prompt before it asks a connector. Its hash of a block covers the whole prefix; with SHA-256,
     its default, equal hashes mean equal tokens as surely as equal keys of kvlane do. Its faster functions do not
@@ -24,9 +24,7 @@ def prompt_hashes(request: Any, block_tokens: int) -> Sequence[bytes] | None:
     # Another number of hashes would mean blocks of another size.
     if not hashes or len(hashes) != getattr(request, "num_tokens", tokens) // block_tokens:
         return None
-    of_prompt = hashes[: tokens // block_tokens]
-    usable = of_prompt and isinstance(of_prompt[-1], bytes) and len(of_prompt[-1]) == _SHA256_BYTES
-    return of_prompt if usable else None
+    return hashes if isinstance(hashes[0], bytes) and len(hashes[0]) == _SHA256_BYTES else None
 
 
 class RecentChains:
@@ -39,11 +37,11 @@ class RecentChains:
         #: By root (whatever decides a chain beside its tokens) and last hash; the oldest first.
         self._chains: collections.OrderedDict[tuple[Hashable, bytes], tuple[int, Chain]] = collections.OrderedDict()
 
-    def longest(self, root: Hashable, hashes: Sequence[bytes]) -> Chain | None:
+    def longest(self, root: Hashable, hashes: Sequence[bytes], prompt_blocks: int) -> Chain | None:
         """A copy of the longest chain that the prompt with these hashes begins with, to be continued."""
         best, best_place, known = 0, None, None
         for place, (blocks, chain) in self._chains.items():
-            if best < blocks <= len(hashes) and place[1] == hashes[blocks - 1] and place[0] == root:
+            if best < blocks <= prompt_blocks and place[1] == hashes[blocks - 1] and place[0] == root:
                 best, best_place, known = blocks, place, chain
         if known is None or best_place is None:
             return None
@@ -51,11 +49,11 @@ class RecentChains:
         return known.prefix(best)
 
     def remember(self, root: Hashable, hashes: Sequence[bytes], chain: Chain) -> None:
-        """Takes a chain of all blocks that the hashes name. It must not be continued afterwards."""
+        """Takes the chain of a whole prompt. It must not be continued afterwards."""
         blocks = chain.block_count
-        if blocks != len(hashes) or not 0 < blocks <= self._limit_blocks:
+        if not 0 < blocks <= min(self._limit_blocks, len(hashes)):
             return
-        place = (root, hashes[-1])
+        place = (root, hashes[blocks - 1])
         if place not in self._chains:
             self._blocks += blocks
         self._chains[place] = (blocks, chain)

@@ -404,12 +404,12 @@ def test_remembered_chains_have_a_bound():
         chain = Chain(16)
         chain.extend(tokens)
         recent.remember("root", vllm_hashes(tokens), chain)
-    found = [recent.longest("root", vllm_hashes(tokens)) for tokens in prompts]
+    found = [recent.longest("root", vllm_hashes(tokens), len(tokens) // 16) for tokens in prompts]
     assert [chain and chain.block_count for chain in found] == [None, None, 4, 16]
     too_long = Chain(16)
     too_long.extend(list(range(16 * 21)))
     recent.remember("root", vllm_hashes(list(range(16 * 21))), too_long)
-    assert recent.longest("root", vllm_hashes(list(range(16 * 21)))) is None
+    assert recent.longest("root", vllm_hashes(list(range(16 * 21))), 21) is None
 
 
 # ---- processes
