@@ -174,7 +174,8 @@ def test_preemption_pressure(pair, prompts, prefix_caching, options):
     before = pair.decode.counters()["vllm:num_preemptions"]
     answers, external_tokens = pair.hand_over(requests)
     assert pair.decode.counters()["vllm:num_preemptions"] > before, "the test made no pressure"
-    assert external_tokens >= sum(expected_external(request["prompt"]) for request in requests)
+    # vLLM counts what requests load that come back after a preemption elsewhere.
+    assert external_tokens == sum(expected_external(request["prompt"]) for request in requests)
     pair.assert_like_single(requests, answers)
     assert pair.decode.settled_free_blocks() == pair.decode.free_blocks_at_start
 
