@@ -50,7 +50,7 @@ def main():
     # Lets the context managers stop the servers and remove the folder.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     say("demo of the hand-over of KV through a folder, on real vLLM, about 3 minutes from here on two cores.")
-    say("Memory: about 5 GB. Disk: about 15 GB with the Python environments that were built before, below 1 GB now.")
+    say("Memory: about 5 GB. Disk: about 8 GB with the environment that was built before, below 1 GB now.")
     free = shutil.disk_usage(ROOT).free
     if free < DISK_BYTES_WANTED:
         say(f"only {free >> 20} MiB are free on this disk, {DISK_BYTES_WANTED >> 20} MiB are needed")

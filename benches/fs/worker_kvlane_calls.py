@@ -3,21 +3,28 @@
 All go through Python, as an engine's do. A sample is the median of several calls.
 
 - `lookup`: `FsReader.lookup` of a request of 64 blocks that are all there.
-- `keys-first`: chain hashes of a prompt of 131,072 tokens from a new list, and the lookup of its 8192 blocks, all
-  of which are there, so the lookup has to look at every one.
-- `keys-grown`: the same chain one block longer, and the lookup again.
+- `keys-first`: what the scheduler half does when a request with an unknown prompt of 131,072 tokens first asks: chain
+  hashes from a new list, and the lookup of its blocks, all of which are there, so the lookup has to look at every one.
+- `keys-grown`: the same for another request whose prompt is the first one's and one block more, as in a chat. vLLM's
+  own block hashes, by which the scheduler half knows the earlier prompt, come with a request; vLLM makes them for
+  itself, so they are not timed.
 - `idle-step`: every hook of both halves of the connector in an engine step that moves nothing.
 """
 
+import hashlib
+import itertools
 import os
 import statistics
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from kvlane import _native
+from kvlane.vllm.options import Options
+from kvlane.vllm.scheduler import SchedulerHalf, SchedulerSettings
 from turns import serve, threads_on
 from workload import BLOCK_TOKENS, BLOCKS, Sample, WrongBytes, anonymous
 
@@ -40,6 +47,7 @@ class System:
         self._cores, self._folder = cores, Path(folders["tmpfs"], "calls")
         self._prompt = np.random.default_rng(22).integers(0, VOCABULARY, PROMPT_TOKENS).tolist()
         self._reader = self._writer = self._engine = None
+        self._numbers = itertools.count()
 
     def cases(self) -> list[tuple[str, str, int]]:
         return [(case, "memory", 1) for case in CALLS]
@@ -51,6 +59,9 @@ class System:
         if self._reader is None and case != "idle-step":
             self._store_prompt()
             self._reader = _native.FsReader(str(self._folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
+            settings = SchedulerSettings(block_tokens=BLOCK_TOKENS, can_store=False, can_load=True)
+            self._scheduler = SchedulerHalf(Options(), settings)
+            self._scheduler.open(self._reader)
         measure = {
             "lookup": self._lookup,
             "keys-first": self._keys_first,
@@ -89,17 +100,34 @@ class System:
         return seconds(lambda: self._reader.lookup(chain, BLOCKS), (BLOCKS, 0))
 
     def _keys_first(self) -> float:
-        prompt = [token + 0 for token in self._prompt]
-        return seconds(lambda: self._hash_and_look_up(_native.Chain(BLOCK_TOKENS), prompt, 0), (PROMPT_BLOCKS, 0))
+        return self._ask(self._request(self._prompt), (PROMPT_BLOCKS - 1) * BLOCK_TOKENS)
 
     def _keys_grown(self) -> float:
-        chain = _native.Chain(BLOCK_TOKENS)
-        self._hash_and_look_up(chain, self._prompt, 0)
-        grown = [*self._prompt, *range(BLOCK_TOKENS)]
-        return seconds(lambda: self._hash_and_look_up(chain, grown, PROMPT_TOKENS), (PROMPT_BLOCKS, 0))
+        first = self._request(self._prompt)
+        self._ask(first, (PROMPT_BLOCKS - 1) * BLOCK_TOKENS)
+        grown = self._request([*self._prompt, *range(BLOCK_TOKENS)], first.block_hashes)
+        return self._ask(grown, PROMPT_TOKENS)
 
-    def _hash_and_look_up(self, chain: _native.Chain, tokens: list[int], start: int) -> tuple[int, int]:
-        return self._reader.lookup(chain, chain.extend(tokens, start))
+    def _ask(self, request: types.SimpleNamespace, expected_tokens: int) -> float:
+        taken = seconds(lambda: self._scheduler.matched_tokens(request, 0), (expected_tokens, True))
+        self._scheduler.finished(request.request_id)
+        return taken
+
+    def _request(self, tokens: list[int], hashes: list[bytes] | None = None) -> types.SimpleNamespace:
+        """A request as vLLM makes it, of new objects. Without `hashes` to continue it shares none with others."""
+        number = next(self._numbers)
+        hashes = list(hashes or ())
+        parent = hashes[-1] if hashes else number.to_bytes(32, "little")
+        packed = np.array(tokens, dtype=np.uint32)
+        for first in range(len(hashes) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            parent = hashlib.sha256(parent + packed[first : first + BLOCK_TOKENS].tobytes()).digest()
+            hashes.append(parent)
+        return types.SimpleNamespace(
+            request_id=str(number), prompt_token_ids=packed.tolist(), num_tokens=len(tokens),
+            block_hashes=[bytes(bytearray(digest)) for digest in hashes],
+            prompt_embeds=None, pooling_params=None, lora_request=None, cache_salt=None, mm_features=[],
+            kv_transfer_params=None, sampling_params=None,
+        )  # fmt: skip
 
     def _idle_step(self) -> float:
         if self._engine is None:

@@ -21,6 +21,9 @@ class Chain:
     def __new__(cls, block_tokens: int, *, cache_salt: str | None = None, lora: bytes | None = None) -> Chain: ...
     def extend(self, token_ids: Sequence[int], start: int = 0) -> int:
         """Appends ``token_ids[start:]`` and returns the number of full blocks so far. A list is not copied."""
+    def prefix(self, block_count: int) -> Chain:
+        """A chain of its own with the first ``block_count`` blocks of this one, which stays as it is. Refused for a
+        chain with multimodal items."""
     def add_image(self, start_token: int, length_tokens: int, identifier: str) -> None:
         """Declares a multimodal item; must precede the ``extend`` that covers its first token."""
     @property
@@ -116,3 +119,10 @@ class FsWorker:
 
 def run_cli(arguments: Sequence[str], facts: str) -> int:
     """Runs the ``kvlane`` command and returns its exit status. ``facts``: JSON that only Python knows (for doctor)."""
+
+def next_logs() -> list[tuple[int, str, int, str]] | None:
+    """Waits for log lines and returns those that are there: level, source file, line in it, text. None once `end_logs`
+    was called and all were taken."""
+
+def end_logs() -> None:
+    """No more lines are queued; for the interpreter's exit."""

@@ -1,6 +1,7 @@
 """Guards a newcomer's first minute: everything that is missing is named in one message, before any download."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,8 +61,35 @@ def test_a_complete_machine_is_told_the_size_and_the_time(checkout: Path) -> Non
     provide_everything(checkout)
     finished = preflight(checkout)
     assert finished.returncode == 0, finished.stderr
-    assert "15 GB" in finished.stdout
+    assert "8 GB" in finished.stdout
     assert "minutes" in finished.stdout
+
+
+def test_the_sizes_that_a_newcomer_reads_are_those_that_are_asked_for(checkout: Path) -> None:
+    """In the README and the demo as in the message itself: a disk of the size in the README must do."""
+    provide_everything(checkout)
+
+    def asked_gb(target: str) -> str:
+        message = preflight(checkout, target).stdout
+        found = re.search(r"up to (\d+) GB", message)
+        assert found, message
+        return found[1]
+
+    assert f"about {asked_gb('test')} GB" in (ROOT / "README.md").read_text()
+    assert f"about {asked_gb('demo')} GB" in (ROOT / "README.md").read_text()
+    assert f"about {asked_gb('test')} GB" in preflight(checkout).stdout
+    assert f"Disk: about {asked_gb('demo')} GB" in (ROOT / "examples/demo.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "limit"),
+    [("demo", "10 minutes"), ("test", "30 minutes"), ("lint", "8 minutes"), ("wheel", "8 minutes"), ("bench", "hours")],
+)
+def test_each_target_says_how_long_it_takes(checkout: Path, target: str, limit: str) -> None:
+    provide_everything(checkout)
+    message = preflight(checkout, target).stdout
+    assert f"the first run of {target} on two cores takes " in message
+    assert limit in message
 
 
 @pytest.mark.parametrize(

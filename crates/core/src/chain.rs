@@ -176,6 +176,8 @@ pub struct Chain {
     full_bytes: usize,
     /// Items that reach into blocks without a key, by start.
     images: Vec<Image>,
+    /// Whether an item was ever declared.
+    has_images: bool,
 }
 
 /// The longest block that a chain may have, in tokens; vLLM's are 16 to a few thousand.
@@ -201,7 +203,33 @@ impl Chain {
             block,
             full_bytes,
             images: Vec::new(),
+            has_images: false,
         }
+    }
+
+    /// A chain of its own with the first `block_count` blocks of this one, to be continued with other tokens.
+    ///
+    /// None where that is not known: for no blocks, for more than there are, and for a chain with multimodal items, which
+    /// may reach over the cut.
+    #[must_use]
+    pub fn prefix(&self, block_count: usize) -> Option<Self> {
+        if self.has_images {
+            return None;
+        }
+        let known = self.keys.get(..block_count)?;
+        // With room to grow: a copy is made to be continued, and copying again would cost more than a few new keys.
+        let mut keys = Vec::with_capacity(block_count + block_count / 4 + 16);
+        keys.extend_from_slice(known);
+        let mut block = Vec::with_capacity(self.full_bytes);
+        block.extend_from_slice(keys.last()?.as_bytes());
+        Some(Self {
+            block_tokens: self.block_tokens,
+            keys,
+            block,
+            full_bytes: self.full_bytes,
+            images: Vec::new(),
+            has_images: false,
+        })
     }
 
     /// Declares a multimodal item: `length_tokens` placeholder tokens from `start_token` on stand for what
@@ -241,6 +269,7 @@ impl Chain {
         };
         let place = self.images.partition_point(|other| *other < image);
         self.images.insert(place, image);
+        self.has_images = true;
         Ok(())
     }
 

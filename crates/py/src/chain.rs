@@ -59,6 +59,26 @@ impl Chain {
         })
     }
 
+    /// A chain of its own with the first ``block_count`` blocks of this one, which stays as it is.
+    fn prefix(&self, py: Python<'_>, block_count: usize) -> PyResult<Self> {
+        guard(py, || {
+            let inner = self.inner.prefix(block_count).ok_or_else(|| {
+                let known = self.inner.block_count();
+                config_error(
+                    py,
+                    format!("block_count is {block_count}, allowed: 1 to {known}, and no multimodal items"),
+                )
+            })?;
+            // What a look-up remembers may be about blocks behind the cut.
+            let cursor = if block_count == self.inner.block_count() {
+                self.cursor
+            } else {
+                (0, LookupCursor::default())
+            };
+            Ok(Self { inner, cursor })
+        })
+    }
+
     /// Declares a multimodal item; must precede the ``extend`` that covers its first token.
     fn add_image(
         &mut self,

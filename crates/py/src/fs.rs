@@ -39,6 +39,7 @@ impl FsReader {
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Self> {
         guard(py, || {
+            crate::logs::forward(py);
             let namespaces = namespaces
                 .iter()
                 .map(|bytes| namespace_of(py, bytes))
@@ -139,6 +140,7 @@ impl FsWorker {
         can_store: bool,
     ) -> PyResult<Self> {
         guard(py, || {
+            crate::logs::forward(py);
             let namespace = namespace_of(py, namespace)?;
             let options = fs_options(options)?;
             let map = layout.map();

@@ -9,6 +9,7 @@ mod error;
 mod fs;
 mod ints;
 mod layout;
+mod logs;
 
 use pyo3::prelude::*;
 
@@ -24,6 +25,8 @@ mod _native {
     use crate::fs::{FsReader, FsWorker};
     #[pymodule_export]
     use crate::layout::{Layout, namespace_id};
+    #[pymodule_export]
+    use crate::logs::{end_logs, next_logs};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

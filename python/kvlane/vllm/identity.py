@@ -3,13 +3,17 @@
 All of it is read from vLLM's configuration objects by name, so nothing of vLLM is imported here.
 """
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvlane._native import Chain, namespace_id
+from kvlane.vllm.recent_chains import RecentChains, prompt_hashes
 
 #: A fact is a name and a value; equal facts mean equal KV bytes.
 Facts = list[tuple[str, str]]
@@ -21,6 +25,15 @@ _VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "_attn_impleme
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # With these the angle of a rotation depends on the longest sequence that the server allows.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
+
+#: How long a request waits for the state of its adapter's files. A local disk answers in a fraction of it; a file
+#: system that does not is not waited for again.
+ADAPTER_WAIT_S = 0.02
+#: What a slow file system said counts for so long.
+ADAPTER_ANSWER_S = 10.0
+#: Adapters that are remembered, and looks at their files that may hang at the same time.
+ADAPTERS_LIMIT = 4096
+ADAPTER_CHECKS_LIMIT = 8
 
 
 def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
@@ -36,6 +49,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ("hf overrides", canonical_json(getattr(model, "hf_overrides", None))),
         ("runner", str(getattr(model, "runner_type", None))),
         ("block tokens", str(cache.block_size)),
+        ("attention", attention_backends(vllm_config)),
     ]
     if _rope_types(config) & _LENGTH_DEPENDENT_ROPE:
         facts.append(("max model length", str(model.max_model_len)))
@@ -53,6 +67,23 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ]
         facts += _prefixed("draft weights", weight_facts(draft, vllm_config.load_config, None))
     return facts
+
+
+def attention_backends(vllm_config: Any) -> str:
+    """The name of the attention backend, or the layers of each where there are several.
+
+    Backends differ in the order of a block's dimensions, which sizes and strides alone cannot always tell: with as many
+    heads as tokens in a block, (2, blocks, 16, 16, size) may be either. Known in workers, once the model is loaded.
+    """
+    layers = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", None) or {}
+    by_backend: dict[str, list[str]] = {}
+    for layer_name, layer in layers.items():
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None and hasattr(backend, "get_name"):
+            by_backend.setdefault(str(backend.get_name()), []).append(str(layer_name))
+    if len(by_backend) > 1:
+        return canonical_json({backend: sorted(names) for backend, names in by_backend.items()})
+    return next(iter(by_backend), "unknown")
 
 
 def rank_facts(layer_names: Iterable[str], fingerprint: bytes, pp: tuple[int, int], tp: tuple[int, int]) -> Facts:
@@ -130,36 +161,104 @@ def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
     return facts
 
 
+@dataclasses.dataclass
+class _Check:
+    """One look at an adapter's files."""
+
+    started_s: float
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    ended_s: float = 0.0
+    identity: bytes | None = None
+
+
+@dataclasses.dataclass
+class _Adapter:
+    #: The identity when its files were first seen.
+    first: bytes | None = None
+    #: The last check that ended, and the one that runs.
+    answer: _Check | None = None
+    running: _Check | None = None
+    slow: bool = False
+
+
 class AdapterIdentities:
     """Identities of LoRA adapters, by name, path and the state of their files.
 
     The engine holds an adapter's weights from when it first loaded them, not as they are on disk now. An adapter whose
-    files change while this process runs has no identity from then on: nobody can say which weights made its KV.
+    files change while this process runs has no identity from then on: nobody can say which weights made its KV. When
+    the engine loads an adapter is not told, so a change between that and the first request goes unnoticed: a new
+    version of an adapter needs a path of its own.
+
+    Files are looked at by threads, because their file system may hang and the engine must not.
     """
 
-    def __init__(self) -> None:
-        self._first_seen: dict[tuple[str, str], bytes] = {}
+    def __init__(self, look: Callable[[str], Facts] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._look = look or file_facts
+        self._clock = clock
+        self._adapters: dict[tuple[str, str], _Adapter] = {}
+        self._checks = threading.BoundedSemaphore(ADAPTER_CHECKS_LIMIT)
 
     def identity(self, lora_request: Any) -> bytes | None:
-        """The adapter's identity, or None if its KV must be neither stored nor loaded."""
+        """The adapter's identity, or None if its KV must be neither stored nor loaded (not known yet included)."""
         name, path = str(lora_request.lora_name), str(lora_request.lora_path)
         if getattr(lora_request, "load_inplace", False):
             return None
+        adapter = self._adapters.get((name, path))
+        if adapter is None:
+            if len(self._adapters) >= ADAPTERS_LIMIT:
+                return None
+            adapter = self._adapters[name, path] = _Adapter()
+        self._take(adapter)
+        if adapter.running is None and self._checks.acquire(blocking=False):
+            self._start(adapter, name, path)
+            if not adapter.slow and adapter.running is not None:
+                adapter.slow = not adapter.running.ended.wait(ADAPTER_WAIT_S)
+            self._take(adapter)
+        answer = adapter.answer
+        if answer is None or self._clock() - answer.ended_s > ADAPTER_ANSWER_S or answer.identity is None:
+            return None
+        if adapter.first is None:
+            adapter.first = answer.identity
+        return answer.identity if answer.identity == adapter.first else None
+
+    def _start(self, adapter: _Adapter, name: str, path: str) -> None:
+        check = _Check(self._clock())
+
+        def run() -> None:
+            try:
+                files = self._look(os.path.expanduser(path))
+                if files:  # else it has no local files, so a change could not be noticed
+                    check.identity = canonical_json({"name": name, "path": path, "files": files}).encode()
+            except OSError:
+                pass
+            finally:
+                check.ended_s = self._clock()
+                self._checks.release()
+                check.ended.set()
+
+        adapter.running = check
         try:
-            files = file_facts(os.path.expanduser(path))
-        except OSError:
-            files = []
-        if not files:
-            return None  # not local files, so a change could not be noticed
-        now = canonical_json({"name": name, "path": path, "files": files}).encode()
-        return now if self._first_seen.setdefault((name, path), now) == now else None
+            threading.Thread(target=run, name="kvlane-adapter", daemon=True).start()
+        except RuntimeError:  # no more threads
+            adapter.running = None
+            self._checks.release()
+
+    def _take(self, adapter: _Adapter) -> None:
+        check = adapter.running
+        if check is not None and check.ended.is_set():
+            adapter.answer, adapter.running = check, None
+            adapter.slow = check.ended_s - check.started_s > ADAPTER_WAIT_S
+
+
+#: Of this process, because vLLM's hashes have a meaning in one process.
+_RECENT_CHAINS = RecentChains()
 
 
 def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool) -> Chain | None:
     """The chain of a request's prompt, or None if its KV cannot be named by its content.
 
     That is so for prompts given as embeddings, for pooling requests (their attention may look ahead), and for images
-    whose identifier is the request's and not the image's.
+    whose identifier is the request's and not the image's. A prompt that continues a recent one is hashed from there on.
     """
     tokens = request.prompt_token_ids
     if tokens is None or getattr(request, "prompt_embeds", None) is not None:
@@ -171,13 +270,21 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
         lora = adapters.identity(request.lora_request)
         if lora is None:
             return None
-    chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
-    for feature in getattr(request, "mm_features", None) or ():
+    features = getattr(request, "mm_features", None) or ()
+    # vLLM's hashes do not count images as kvlane does.
+    hashes = prompt_hashes(request, block_tokens) if not features else None
+    root = (block_tokens, request.cache_salt, lora)
+    chain = _RECENT_CHAINS.longest(root, hashes, len(tokens) // block_tokens) if hashes is not None else None
+    if chain is None:
+        chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
+    for feature in features:
         if not images_are_named or not feature.identifier:
             return None
         place = feature.mm_position
         chain.add_image(place.offset, place.length, f"{feature.modality}:{feature.identifier}")
-    chain.extend(tokens)
+    chain.extend(tokens, chain.token_count)
+    if hashes is not None:
+        _RECENT_CHAINS.remember(root, hashes, chain)
     return chain
 
 

@@ -4,7 +4,10 @@ a load write into blocks that belong to somebody else by then."""
 import pytest
 
 from conftest import OUTPUT_TOKENS, ask, expected_external
-from settings import BLOCK_TOKENS
+from settings import BLOCK_TOKENS, CHUNK_TOKENS, engine_settings
+from support.connector import transfer_config
+from support.metrics import EXTERNAL_HITS
+from support.outcome import LOGPROB_TOLERANCE, logprob_difference
 
 
 # Module scope lets pytest run all tests of one kind after another, so that engines stay open.
@@ -85,6 +88,10 @@ def test_abort_while_loading_frees_its_blocks_once(pair, prompts, steps, prefix_
     gone, stays = ask("gone", prompts.tokens(2003)), ask("stays", prompts.tokens(1027))
     pair.prefill.run([{**request, "max_tokens": 1} for request in (gone, stays)])
     answers, _ = pair.decode_only([{**gone, "abort_after_steps": steps}])
+    assert answers["gone"]["aborted"]
+    if steps == 1:
+        # The first step only starts the load; whether later ones meet it depends on how fast the machine is.
+        assert answers["gone"]["state_at_abort"] == "WAITING_FOR_REMOTE_KVS"
     answers, external_tokens = pair.decode_only([stays])
     assert external_tokens == expected_external(stays["prompt"])
     pair.assert_like_single([stays], answers)
@@ -101,7 +108,8 @@ def test_abort_of_prefill_leaves_only_whole_prefixes(pair, prompts, steps):
     pair.prefill.run([{**request, "max_tokens": 1, "abort_after_steps": steps}])
     answers, external_tokens = pair.decode_only([request])
     assert external_tokens % BLOCK_TOKENS == 0
-    assert external_tokens <= steps * 256
+    # What ended steps computed is there; the last step may have been planned and not run.
+    assert max((steps - 1) * CHUNK_TOKENS, 1) <= external_tokens <= steps * CHUNK_TOKENS
     pair.assert_like_single([request], answers)
     assert pair.prefill.settled_free_blocks() == pair.prefill.free_blocks_at_start
 
@@ -115,6 +123,41 @@ def test_decode_may_ask_while_prefill_still_computes(pair, prompts):
     pair.prefill.finish_run()
     assert external_tokens <= sum(expected_external(request["prompt"]) for request in requests)
     pair.assert_like_single(requests, answers)
+
+
+def test_decode_that_is_told_of_a_prefill_waits_for_all_of_it(pair, prompts):
+    """The proxy's ids name the prefill server, so decode waits for blocks that nobody has announced yet. The limits are
+    far above what the slowest machine needs; the answer comes when the blocks do."""
+    pair.open(prefill={"chunked": True}, options={"prefill_grace_ms": 60_000, "load_timeout_ms": 60_000})
+    addresses = "___prefill_addr_127.0.0.1:1___decode_addr_127.0.0.1:2"
+    requests = [ask(f"{addresses}_{i}", prompts.tokens(2003 + i)) for i in range(3)]
+    pair.prefill.begin_run([{**request, "max_tokens": 1} for request in requests])
+    answers, external_tokens = pair.decode_only(requests)
+    pair.prefill.finish_run()
+    assert external_tokens == sum(expected_external(request["prompt"]) for request in requests)
+    pair.assert_like_single(requests, answers)
+
+
+def test_an_engine_of_both_roles_loads_what_it_stored(processes, shared_store, model, prompts, options):
+    _, both, single = processes
+    single.begin_open(engine_settings(model, prefix_caching=True))
+    both.open(engine_settings(model, prefix_caching=True), transfer_config("both", shared_store, **options))
+    single.finish_open()
+    request = ask("first", prompts.tokens(7 * BLOCK_TOKENS + 3))
+    before = both.counters().get(EXTERNAL_HITS, 0)
+    first = both.run([request])["first"]
+    assert both.counters().get(EXTERNAL_HITS, 0) == before
+    assert both.settled_free_blocks() == both.free_blocks_at_start
+    assert both.reset_prefix_cache()
+    again = both.run([{**request, "id": "again"}])["again"]
+    assert both.counters()[EXTERNAL_HITS] - before == again["cached_tokens"] == 7 * BLOCK_TOKENS
+    alone = single.run([request])["first"]
+    for answer in (first, again):
+        assert answer["choices"][0]["tokens"][0] == alone["choices"][0]["tokens"][0]
+        difference = logprob_difference(answer["choices"][0], alone["choices"][0])
+        assert difference <= LOGPROB_TOLERANCE["float32"], difference
+    assert again["choices"][0]["tokens"] == first["choices"][0]["tokens"]
+    assert both.settled_free_blocks() == both.free_blocks_at_start
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["uncached", "cached"])
@@ -131,7 +174,8 @@ def test_preemption_pressure(pair, prompts, prefix_caching, options):
     before = pair.decode.counters()["vllm:num_preemptions"]
     answers, external_tokens = pair.hand_over(requests)
     assert pair.decode.counters()["vllm:num_preemptions"] > before, "the test made no pressure"
-    assert external_tokens >= sum(expected_external(request["prompt"]) for request in requests)
+    # vLLM counts what requests load that come back after a preemption elsewhere.
+    assert external_tokens == sum(expected_external(request["prompt"]) for request in requests)
     pair.assert_like_single(requests, answers)
     assert pair.decode.settled_free_blocks() == pair.decode.free_blocks_at_start
 

@@ -2,6 +2,7 @@
 too few or one too many. Every prompt length around a block border goes through every mode."""
 
 import itertools
+import json
 import os
 
 import pytest
@@ -57,6 +58,15 @@ def test_every_prompt_length_gives_the_single_engines_answer(pair, prompts, mode
     answers, external_tokens = pair.decode_only(requests)
     assert external_tokens == (0 if decode_cached else sum(expected_external(r["prompt"]) for r in requests))
     pair.assert_like_single(requests, answers)
+
+
+def test_workers_name_their_attention_backend(pair):
+    """The order of a block's bytes depends on it, and strides do not always show it."""
+    pair.open()
+    descriptors = (pair.store / "kvlane" / "descriptors").glob("*.json")
+    names = {json.loads(path.read_text())["facts"]["attention"] for path in descriptors}
+    assert len(names) == 1
+    assert names.pop() not in ("", "unknown")
 
 
 def test_prefixes_cached_on_decode_are_not_loaded_again(pair, prompts):

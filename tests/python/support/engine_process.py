@@ -62,6 +62,8 @@ class EngineHost:
             steps += 1
             ending = [p.id for p in progress.values() if p.wants_abort(steps)]
             if ending:
+                for request_id in ending:
+                    progress[request_id].state_at_abort = self._state(request_id)
                 self._engine.abort_request(ending)
             if time.perf_counter() - started > deadline_s:
                 stuck = [p.id for p in progress.values() if not p.finished]
@@ -93,6 +95,13 @@ class EngineHost:
     def reset_prefix_cache(self):
         return self._engine.reset_prefix_cache()
 
+    def _state(self, request_id):
+        """The name of vLLM's state of a request, None if the scheduler does not have it. Newer versions add to ids."""
+        for known_id, request in self._scheduler().requests.items():
+            if known_id == request_id or known_id.startswith(f"{request_id}-"):
+                return request.status.name
+        return None
+
     def _scheduler(self):
         return self._engine.engine_core.engine_core.scheduler
 
@@ -101,6 +110,7 @@ class _Progress:
     def __init__(self, request):
         self.id = request["id"]
         self.finished = False
+        self.state_at_abort = None
         self._abort_after_tokens = request.get("abort_after_tokens")
         self._abort_after_steps = request.get("abort_after_steps")
         self._aborted = False
@@ -131,6 +141,7 @@ class _Progress:
             "cached_tokens": self._cached_tokens,
             "ttft_s": self._ttft_s,
             "aborted": self._aborted,
+            "state_at_abort": self.state_at_abort,
         }
 
 

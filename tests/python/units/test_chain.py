@@ -90,6 +90,25 @@ def test_a_late_image_is_refused():
         chain.add_image(3, 5, "image:abc")
 
 
+def test_a_prefix_continues_on_its_own():
+    chain = Chain(16)
+    chain.extend(TOKENS)
+    other = chain.prefix(2)
+    assert (other.block_count, other.token_count) == (2, 32)
+    changed = [*TOKENS[:32], *range(16)]
+    other.extend(changed, other.token_count)
+    assert other.keys(0, 3) == b"".join(keys(changed))
+    assert chain.keys(0, 4) == b"".join(keys())
+
+
+@pytest.mark.parametrize("blocks", [0, 5])
+def test_a_prefix_that_is_not_known_is_refused(blocks):
+    chain = Chain(16)
+    chain.extend(TOKENS)
+    with pytest.raises(ConfigError, match=f"block_count is {blocks}"):
+        chain.prefix(blocks)
+
+
 def test_what_is_not_a_token_is_refused_and_changes_nothing():
     chain = Chain(2)
     for wrong, error in (([1, -1], OverflowError), ([1, 1 << 32], OverflowError), ([1, 1 << 80], OverflowError)):

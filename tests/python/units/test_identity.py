@@ -1,11 +1,19 @@
 """Risk: a server uses KV of other weights, another adapter, another rank or another image, and answers wrongly."""
 
+import hashlib
 import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 import types
 
 import pytest
 
+from kvlane._native import Chain
 from kvlane.vllm import identity
+from kvlane.vllm.recent_chains import RecentChains
 
 RANK = ((0, 1), (0, 2))
 
@@ -28,11 +36,25 @@ def engine(folder, **changes):
         cache_dtype="auto", block_size=16, enable_prefix_caching=True, calculate_kv_scales=False
     )
     load = types.SimpleNamespace(load_format="auto", download_dir=None)
-    result = types.SimpleNamespace(model_config=model, cache_config=cache, load_config=load, speculative_config=None)
+    compilation = types.SimpleNamespace(static_forward_context=layers("FLASH_ATTN"))
+    result = types.SimpleNamespace(
+        model_config=model, cache_config=cache, load_config=load, speculative_config=None,
+        compilation_config=compilation,
+    )  # fmt: skip
     for path, value in changes.items():
         owner, name = path.split("__")
         setattr(getattr(result, owner), name, value)
     return result
+
+
+def layers(*backends):
+    """What vLLM keeps of a loaded model's layers: attention, and others that have no backend."""
+
+    def layer(name):
+        return types.SimpleNamespace(attn_backend=types.SimpleNamespace(get_name=lambda: name))
+
+    attention = {f"l.{index}.attn": layer(name) for index, name in enumerate(backends)}
+    return {**attention, "l.0.experts": types.SimpleNamespace()}
 
 
 def namespace(config, model_identity=None, fingerprint=b"\x01" * 32, pp=RANK[0], tp=RANK[1]):
@@ -115,10 +137,21 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
         {"cache_config__block_size": 32},
         {"model_config__hf_config": ModelConfig({"hidden_size": 65})},
         {"load_config__load_format": "dummy"},
+        {"compilation_config__static_forward_context": layers("FLASHINFER")},
+        {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASHINFER")},
+        {"compilation_config__static_forward_context": {}},
     ],
 )
 def test_a_changed_fact_is_another_namespace(folder, changes):
     assert namespace(engine(folder, **changes)) != namespace(engine(folder))
+
+
+def test_the_place_of_a_layers_attention_backend_matters(folder):
+    one = {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASHINFER")}
+    other = {"compilation_config__static_forward_context": layers("FLASHINFER", "FLASH_ATTN")}
+    assert namespace(engine(folder, **one)) != namespace(engine(folder, **other))
+    more = {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASH_ATTN")}
+    assert namespace(engine(folder, **more)) == namespace(engine(folder))
 
 
 def test_auto_means_the_models_own_type(folder):
@@ -222,3 +255,188 @@ def test_an_adapter_whose_files_change_while_the_engine_runs_has_no_chain(folder
 def test_an_adapter_that_is_not_a_local_folder_has_no_chain(folder):
     assert chain_keys(request(lora_request=adapter("someone/adapter"))) is None
     assert chain_keys(request(lora_request=adapter(folder, load_inplace=True))) is None
+
+
+class SlowFolder:
+    """Stands for a file system that answers when a test lets it."""
+
+    def __init__(self):
+        self.answers = threading.Event()
+        self.answers.set()
+        self.looks = 0
+
+    def look(self, path):
+        self.looks += 1
+        assert self.answers.wait(30)
+        return identity.file_facts(path)
+
+
+def test_a_hanging_file_system_costs_an_engine_one_short_wait(folder):
+    slow = SlowFolder()
+    slow.answers.clear()
+    adapters = identity.AdapterIdentities(look=slow.look)
+    start = time.monotonic()
+    for _ in range(1000):
+        assert adapters.identity(adapter(folder)) is None
+    assert time.monotonic() - start < 1
+    assert slow.looks == 1, "every request started a thread that hangs"
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder)) is not None)
+
+
+def test_what_a_slow_file_system_said_counts_for_a_while(folder):
+    slow, now = SlowFolder(), [0.0]
+    adapters = identity.AdapterIdentities(look=slow.look, clock=lambda: now[0])
+    known = adapters.identity(adapter(folder))
+    assert known is not None
+    slow.answers.clear()
+    assert adapters.identity(adapter(folder)) == known
+    now[0] += identity.ADAPTER_ANSWER_S + 1
+    assert adapters.identity(adapter(folder)) is None
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder)) == known)
+
+
+def test_many_hanging_adapters_have_few_threads(folder):
+    slow = SlowFolder()
+    slow.answers.clear()
+    adapters = identity.AdapterIdentities(look=slow.look)
+    for number in range(50):
+        assert adapters.identity(adapter(folder, f"adapter {number}")) is None
+    assert slow.looks <= identity.ADAPTER_CHECKS_LIMIT
+    slow.answers.set()
+    settle(lambda: adapters.identity(adapter(folder, "adapter 49")) is not None)
+
+
+def settle(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- prompts that continue an earlier one
+
+UNREAD = "a token that nobody may read"
+
+
+def vllm_hashes(tokens, salt=None, block_tokens=16, digest_bytes=32):
+    """Hashes of full blocks as vLLM makes them: each covers the one before, the first one the salt."""
+    hashes, parent = [], b"seed"
+    for first in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        block = repr((parent, tokens[first : first + block_tokens], salt if first == 0 else None))
+        parent = hashlib.sha256(block.encode()).digest()[:digest_bytes]
+        hashes.append(parent)
+    return hashes
+
+
+def hashed_request(tokens, **changes):
+    hashes = vllm_hashes(tokens, changes.get("cache_salt"))
+    return request(**{"prompt_token_ids": tokens, "block_hashes": hashes, "num_tokens": len(tokens), **changes})
+
+
+@pytest.fixture
+def recent(monkeypatch):
+    monkeypatch.setattr(identity, "_RECENT_CHAINS", RecentChains())
+
+
+def plain_keys(tokens, **root):
+    chain = Chain(16, **root)
+    chain.extend(tokens)
+    return chain.keys(0, chain.block_count)
+
+
+def without_head(asked, count):
+    """The same request with tokens that would be refused if they were read."""
+    asked.prompt_token_ids = [UNREAD] * count + asked.prompt_token_ids[count:]
+    return asked
+
+
+def test_a_prompt_that_grew_is_hashed_from_where_it_grew(recent):
+    head, tokens = list(range(100)), list(range(100)) + list(range(500, 545))
+    first = identity.request_chain(hashed_request(head), 16, identity.AdapterIdentities(), True)
+    assert chain_keys(without_head(hashed_request(tokens), 96)) == plain_keys(tokens)
+    # The earlier request lives on, with its own chain.
+    assert (first.block_count, first.keys(0, 6)) == (6, plain_keys(head))
+    assert chain_keys(without_head(hashed_request(tokens), 144)) == plain_keys(tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_salt": "tenant", "block_hashes": vllm_hashes(list(range(100)))},
+        {"block_hashes": vllm_hashes(list(range(100)), digest_bytes=16)},
+        {"block_hashes": vllm_hashes(list(range(100)), block_tokens=8)},
+        {"block_hashes": []},
+        {"mm_features": [image("x", 97, 2)]},
+    ],
+)
+def test_a_prompt_that_may_not_continue_another_is_hashed_whole(recent, changes):
+    """Even where vLLM's hashes were equal: other salt, hashes that may collide, other blocks, images."""
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    with pytest.raises(TypeError, match="item 0 is a str"):
+        chain_keys(without_head(hashed_request(tokens, **changes), 96))
+    salt = changes.get("cache_salt")
+    assert chain_keys(hashed_request(tokens, **changes)) == plain_keys(tokens, cache_salt=salt)
+
+
+def test_an_adapters_prompt_does_not_continue_one_without(recent, folder):
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    with pytest.raises(TypeError):
+        chain_keys(without_head(hashed_request(tokens, lora_request=adapter(folder)), 96))
+
+
+def test_a_prompt_with_another_token_is_not_taken_for_the_same(recent):
+    tokens = list(range(100))
+    chain_keys(hashed_request(tokens))
+    for place in (0, 17, 95):
+        other = [*tokens]
+        other[place] = 7777
+        assert chain_keys(hashed_request(other)) == plain_keys(other)
+
+
+def test_remembered_chains_have_a_bound():
+    recent = RecentChains(limit_chains=3, limit_blocks=20)
+    prompts = [list(range(start, start + 16 * blocks)) for start, blocks in ((0, 2), (1000, 3), (2000, 4), (3000, 16))]
+    for tokens in prompts:
+        chain = Chain(16)
+        chain.extend(tokens)
+        recent.remember("root", vllm_hashes(tokens), chain)
+    found = [recent.longest("root", vllm_hashes(tokens), len(tokens) // 16) for tokens in prompts]
+    assert [chain and chain.block_count for chain in found] == [None, None, 4, 16]
+    too_long = Chain(16)
+    too_long.extend(list(range(16 * 21)))
+    recent.remember("root", vllm_hashes(list(range(16 * 21))), too_long)
+    assert recent.longest("root", vllm_hashes(list(range(16 * 21))), 21) is None
+
+
+# ---- processes
+
+
+def test_names_do_not_depend_on_the_hash_seed_of_python(folder):
+    """Python's own hashes differ from process to process; sets and dictionaries of names must not show it."""
+    script = """
+        import sys
+        sys.path[:0] = [sys.argv[2]]
+        from test_identity import adapter, chain_keys, engine, hashed_request, image, namespace, request
+        folder = sys.argv[1]
+        config = engine(folder, model_config__hf_overrides={"names": {"a", "b", "c", "d", "e"}})
+        print(namespace(config).hex())
+        for asked in (
+            request(cache_salt="s", mm_features=[image("x"), image("y", 20)]),
+            request(lora_request=adapter(folder)),
+            hashed_request(list(range(100))),
+        ):
+            print(chain_keys(asked).hex())
+    """
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(folder), os.path.dirname(__file__)],
+            check=True, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1", "4242")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert len(said.pop().split()) == 4

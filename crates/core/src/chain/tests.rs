@@ -17,6 +17,23 @@ fn root(block_tokens: u32) -> ChainRoot {
     ChainRoot::new(block_tokens).expect("an allowed size")
 }
 
+#[test]
+fn a_prefix_that_is_not_known_for_sure_is_none() {
+    let mut plain = Chain::new(&root(4));
+    plain.extend(0..9);
+    assert!(plain.prefix(0).is_none());
+    assert!(plain.prefix(2).is_some());
+    assert!(plain.prefix(3).is_none());
+
+    // The picture reaches over the end of the first block, and the cut copy could not know.
+    let mut with_image = Chain::new(&root(4));
+    with_image
+        .add_image(2, 4, "cat")
+        .expect("no token is in the chain yet");
+    with_image.extend(0..9);
+    assert!(with_image.prefix(1).is_none());
+}
+
 /// Keys are stored on disk and compared between machines: a change of the format must be made on purpose, together
 /// with the format version. The expected keys are built here field by field.
 #[test]
@@ -205,6 +222,26 @@ proptest! {
         for (i, key) in after.iter().enumerate() {
             prop_assert_eq!(before.contains(key), i < block, "block {}", i);
         }
+    }
+
+    #[test]
+    fn a_prefix_continues_like_a_chain_of_its_own_and_leaves_the_first_alone(
+        block_tokens in 1u32..20,
+        head in prop::collection::vec(any::<u32>(), 20..100),
+        tail in prop::collection::vec(any::<u32>(), 0..60),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut first = Chain::new(&root(block_tokens));
+        first.extend(head.iter().copied());
+        let before = first.keys().to_vec();
+        let blocks = 1 + cut.index(first.block_count());
+        let mut second = first.prefix(blocks).expect("the chain has that many blocks");
+        prop_assert_eq!(second.token_count(), blocks as u64 * u64::from(block_tokens));
+        second.extend(tail.iter().copied());
+        let mut tokens = head[..blocks * block_tokens as usize].to_vec();
+        tokens.extend(&tail);
+        prop_assert_eq!(second.keys(), chain_of(&root(block_tokens), &[], &tokens));
+        prop_assert_eq!(first.keys(), before);
     }
 
     #[test]
