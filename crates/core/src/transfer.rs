@@ -56,7 +56,8 @@ pub enum Outcome {
     },
 }
 
-/// A job that has ended. From here on no thread of the backend touches the request's cache blocks.
+/// A job that has ended. From here on no thread of the backend writes the request's cache blocks. A store that missed may
+/// still read them for a moment; what it reads is thrown away.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// The job.

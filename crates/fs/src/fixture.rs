@@ -134,12 +134,16 @@ pub(crate) fn cache() -> HostCache {
 
 /// The state of a transfer without threads.
 pub(crate) fn shared(directory: Directory, start_id: u64) -> Arc<Shared> {
+    shared_that_verifies(directory, start_id, true)
+}
+
+pub(crate) fn shared_that_verifies(directory: Directory, start_id: u64, verify: bool) -> Arc<Shared> {
     Arc::new(Shared::new(
         directory,
         geometry(),
         cache().into(),
         NAMESPACE,
-        true,
+        verify,
         1 << 16,
         start_id,
         None,

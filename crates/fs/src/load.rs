@@ -545,10 +545,11 @@ impl Part<'_> {
         self.found.layer_offset(self.shared, layer)
     }
 
+    /// The checksum of a layer, if it is to be checked. After a crash of the system a record may be there without its
+    /// payload, so what was written before the last boot always is.
     fn crc(&self, layer: usize) -> Option<LayerCrc> {
-        self.shared
-            .verify
-            .then(|| LayerCrc::new(&self.record.key.0, layer as u32))
+        let is_from_before = self.found.view.header.boot_id != self.shared.directory.host.boot_id;
+        (self.shared.verify || is_from_before).then(|| LayerCrc::new(&self.record.key.0, layer as u32))
     }
 
     /// Brings the part's bytes to the start of `staging` and checks them there.

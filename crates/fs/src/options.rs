@@ -16,9 +16,10 @@ pub enum Medium {
     Auto,
     /// Through mappings: for file systems that live in memory (tmpfs).
     Memory,
-    /// By `pwrite` and non-blocking `preadv2`, blocking reads through a bounce buffer.
+    /// Stores by `pwrite`. Loads through mappings what the page cache has, and past it, four blocks at a time, what not.
     Disk,
-    /// As `Disk`, without relying on coherence beyond one machine: only the creating host adopts segments.
+    /// By `pwrite` and non-blocking `preadv2`, blocking reads through a bounce buffer. Relies on no coherence beyond one
+    /// machine: only the creating host adopts segments.
     Network,
 }
 
@@ -34,7 +35,8 @@ pub struct FsOptions {
     pub segment_bytes: Option<u64>,
     /// Threads that copy, for stores and for loads each. `None`: half of the cores, at least 1, at most 8.
     pub io_threads: Option<usize>,
-    /// Check the payload's CRC on every load. `false` skips only that; headers are always checked.
+    /// Check the payload's CRC on every load. `false` skips only that; headers are always checked, and so is a payload from
+    /// before the last boot.
     pub verify: bool,
     /// The way of the bytes.
     pub medium: Medium,

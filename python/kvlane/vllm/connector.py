@@ -353,7 +353,10 @@ def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
             raise ConfigError(f"{name} is {size}, allowed: 1 (a block is spread over ranks otherwise)")
     groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
     if len(groups) > 1:
-        raise ConfigError(f"the model has {len(groups)} groups of KV caches (a hybrid model), allowed: 1")
+        raise ConfigError(
+            f"the model has {len(groups)} groups of KV caches (a hybrid model), allowed: 1; KVLANE_PLUGIN=0 in the "
+            "environment leaves vLLM's own connectors in place"
+        )
     for group in groups:
         spec = group.kv_cache_spec
         specs = getattr(spec, "kv_cache_specs", None)  # layers of one type and several sizes
@@ -361,7 +364,8 @@ def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
             if type(layer).__name__ not in _FULL_ATTENTION:
                 raise ConfigError(
                     f"layer '{name}' has a KV cache of type {type(layer).__name__}, "
-                    f"allowed: {', '.join(sorted(_FULL_ATTENTION))}"
+                    f"allowed: {', '.join(sorted(_FULL_ATTENTION))}; KVLANE_PLUGIN=0 in the environment leaves vLLM's "
+                    "own connectors in place"
                 )
 
 

@@ -264,6 +264,25 @@ fn what_was_not_as_the_index_said_is_not_offered_again() {
     assert!(lock(&shared.index).find(0, &key(0)).is_none());
 }
 
+#[test]
+fn what_was_written_before_the_last_boot_is_checked_even_if_nothing_else_is() {
+    let folder = Folder::new(8 << 20);
+    let shared = crate::fixture::shared_that_verifies(folder.open_again(), 1, false);
+    for (number, boot_id) in [(1, folder.directory.host.boot_id), (2, [9; 16])] {
+        let mut header = geometry().header(1, u64::MAX, folder.directory.host).unwrap();
+        (header.slot_count, header.boot_id) = (1, boot_id);
+        let segment = OwnedSegment::create(&folder.directory, &header, &geometry().layer_bytes, 1).unwrap();
+        // Its checksums are not those of its payload.
+        commit(&segment, 0, key(number), 0, 1);
+        let mut index = lock(&shared.index);
+        index.refresh(&shared.directory);
+        let found = index.find(0, &key(number)).unwrap();
+        drop(index);
+        let expected = (number == 2).then_some(MissReason::Corrupt);
+        assert_eq!(load_of(&shared, key(number), found), expected);
+    }
+}
+
 /// Why a load of this block misses.
 fn load_of(
     shared: &Arc<crate::shared::Shared>,
