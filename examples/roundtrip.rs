@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The prompt's full blocks have names that any process computes alike.
     let mut chain = Chain::new(&ChainRoot::new(BLOCK_TOKENS)?);
     chain.extend((0..PROMPT_TOKENS).map(|position| position * 7 % 32_000));
-    let keys = chain.keys();
+    let keys = chain.keys().to_vec();
 
     // The producer has computed the KV of block i into cache block 2 + i, and stores it.
     let produced = Arc::new(OwnedCache::new(layout.clone()));
@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let producer = open(namespace, &produced);
     let deadline = Instant::now() + Duration::from_secs(5);
-    producer.reserve(keys, 0, deadline)?;
+    producer.reserve(&keys, 0, deadline)?;
     let store = producer.begin_store(StoreRequest {
         keys: keys.to_vec(),
         blocks: produced_blocks.clone(),
@@ -79,7 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The consumer sees the same prompt, finds its blocks and loads them into blocks of its own.
     let consumed = Arc::new(OwnedCache::new(layout.clone()));
     let consumer = open(namespace, &consumed);
-    let found = consumer.lookup(keys);
+    let found = consumer.lookup(&keys);
     println!("found {} of {} blocks", found.ready_blocks, keys.len());
     let consumed_blocks: Vec<u32> = (0..found.ready_blocks as u32).map(|i| BLOCKS - 1 - i).collect();
     let load = consumer.load(LoadRequest {

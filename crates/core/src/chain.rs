@@ -7,6 +7,8 @@
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::namespace::FORMAT_VERSION;
@@ -169,7 +171,9 @@ impl From<&ChainRoot> for ChainRootId {
 #[derive(Clone, Debug)]
 pub struct Chain {
     block_tokens: u64,
-    keys: Vec<BlockKey>,
+    /// Keys only ever come on, so chains that begin alike share them: this one has the first `block_count`.
+    keys: Arc<Mutex<Vec<BlockKey>>>,
+    block_count: usize,
     /// Hash input of the block being filled: parent key, then tokens.
     block: Vec<u8>,
     /// Length of `block` when it holds all its tokens.
@@ -182,6 +186,26 @@ pub struct Chain {
 
 /// The longest block that a chain may have, in tokens; vLLM's are 16 to a few thousand.
 pub const MAX_BLOCK_TOKENS: u32 = 1 << 20;
+
+/// The keys of a chain, as a slice. Other chains that share them wait while it lives.
+#[derive(Debug)]
+pub struct Keys<'a> {
+    all: MutexGuard<'a, Vec<BlockKey>>,
+    block_count: usize,
+}
+
+impl Deref for Keys<'_> {
+    type Target = [BlockKey];
+
+    fn deref(&self) -> &[BlockKey] {
+        &self.all[..self.block_count]
+    }
+}
+
+/// Locks even if a thread died while it had the lock: between statements the keys are valid.
+fn lock(keys: &Mutex<Vec<BlockKey>>) -> MutexGuard<'_, Vec<BlockKey>> {
+    keys.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Image {
@@ -199,7 +223,8 @@ impl Chain {
         block.extend_from_slice(root.key.as_bytes());
         Self {
             block_tokens: u64::from(root.block_tokens),
-            keys: Vec::new(),
+            keys: Arc::default(),
+            block_count: 0,
             block,
             full_bytes,
             images: Vec::new(),
@@ -216,15 +241,13 @@ impl Chain {
         if self.has_images {
             return None;
         }
-        let known = self.keys.get(..block_count)?;
-        // With room to grow: a copy is made to be continued, and copying again would cost more than a few new keys.
-        let mut keys = Vec::with_capacity(block_count + block_count / 4 + 16);
-        keys.extend_from_slice(known);
+        let last = self.keys().get(..block_count)?.last().copied()?;
         let mut block = Vec::with_capacity(self.full_bytes);
-        block.extend_from_slice(keys.last()?.as_bytes());
+        block.extend_from_slice(last.as_bytes());
         Some(Self {
             block_tokens: self.block_tokens,
-            keys,
+            keys: Arc::clone(&self.keys),
+            block_count,
             block,
             full_bytes: self.full_bytes,
             images: Vec::new(),
@@ -275,28 +298,54 @@ impl Chain {
 
     /// Appends tokens and returns the number of full blocks so far.
     pub fn extend(&mut self, tokens: impl IntoIterator<Item = u32>) -> usize {
+        let tokens = tokens.into_iter();
+        self.unshare();
+        let shared = Arc::clone(&self.keys);
+        let mut keys = lock(&shared);
+        // Room for what comes next, too: a prompt that grows by a block must not move all its keys.
+        let blocks = tokens.size_hint().0 / self.block_tokens as usize;
+        if keys.capacity() < keys.len() + blocks {
+            keys.reserve(blocks + blocks / 4 + 16);
+        }
         for token in tokens {
             self.block.extend_from_slice(&token.to_le_bytes());
             if self.block.len() == self.full_bytes {
-                self.close_block();
+                let key = self.close_block();
+                keys.push(key);
+                self.block_count += 1;
             }
         }
-        self.keys.len()
+        self.block_count
+    }
+
+    /// Takes a copy of the keys if another chain has continued them already.
+    fn unshare(&mut self) {
+        let keys = lock(&self.keys);
+        if keys.len() == self.block_count {
+            return;
+        }
+        let mut own = Vec::with_capacity(self.block_count + self.block_count / 4 + 16);
+        own.extend_from_slice(&keys[..self.block_count]);
+        drop(keys);
+        self.keys = Arc::new(Mutex::new(own));
     }
 
     /// The keys of all full blocks, from the start of the request.
-    pub fn keys(&self) -> &[BlockKey] {
-        &self.keys
+    pub fn keys(&self) -> Keys<'_> {
+        Keys {
+            all: lock(&self.keys),
+            block_count: self.block_count,
+        }
     }
 
     /// Number of full blocks.
     pub fn block_count(&self) -> usize {
-        self.keys.len()
+        self.block_count
     }
 
     /// Number of tokens so far, those behind the last full block included.
     pub fn token_count(&self) -> u64 {
-        self.keys.len() as u64 * self.block_tokens + (self.block.len() as u64 - 32) / 4
+        self.block_count as u64 * self.block_tokens + (self.block.len() as u64 - 32) / 4
     }
 
     /// Tokens per block.
@@ -304,8 +353,9 @@ impl Chain {
         self.block_tokens as u32
     }
 
-    fn close_block(&mut self) {
-        let first_token = self.keys.len() as u64 * self.block_tokens;
+    /// The key of the block that is full now.
+    fn close_block(&mut self) -> BlockKey {
+        let first_token = self.block_count as u64 * self.block_tokens;
         let end_token = first_token + self.block_tokens;
         // No lengths are needed before the items: the parent and the tokens have a fixed size under one root.
         let mut ended = false;
@@ -328,9 +378,9 @@ impl Chain {
         if ended {
             self.images.retain(|image| image.end_token > end_token);
         }
-        self.keys.push(key);
         self.block.clear();
         self.block.extend_from_slice(key.as_bytes());
+        key
     }
 }
 

@@ -1,6 +1,6 @@
 //! `Chain`: the chain hashes of one request.
 
-use kvlane_core::{BlockKey, ChainRoot};
+use kvlane_core::ChainRoot;
 use kvlane_fs::LookupCursor;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -17,12 +17,12 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// The keys of all full blocks, and what reader `number` remembers of the chain.
-    pub(crate) fn keys_and_cursor(&mut self, number: u64) -> (&[BlockKey], &mut LookupCursor) {
+    /// The chain, and what reader `number` remembers of it.
+    pub(crate) fn with_cursor(&mut self, number: u64) -> (&kvlane_core::Chain, &mut LookupCursor) {
         if self.cursor.0 != number {
             self.cursor = (number, LookupCursor::default());
         }
-        (self.inner.keys(), &mut self.cursor.1)
+        (&self.inner, &mut self.cursor.1)
     }
 }
 
@@ -111,9 +111,10 @@ impl Chain {
         first_block: usize,
         block_count: usize,
     ) -> PyResult<Bound<'py, PyBytes>> {
+        let all = self.inner.keys();
         let keys = first_block
             .checked_add(block_count)
-            .and_then(|end| self.inner.keys().get(first_block..end))
+            .and_then(|end| all.get(first_block..end))
             .ok_or_else(|| {
                 let known = self.inner.block_count();
                 config_error(

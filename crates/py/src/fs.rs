@@ -67,9 +67,12 @@ impl FsReader {
             let reader = self.reader(py)?;
             let mut chain = chain.try_borrow_mut()?;
             let number = self.number;
-            let (keys, cursor) = chain.keys_and_cursor(number);
-            let keys = &keys[..limit_blocks.min(keys.len())];
-            let found = py.detach(|| reader.lookup(keys, cursor));
+            let (chain, cursor) = chain.with_cursor(number);
+            let found = py.detach(|| {
+                // Locked in here only: who waits for the keys may have the GIL, which is taken again behind this.
+                let keys = chain.keys();
+                reader.lookup(&keys[..limit_blocks.min(keys.len())], cursor)
+            });
             Ok((found.ready_blocks, found.pending_blocks))
         })
     }

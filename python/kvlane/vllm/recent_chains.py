@@ -36,17 +36,20 @@ class RecentChains:
         self._blocks = 0
         #: By root (whatever decides a chain beside its tokens) and last hash; the oldest first.
         self._chains: collections.OrderedDict[tuple[Hashable, bytes], tuple[int, Chain]] = collections.OrderedDict()
+        #: How many of them have so many blocks: what has to be looked for, however many chains there are.
+        self._lengths: collections.Counter[int] = collections.Counter()
 
     def longest(self, root: Hashable, hashes: Sequence[bytes], prompt_blocks: int) -> Chain | None:
         """A copy of the longest chain that the prompt with these hashes begins with, to be continued."""
-        best, best_place, known = 0, None, None
-        for place, (blocks, chain) in self._chains.items():
-            if best < blocks <= prompt_blocks and place[1] == hashes[blocks - 1] and place[0] == root:
-                best, best_place, known = blocks, place, chain
-        if known is None or best_place is None:
-            return None
-        self._chains.move_to_end(best_place)
-        return known.prefix(best)
+        for blocks in sorted(self._lengths, reverse=True):
+            if blocks > prompt_blocks:
+                continue
+            place = (root, hashes[blocks - 1])
+            known = self._chains.get(place)
+            if known is not None:
+                self._chains.move_to_end(place)
+                return known[1].prefix(blocks)
+        return None
 
     def remember(self, root: Hashable, hashes: Sequence[bytes], chain: Chain) -> None:
         """Takes the chain of a whole prompt. It must not be continued afterwards."""
@@ -54,10 +57,19 @@ class RecentChains:
         if not 0 < blocks <= min(self._limit_blocks, len(hashes)):
             return
         place = (root, hashes[blocks - 1])
-        if place not in self._chains:
-            self._blocks += blocks
+        self._forget(place)
         self._chains[place] = (blocks, chain)
-        self._chains.move_to_end(place)
+        self._lengths[blocks] += 1
+        self._blocks += blocks
         while len(self._chains) > self._limit_chains or self._blocks > self._limit_blocks:
-            _, (dropped, _) = self._chains.popitem(last=False)
-            self._blocks -= dropped
+            self._forget(next(iter(self._chains)))
+
+    def _forget(self, place: tuple[Hashable, bytes]) -> None:
+        known = self._chains.pop(place, None)
+        if known is None:
+            return
+        blocks = known[0]
+        self._blocks -= blocks
+        self._lengths[blocks] -= 1
+        if not self._lengths[blocks]:
+            del self._lengths[blocks]

@@ -97,7 +97,7 @@ fn explain(
     names: &Names,
     progress: Progress<'_>,
 ) -> Result<Vec<Explanation>, StoreError> {
-    let mut found = inspect::explain(folder, chain.keys(), progress)?;
+    let mut found = inspect::explain(folder, &chain.keys(), progress)?;
     for (namespace, _) in names.current() {
         if !found.iter().any(|other| other.namespace == *namespace) {
             found.push(Explanation::nothing(namespace.clone(), chain.block_count()));

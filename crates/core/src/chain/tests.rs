@@ -126,7 +126,7 @@ fn images_must_come_before_their_tokens_and_have_a_length() {
     // Refused images left nothing behind.
     chain.extend(6..12);
     assert_eq!(
-        chain.keys(),
+        chain.keys().to_vec(),
         chain_of(&root(4), &[], &(0..12).collect::<Vec<u32>>())
     );
     assert!(chain.add_image(12, 3, "in time").is_ok());
@@ -204,7 +204,7 @@ proptest! {
         }
         let tokens = pieces.concat();
         prop_assert_eq!(chain.token_count(), tokens.len() as u64);
-        prop_assert_eq!(chain.keys(), chain_of(&root(block_tokens), &images, &tokens));
+        prop_assert_eq!(chain.keys().to_vec(), chain_of(&root(block_tokens), &images, &tokens));
     }
 
     #[test]
@@ -238,10 +238,16 @@ proptest! {
         let mut second = first.prefix(blocks).expect("the chain has that many blocks");
         prop_assert_eq!(second.token_count(), blocks as u64 * u64::from(block_tokens));
         second.extend(tail.iter().copied());
+        // And a third one beside it, which the second must not see.
+        let mut third = first.prefix(blocks).expect("the chain has that many blocks");
+        third.extend(tail.iter().rev().copied());
         let mut tokens = head[..blocks * block_tokens as usize].to_vec();
         tokens.extend(&tail);
-        prop_assert_eq!(second.keys(), chain_of(&root(block_tokens), &[], &tokens));
-        prop_assert_eq!(first.keys(), before);
+        prop_assert_eq!(second.keys().to_vec(), chain_of(&root(block_tokens), &[], &tokens));
+        tokens.truncate(blocks * block_tokens as usize);
+        tokens.extend(tail.iter().rev());
+        prop_assert_eq!(third.keys().to_vec(), chain_of(&root(block_tokens), &[], &tokens));
+        prop_assert_eq!(first.keys().to_vec(), before);
     }
 
     #[test]
