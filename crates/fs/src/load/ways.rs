@@ -58,17 +58,20 @@ impl LoadJob {
         }
         let is_whole = self.request.order == LoadOrder::BlockMajor;
         let direct = if medium == Medium::Disk && is_whole {
-            part.found.view.direct()
+            part.found.view.open_direct(part.found.slot)
         } else {
             None
         };
-        if direct.is_none() && !self.readahead.swap(true, Ordering::Relaxed) {
+        if direct.is_none()
+            && !(is_whole && medium == Medium::Disk)
+            && !self.readahead.swap(true, Ordering::Relaxed)
+        {
             self.start_readahead(part.shared);
         }
         let sizes = &part.shared.geometry.layer_bytes;
         let bytes: u64 = sizes[part.layers.clone()].iter().sum();
         let offset = part.layer_offset(part.layers.start);
-        let read = bounce.read(&part.found.view.file, direct, offset, bytes as usize);
+        let read = bounce.read(&part.found.view.file, direct.as_ref(), offset, bytes as usize);
         let bytes = read.map_err(|error| {
             tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
             MissReason::Io
@@ -97,15 +100,20 @@ impl LoadJob {
     /// From the mapping of a file on a disk.
     ///
     /// A page that is not there is read while the thread waits, which must not happen inside the gate: a disk that does
-    /// not answer would hold the job beyond its deadline. So the pages of a layer are touched outside, microseconds before
-    /// they are copied. The kernel does not let go of a page that was used that recently.
+    /// not answer would hold the job beyond its deadline. So the pages of a block are mapped outside, microseconds before
+    /// they are copied, and a device that fails is an error there and not a signal. The kernel does not let go of a page
+    /// that was used that recently.
     pub(super) fn copy_resident(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
         let mapping = part.found.view.mapping();
         let mut offset = part.layer_offset(part.layers.start) as usize;
+        let end = part.layer_offset(part.layers.end) as usize;
+        if let Err(error) = mapping.populate_read(offset..end) {
+            tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
+            return Err(MissReason::Io);
+        }
         let mut whole = true;
         for layer in part.layers.clone() {
             let bytes = part.shared.geometry.layer_bytes[layer] as usize;
-            mapping.touch(offset..offset + bytes);
             let mut crc = part.crc(layer);
             let copied = self.enter(|| {
                 let source = mapping.source(offset, bytes);
