@@ -151,7 +151,7 @@ bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS)/.kvlane-ready ## t
 	$(VENV)/bin/python benches/fs/run.py
 
 soak: preflight-test $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel ## full counts of the long campaigns (hours)
-	@rm -rf target/test
+	@rm -rf target/test tests/results/soak-*.json
 	@status=0; KVLANE_SOAK=1 $(MAKE) --no-print-directory --keep-going test-rust test-vllm test-fuzz \
 	  FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS) || status=$$?; $(SUITE) --summary; exit $$status
 

@@ -171,8 +171,9 @@ impl From<&ChainRoot> for ChainRootId {
 #[derive(Clone, Debug)]
 pub struct Chain {
     block_tokens: u64,
-    /// Keys only ever come on, so chains that begin alike share them: this one has the first `block_count`.
-    keys: Arc<Mutex<Vec<BlockKey>>>,
+    /// Keys only ever come on, so chains that begin alike share them: this one has the first `block_count`. The lock is
+    /// held to add some, and to take hold of them, but not while they are looked at.
+    keys: Arc<Mutex<Arc<Vec<BlockKey>>>>,
     block_count: usize,
     /// Hash input of the block being filled: parent key, then tokens.
     block: Vec<u8>,
@@ -187,14 +188,14 @@ pub struct Chain {
 /// The longest block that a chain may have, in tokens; vLLM's are 16 to a few thousand.
 pub const MAX_BLOCK_TOKENS: u32 = 1 << 20;
 
-/// The keys of a chain, as a slice. Other chains that share them wait while it lives.
-#[derive(Debug)]
-pub struct Keys<'a> {
-    all: MutexGuard<'a, Vec<BlockKey>>,
+/// The keys of a chain, as a slice, as they were when it was asked for them.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    all: Arc<Vec<BlockKey>>,
     block_count: usize,
 }
 
-impl Deref for Keys<'_> {
+impl Deref for Keys {
     type Target = [BlockKey];
 
     fn deref(&self) -> &[BlockKey] {
@@ -203,7 +204,7 @@ impl Deref for Keys<'_> {
 }
 
 /// Locks even if a thread died while it had the lock: between statements the keys are valid.
-fn lock(keys: &Mutex<Vec<BlockKey>>) -> MutexGuard<'_, Vec<BlockKey>> {
+fn lock(keys: &Mutex<Arc<Vec<BlockKey>>>) -> MutexGuard<'_, Arc<Vec<BlockKey>>> {
     keys.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -299,14 +300,27 @@ impl Chain {
     /// Appends tokens and returns the number of full blocks so far.
     pub fn extend(&mut self, tokens: impl IntoIterator<Item = u32>) -> usize {
         let tokens = tokens.into_iter();
-        self.unshare();
-        let shared = Arc::clone(&self.keys);
-        let mut keys = lock(&shared);
         // Room for what comes next, too: a prompt that grows by a block must not move all its keys.
         let blocks = tokens.size_hint().0 / self.block_tokens as usize;
-        if keys.capacity() < keys.len() + blocks {
-            keys.reserve(blocks + blocks / 4 + 16);
+        let room = |keys: &mut Vec<BlockKey>| {
+            if keys.capacity() < keys.len() + blocks {
+                keys.reserve(blocks + blocks / 4 + 16);
+            }
+        };
+        let mut shared = Arc::clone(&self.keys);
+        let mut guard = lock(&shared);
+        if guard.len() > self.block_count {
+            // Another chain has continued them already: this one goes on with a copy, which nobody else has.
+            let mut own = Vec::with_capacity(self.block_count + self.block_count / 4 + 16);
+            own.extend_from_slice(&guard[..self.block_count]);
+            drop(guard);
+            shared = Arc::new(Mutex::new(Arc::new(own)));
+            self.keys = Arc::clone(&shared);
+            guard = lock(&shared);
         }
+        // A copy only if somebody looks at them right now.
+        let keys = Arc::make_mut(&mut guard);
+        room(keys);
         for token in tokens {
             self.block.extend_from_slice(&token.to_le_bytes());
             if self.block.len() == self.full_bytes {
@@ -318,22 +332,10 @@ impl Chain {
         self.block_count
     }
 
-    /// Takes a copy of the keys if another chain has continued them already.
-    fn unshare(&mut self) {
-        let keys = lock(&self.keys);
-        if keys.len() == self.block_count {
-            return;
-        }
-        let mut own = Vec::with_capacity(self.block_count + self.block_count / 4 + 16);
-        own.extend_from_slice(&keys[..self.block_count]);
-        drop(keys);
-        self.keys = Arc::new(Mutex::new(own));
-    }
-
     /// The keys of all full blocks, from the start of the request.
-    pub fn keys(&self) -> Keys<'_> {
+    pub fn keys(&self) -> Keys {
         Keys {
-            all: lock(&self.keys),
+            all: Arc::clone(&lock(&self.keys)),
             block_count: self.block_count,
         }
     }

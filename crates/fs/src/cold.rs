@@ -18,6 +18,9 @@ use crate::raw::{AlignedBuffer, PAGE_BYTES};
 /// more, but each takes a buffer of one block.
 pub(crate) const COLD_READS: usize = 4;
 
+/// Reads that may wait; more come only when the device has stopped to answer.
+pub(crate) const COLD_READS_WAITING_MAX: usize = 1 << 14;
+
 /// One block of a load, to be read from the device.
 pub(crate) struct ColdRead {
     pub(crate) job: Arc<LoadJob>,

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::{BlockKey, BlockMap, Device, LoadOrder, LoadRequest, NamespaceId, TensorView};
 
+use crate::cold::ColdQueue;
 use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
 use crate::index::Found;
@@ -155,6 +156,7 @@ pub(crate) fn load_of(
     shared: &Arc<Shared>,
     key: BlockKey,
     found: Found,
+    cold: Option<ColdQueue>,
 ) -> (kvlane_core::JobId, Arc<LoadJob>) {
     let id = shared.jobs.next_id();
     let request = LoadRequest {
@@ -163,7 +165,7 @@ pub(crate) fn load_of(
         deadline: Instant::now() + Duration::from_secs(10),
         order: LoadOrder::BlockMajor,
     };
-    let job = LoadJob::new(shared, id, request, vec![Some(found)], None, None);
+    let job = LoadJob::new(shared, id, request, vec![Some(found)], None, cold);
     assert!(shared.jobs.admit(id, Job::Load(Arc::clone(&job))));
     (id, job)
 }

@@ -10,7 +10,7 @@ use crate::format::SegmentHeader;
 pub(crate) struct Host {
     /// Another one after each start of the kernel.
     pub(crate) boot_id: [u8; 16],
-    /// The same one for good; zero where the machine, or the container, has none.
+    /// The same one for good; zero where the machine, or the container, does not tell what is surely its own.
     pub(crate) machine_id: [u8; 16],
 }
 
@@ -37,7 +37,8 @@ impl Host {
             }
         };
         let names = MACHINE_IDS.map(read);
-        let machine_id = if names.iter().all(String::is_empty) {
+        // The first one alone may be another machine's too: two that share a folder would take each other's segments.
+        let machine_id = if names[1].is_empty() {
             UNNAMED
         } else {
             id(&names.join("\n"))
@@ -83,12 +84,18 @@ mod tests {
     #[test]
     fn a_machine_knows_its_segments_after_a_reboot_and_those_of_no_other() {
         let [name, uuid] = MACHINE_IDS;
-        let before = machine(&[(BOOT_ID, "1\n"), (name, "a\n")]);
-        let after = machine(&[(BOOT_ID, "2\n"), (name, "a\n")]);
+        let before = machine(&[(BOOT_ID, "1\n"), (name, "a\n"), (uuid, "u\n")]);
+        let after = machine(&[(BOOT_ID, "2\n"), (name, "a\n"), (uuid, "u\n")]);
         assert!(has_made(before, before) && has_made(after, before));
-        assert!(!has_made(machine(&[(BOOT_ID, "3"), (name, "b")]), before));
+        assert!(!has_made(
+            machine(&[(BOOT_ID, "3"), (name, "b"), (uuid, "u")]),
+            before
+        ));
         // Two machines with the same image.
         let [one, other] = ["x", "y"].map(|text| machine(&[(BOOT_ID, text), (name, "a"), (uuid, text)]));
+        assert!(has_made(one, one) && !has_made(one, other));
+        // An image may have brought the name along, and the uuid cannot be read.
+        let [one, other] = ["x", "y"].map(|boot| machine(&[(BOOT_ID, boot), (name, "a")]));
         assert!(has_made(one, one) && !has_made(one, other));
     }
 

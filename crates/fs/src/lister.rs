@@ -156,6 +156,8 @@ impl Wanted {
             }
             match SegmentView::open(directory, &name) {
                 Ok(Some(view)) => {
+                    // What an engine's thread looks at must be there when it does.
+                    view.map_tables();
                     let owner_lives = view.owner_lives();
                     listing.opened.push((Arc::new(view), owner_lives));
                 }

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::TrySendError;
 use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
-use kvlane_cuda::{DeviceCache, Lease, Mark, Patience};
+use kvlane_cuda::Mark;
 
-use crate::cache::{Cache, gave_up};
+use crate::cache::Cache;
 use crate::cold::{Bounce, ColdQueue, ColdRead};
 use crate::counters::Counters;
 use crate::format::{SlotRecord, SlotState};
@@ -18,12 +18,12 @@ use crate::gate::Gate;
 use crate::index::Found;
 use crate::jobs::lock;
 use crate::options::Medium;
-use crate::raw::{HostCache, LayerCrc, Runs, copy_bytes, preadv_nowait, store_fence};
 use crate::segment::Hold;
 use crate::shared::Shared;
 
-/// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
-const READ_BYTES: usize = 512 << 10;
+mod ways;
+
+use ways::Part;
 
 /// One load in flight.
 #[derive(Debug)]
@@ -161,7 +161,7 @@ impl LoadJob {
                 break;
             }
             let is_resident = self.is_resident(&shared, position, &span);
-            if !is_resident && self.defer(position, &span) {
+            if !is_resident && self.defer(&shared, position, &span) {
                 continue;
             }
             let result = self.load(&shared, position, span.clone(), is_resident, bounce);
@@ -195,18 +195,28 @@ impl LoadJob {
     }
 
     /// Gives a block that is not in the page cache to the cold readers, if they are there.
-    fn defer(self: &Arc<Self>, position: usize, layers: &Range<usize>) -> bool {
+    fn defer(self: &Arc<Self>, shared: &Shared, position: usize, layers: &Range<usize>) -> bool {
+        let Some(cold) = &self.cold else {
+            return false;
+        };
         // Layer by layer the pieces are small, and the kernel's readahead is better at those.
         if self.found[position].is_none() || self.request.order == LoadOrder::LayerMajor {
             return false;
         }
-        let read = |job| ColdRead {
-            job,
+        let read = ColdRead {
+            job: Arc::clone(self),
             position,
             layers: layers.clone(),
         };
-        let cold = self.cold.as_ref();
-        cold.is_some_and(|cold| cold.send(read(Arc::clone(self))).is_ok())
+        match cold.try_send(read) {
+            Ok(()) => true,
+            Err(TrySendError::Full(read)) => {
+                // The readers stand still in a file system. The thread of this job must not join them.
+                self.end_item(shared, position, read.layers, Err(MissReason::Dropped));
+                true
+            }
+            Err(TrySendError::Disconnected(_)) => false,
+        }
     }
 
     /// Counts an item that has ended.
@@ -342,253 +352,11 @@ impl LoadJob {
         Some(work())
     }
 
-    fn copy_mapped(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
-        self.enter(|| {
-            let mapping = part.found.view.mapping();
-            let mut offset = part.layer_offset(part.layers.start);
-            let mut whole = true;
-            for layer in part.layers.clone() {
-                let bytes = part.shared.geometry.layer_bytes[layer] as usize;
-                let source = mapping.source(offset as usize, bytes);
-                let mut crc = part.crc(layer);
-                cache.copy_layer_in(layer, part.block, source, crc.as_mut());
-                whole &= part.matches(layer, crc);
-                offset += bytes as u64;
-            }
-            store_fence();
-            if whole { Ok(()) } else { Err(MissReason::Corrupt) }
-        })
-        .unwrap_or_else(|| Err(self.closing_reason()))
-    }
-
-    /// From the page cache where it has all the bytes and says so without waiting, through the bounce buffer where not:
-    /// only what cannot block may know the address of the paged cache.
-    fn copy_read(&self, cache: &HostCache, part: &Part<'_>, bounce: &mut Bounce) -> Result<(), MissReason> {
-        let medium = part.shared.directory.choice.medium;
-        if medium != Medium::Disk {
-            let direct = self
-                .enter(|| self.read_resident(cache, part))
-                .unwrap_or(Some(Err(self.closing_reason())));
-            if let Some(result) = direct {
-                return result;
-            }
-        }
-        let is_whole = self.request.order == LoadOrder::BlockMajor;
-        let direct = if medium == Medium::Disk && is_whole {
-            part.found.view.direct()
-        } else {
-            None
-        };
-        if direct.is_none() && !self.readahead.swap(true, Ordering::Relaxed) {
-            self.start_readahead(part.shared);
-        }
-        let sizes = &part.shared.geometry.layer_bytes;
-        let bytes: u64 = sizes[part.layers.clone()].iter().sum();
-        let offset = part.layer_offset(part.layers.start);
-        let read = bounce.read(&part.found.view.file, direct, offset, bytes as usize);
-        let bytes = read.map_err(|error| {
-            tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
-            MissReason::Io
-        })?;
-        self.enter(|| {
-            let mut at = 0;
-            let mut whole = true;
-            for layer in part.layers.clone() {
-                let layer_bytes = sizes[layer] as usize;
-                let mut crc = part.crc(layer);
-                cache.copy_layer_in(
-                    layer,
-                    part.block,
-                    bytes[at..at + layer_bytes].into(),
-                    crc.as_mut(),
-                );
-                whole &= part.matches(layer, crc);
-                at += layer_bytes;
-            }
-            store_fence();
-            if whole { Ok(()) } else { Err(MissReason::Corrupt) }
-        })
-        .unwrap_or_else(|| Err(self.closing_reason()))
-    }
-
-    /// From the mapping of a file on a disk.
-    ///
-    /// A page that is not there is read while the thread waits, which must not happen inside the gate: a disk that does
-    /// not answer would hold the job beyond its deadline. So the pages of a layer are touched outside, microseconds before
-    /// they are copied. The kernel does not let go of a page that was used that recently.
-    fn copy_resident(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
-        let mapping = part.found.view.mapping();
-        let mut offset = part.layer_offset(part.layers.start) as usize;
-        let mut whole = true;
-        for layer in part.layers.clone() {
-            let bytes = part.shared.geometry.layer_bytes[layer] as usize;
-            mapping.touch(offset..offset + bytes);
-            let mut crc = part.crc(layer);
-            let copied = self.enter(|| {
-                let source = mapping.source(offset, bytes);
-                cache.copy_layer_in(layer, part.block, source, crc.as_mut());
-                store_fence();
-            });
-            if copied.is_none() {
-                return Err(self.closing_reason());
-            }
-            whole &= part.matches(layer, crc);
-            offset += bytes;
-        }
-        if whole { Ok(()) } else { Err(MissReason::Corrupt) }
-    }
-
-    /// `None`: not all of it is resident.
-    fn read_resident(&self, cache: &HostCache, part: &Part<'_>) -> Option<Result<(), MissReason>> {
-        let mut layer = part.layers.start;
-        let mut whole = true;
-        while layer < part.layers.end {
-            let mut runs = Runs::new();
-            let first = layer;
-            while layer < part.layers.end && (layer == first || runs.len_bytes() < READ_BYTES) {
-                runs.push_layer(cache, layer, part.block);
-                layer += 1;
-            }
-            match preadv_nowait(&part.found.view.file, part.layer_offset(first), &runs) {
-                Ok(read) if read == runs.len_bytes() => {}
-                // Not resident, or a file system that does not know the flag.
-                Ok(_) | Err(_) => return None,
-            }
-            for layer in first..layer {
-                let mut crc = part.crc(layer);
-                if let Some(crc) = &mut crc {
-                    cache.checksum_layer(layer, part.block, crc);
-                }
-                whole &= part.matches(layer, crc);
-            }
-        }
-        Some(if whole { Ok(()) } else { Err(MissReason::Corrupt) })
-    }
-
-    /// To a device: into pinned memory with the checksum, and on to the cache only if the bytes are right. Until then
-    /// nobody has an address of the cache, so a file system that blocks cannot hold up the deadline.
-    fn copy_staged(&self, cache: &DeviceCache, part: &Part<'_>) -> Result<(), MissReason> {
-        let cancelled = || self.gate.is_closed();
-        let patience = Patience {
-            deadline: self.request.deadline,
-            cancelled: &cancelled,
-        };
-        let missed = |error| {
-            if gave_up(&error) {
-                // The other blocks are late too.
-                self.close(MissReason::TimedOut);
-                return self.closing_reason();
-            }
-            tracing::warn!(%error, "cannot copy a block to the device");
-            MissReason::Io
-        };
-        let mut staging = cache.staging(&patience).map_err(missed)?;
-        if !part.shared.directory.mapped_payload() && !self.readahead.swap(true, Ordering::Relaxed) {
-            self.start_readahead(part.shared);
-        }
-        part.stage(&mut staging)?;
-        if part.found.view.sequence(part.found.slot) != part.found.sequence {
-            return Err(MissReason::Recycled);
-        }
-        let layers: Vec<usize> = part.layers.clone().collect();
-        let after = self.after.as_ref();
-        self.enter(|| cache.copy_block_in(part.block, &layers, staging, after, &patience))
-            .map_or_else(|| Err(self.closing_reason()), |copied| copied.map_err(missed))
-    }
-
-    /// Asks the kernel for all slots of the job at once, so that the device sees a deep queue.
-    fn start_readahead(&self, shared: &Shared) {
-        for found in self.found.iter().flatten() {
-            let offset = found.view.header.slot_offset(found.slot);
-            let length = std::num::NonZeroU64::new(shared.geometry.slot_bytes);
-            let _ = rustix::fs::fadvise(&found.view.file, offset, length, rustix::fs::Advice::WillNeed);
-        }
-    }
-
     fn closing_reason(&self) -> MissReason {
         self.closed_because
             .get()
             .copied()
             .unwrap_or(MissReason::Cancelled)
-    }
-}
-
-impl Found {
-    fn layer_offset(&self, shared: &Shared, layer: usize) -> u64 {
-        let before: u64 = shared.geometry.layer_bytes[..layer].iter().sum();
-        self.view.header.slot_offset(self.slot) + before
-    }
-
-    /// Whether all bytes of `layers` are in the page cache now.
-    fn is_resident(&self, shared: &Shared, layers: &Range<usize>) -> bool {
-        let (start, end) = (
-            self.layer_offset(shared, layers.start),
-            self.layer_offset(shared, layers.end),
-        );
-        // A slot of another geometry is refused later; until then its bounds are not to be trusted.
-        let mapping = self.view.mapping();
-        end <= mapping.len() as u64 && mapping.is_resident(start as usize..end as usize)
-    }
-}
-
-/// Some layers of one block of a load.
-struct Part<'a> {
-    shared: &'a Shared,
-    found: &'a Found,
-    record: &'a SlotRecord,
-    block: u32,
-    layers: Range<usize>,
-}
-
-impl Part<'_> {
-    fn layer_offset(&self, layer: usize) -> u64 {
-        self.found.layer_offset(self.shared, layer)
-    }
-
-    /// The checksum of a layer, if it is to be checked. After a crash of the system a record may be there without its
-    /// payload, so what was written before the last boot always is.
-    fn crc(&self, layer: usize) -> Option<LayerCrc> {
-        let is_from_before = self.found.view.header.boot_id != self.shared.directory.host.boot_id;
-        (self.shared.verify || is_from_before).then(|| LayerCrc::new(&self.record.key.0, layer as u32))
-    }
-
-    /// Brings the part's bytes to the start of `staging` and checks them there.
-    fn stage(&self, staging: &mut Lease) -> Result<(), MissReason> {
-        let sizes = &self.shared.geometry.layer_bytes[self.layers.clone()];
-        let offset = self.layer_offset(self.layers.start);
-        let mapped = self.shared.directory.mapped_payload();
-        if !mapped {
-            let whole = sizes.iter().sum::<u64>() as usize;
-            let read = self.found.view.file.read_exact_at(&mut staging[..whole], offset);
-            if let Err(error) = read {
-                tracing::warn!(path = %self.found.view.path.display(), %error, "cannot read a block");
-                return Err(MissReason::Io);
-            }
-        }
-        let mut at = 0;
-        let mut whole = true;
-        for (layer, &bytes) in self.layers.clone().zip(sizes) {
-            let place = &mut staging[at..at + bytes as usize];
-            let mut crc = self.crc(layer);
-            if mapped {
-                let source = self
-                    .found
-                    .view
-                    .mapping()
-                    .source(offset as usize + at, place.len());
-                copy_bytes(source, place.into(), crc.as_mut());
-            } else if let Some(crc) = &mut crc {
-                crc.update(place);
-            }
-            whole &= self.matches(layer, crc);
-            at += bytes as usize;
-        }
-        store_fence();
-        if whole { Ok(()) } else { Err(MissReason::Corrupt) }
-    }
-
-    fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {
-        crc.is_none_or(|crc| crc.value() == self.record.layer_crcs[layer])
     }
 }
 

@@ -33,7 +33,8 @@ pub struct FsOptions {
     pub capacity_bytes: Option<u64>,
     /// Size of one segment file. `None`: 64 MiB, more for very large capacities, less for very small ones.
     pub segment_bytes: Option<u64>,
-    /// Threads that copy, for stores and for loads each. `None`: half of the cores, at least 1, at most 8.
+    /// Threads that copy, for stores and for loads each; on a disk, four more wait for what is not in the page cache and copy
+    /// that. `None`: half of the cores, at least 1, at most 8.
     pub io_threads: Option<usize>,
     /// Check the payload's CRC on every load. `false` skips only that; headers are always checked, and so is a payload from
     /// before the last boot.

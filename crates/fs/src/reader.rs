@@ -50,6 +50,7 @@ impl Watch {
         };
         let index = Mutex::new(Index::new(&self.namespaces));
         lister::list(&directory, &index);
+        lock(&index).catch_up(&directory);
         let reset = lock(&self.reset_wanted);
         let control = Arc::clone(&directory.control);
         // What is in there may be from before it: only what comes later may be found.

@@ -34,8 +34,8 @@ pub(crate) struct SegmentView {
     pub(crate) header: SegmentHeader,
     pub(crate) path: PathBuf,
     pub(crate) file: File,
-    /// The file opened for reads past the page cache, once somebody asked for it.
-    direct: OnceLock<Option<File>>,
+    /// Slots that were read past the page cache before: who asks again would rather find them there.
+    read_past: OnceLock<Vec<AtomicBool>>,
     mapping: ReadMapping,
     /// A read fault in a hole of this file takes a page.
     holes_take_memory: bool,
@@ -66,16 +66,32 @@ impl SegmentView {
             header,
             path,
             file,
-            direct: OnceLock::new(),
+            read_past: OnceLock::new(),
             mapping,
-            holes_take_memory: directory.mapped_payload() && directory.lives_in_memory(),
+            // Whatever way the bytes take to it: what is resident is read through the mapping on every local medium.
+            holes_take_memory: directory.lives_in_memory(),
             holds: Mutex::new(0),
         })
     }
 
-    /// The file for reads past the page cache, where that is to be had.
-    pub(crate) fn direct(&self) -> Option<&File> {
-        self.direct.get_or_init(|| open_direct(&self.file)).as_ref()
+    /// The file for one read of a slot past the page cache, where that is to be had. The first read of a block is most
+    /// often the last one; the second one goes through the page cache, so that the third need not ask the device.
+    pub(crate) fn open_direct(&self, slot: u32) -> Option<File> {
+        let all = || {
+            (0..self.header.slot_count)
+                .map(|_| AtomicBool::new(false))
+                .collect()
+        };
+        let read_past = self.read_past.get_or_init(all);
+        let again = read_past.get(slot as usize)?.swap(true, Ordering::Relaxed);
+        if again { None } else { open_direct(&self.file) }
+    }
+
+    /// Brings the tables into memory. May block; where it fails, they come when they are looked at.
+    pub(crate) fn map_tables(&self) {
+        if let Err(error) = self.mapping.populate_read(0..self.header.data_offset() as usize) {
+            tracing::debug!(path = %self.path.display(), %error, "cannot map the tables of a segment");
+        }
     }
 
     pub(crate) fn mapping(&self) -> &ReadMapping {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use kvlane_core::{
     Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
     StoreRequest,
@@ -14,7 +14,7 @@ use kvlane_core::{
 use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
-use crate::cold::{Bounce, COLD_READS, ColdQueue, cold_thread};
+use crate::cold::{Bounce, COLD_READS, COLD_READS_WAITING_MAX, ColdQueue, cold_thread};
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
@@ -152,7 +152,7 @@ impl FsTransfer {
         let has_cold_blocks = shared.directory.choice.medium == Medium::Disk;
         let cold = match &shared.cache {
             Cache::Host(_) if has_cold_blocks => {
-                let (sender, reads) = unbounded();
+                let (sender, reads) = bounded(COLD_READS_WAITING_MAX);
                 for number in 0..COLD_READS {
                     let (reads, stop) = (reads.clone(), Arc::clone(&abandoned));
                     spawn(

@@ -69,7 +69,6 @@ impl FsReader {
             let number = self.number;
             let (chain, cursor) = chain.with_cursor(number);
             let found = py.detach(|| {
-                // Locked in here only: who waits for the keys may have the GIL, which is taken again behind this.
                 let keys = chain.keys();
                 reader.lookup(&keys[..limit_blocks.min(keys.len())], cursor)
             });

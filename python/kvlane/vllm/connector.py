@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
@@ -339,10 +338,18 @@ class ExampleConnector(KvlaneFsConnector):
     """kvlane under the name of vLLM's example, so that manifests stay as they are."""
 
 
-# MultiConnector looks its children up by class name when it takes up their counts, also those that were loaded by
-# kv_connector_module_path with the plugin turned off.
-if KvlaneFsConnector.__name__ not in KVConnectorFactory._registry:
-    KVConnectorFactory.register_connector(KvlaneFsConnector.__name__, "kvlane.vllm", KvlaneFsConnector.__name__)
+def _register_own_name() -> None:
+    """MultiConnector looks its children up by class name when it takes up their counts, also those that were loaded by
+    kv_connector_module_path with the plugin turned off. Nothing else needs it, so a vLLM that moved its factory may do
+    without."""
+    try:
+        if KvlaneFsConnector.__name__ not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(KvlaneFsConnector.__name__, "kvlane.vllm", KvlaneFsConnector.__name__)
+    except Exception as error:
+        logger.debug("kvlane: not registered with this vLLM: %s", error)
+
+
+_register_own_name()
 
 
 def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:

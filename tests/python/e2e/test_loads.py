@@ -169,7 +169,8 @@ def test_preemption_pressure(pair, prompts, prefix_caching, options):
         "max_num_batched_tokens": 512,
         "prefix_caching": prefix_caching,
     }
-    pair.open(prefill={}, decode=few, options=options)
+    # The last request waits until the others have made room, which takes a slow machine long.
+    pair.open(prefill={}, decode=few, options={**options, "load_timeout_ms": 60_000})
     requests = [ask(f"r{i}", prompts.tokens(4 * BLOCK_TOKENS + 5 + i), max_tokens=96) for i in range(6)]
     before = pair.decode.counters()["vllm:num_preemptions"]
     answers, external_tokens = pair.hand_over(requests)

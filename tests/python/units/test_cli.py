@@ -9,7 +9,12 @@ import pytest
 
 from kvlane._native import FsWorker, Layout
 
-COMMAND = [sys.executable, "-c", "from kvlane.cli import main; main()"]
+# Who starts the tests in the background may have them ignore the signal, and children inherit that.
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kvlane.cli import main; main()",
+]
 BLOCKS, BLOCK_BYTES = 4, 4096
 PATIENCE_S = 20
 

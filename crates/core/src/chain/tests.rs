@@ -175,6 +175,33 @@ fn impossible_block_sizes_are_refused() {
     assert!(ChainRoot::new(MAX_BLOCK_TOKENS).is_ok());
 }
 
+#[test]
+fn chains_that_are_continued_at_once_keep_their_own_keys() {
+    let mut first = Chain::new(&root(4));
+    first.extend(0..40);
+    for _ in 0..200 {
+        let continued = |tail: u32| {
+            let mut chain = first.prefix(10).expect("it has ten blocks");
+            move || {
+                chain.extend((0..20).map(|token| token + tail));
+                chain.keys().to_vec()
+            }
+        };
+        let (mut one, other) = (continued(100), continued(1000));
+        let (one, other) = std::thread::scope(|scope| {
+            let other = scope.spawn(other);
+            (one(), other.join().expect("it does not panic"))
+        });
+        let expected = |tail: u32| {
+            let tokens: Vec<u32> = (0..40).chain(tail..tail + 20).collect();
+            chain_of(&root(4), &[], &tokens)
+        };
+        assert_eq!((one, other), (expected(100), expected(1000)));
+    }
+    let second = first.prefix(10).expect("it has ten blocks");
+    assert_eq!(first.keys()[..10], second.keys()[..], "both at once");
+}
+
 proptest! {
     #[test]
     fn a_longer_prompt_begins_with_the_keys_of_its_prefix(

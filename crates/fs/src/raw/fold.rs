@@ -27,7 +27,7 @@ use super::kernel::{Kernel, LINE_BYTES};
 const STEP_BYTES: usize = 2 * LINE_BYTES;
 
 impl Kernel {
-    /// Whether [`fold_pages`] has a way for this kernel.
+    /// Whether [`fold_pages`] has a way for this kernel: the vector instructions of x86-64 only.
     pub(super) fn folds(self) -> bool {
         matches!(self, Kernel::Avx512Fold | Kernel::Avx2Fold)
     }

@@ -283,13 +283,38 @@ fn what_was_written_before_the_last_boot_is_checked_even_if_nothing_else_is() {
     }
 }
 
+#[test]
+fn a_block_is_missed_when_the_readers_of_cold_blocks_stand_still() {
+    let folder = Folder::new(8 << 20);
+    let shared = crate::fixture::shared(folder.open_again(), 1);
+    let segment = folder.segment(500, 1);
+    commit(&segment, 499, key(0), 0, 1);
+    let mut index = lock(&shared.index);
+    index.refresh(&shared.directory);
+    let found = index.find(0, &key(0)).unwrap();
+    drop(index);
+    // What was read ahead with the tables goes again.
+    rustix::fs::fadvise(&segment.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let (cold, _nobody_reads) = crossbeam::channel::bounded(0);
+    let (id, job) = crate::fixture::load_of(&shared, key(0), found, Some(cold));
+    job.run(&mut crate::cold::Bounce::default());
+    let mut done = Vec::new();
+    shared.jobs.poll(&mut done);
+    assert_eq!(done[0].job, id);
+    let expected = Outcome::Miss {
+        positions: vec![0],
+        reason: MissReason::Dropped,
+    };
+    assert_eq!(done[0].outcome, expected);
+}
+
 /// Why a load of this block misses.
 fn load_of(
     shared: &Arc<crate::shared::Shared>,
     key: BlockKey,
     found: crate::index::Found,
 ) -> Option<MissReason> {
-    let (id, job) = crate::fixture::load_of(shared, key, found);
+    let (id, job) = crate::fixture::load_of(shared, key, found, None);
     job.run(&mut crate::cold::Bounce::default());
     drop(job);
     let mut done = Vec::new();
