@@ -343,6 +343,8 @@ def _register_own_name() -> None:
     kv_connector_module_path with the plugin turned off. Nothing else needs it, so a vLLM that moved its factory may do
     without."""
     try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
         if KvlaneFsConnector.__name__ not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(KvlaneFsConnector.__name__, "kvlane.vllm", KvlaneFsConnector.__name__)
     except Exception as error:
