@@ -20,7 +20,7 @@ disk_gb() {
     [ -e .venv-vllm-0.15.0/.kvlane-ready ] || total_gb=$((total_gb + 8))
   fi
   if [ "$target" = test ] || [ "$target" = lint ]; then
-    [ -e target/debug ] || total_gb=$((total_gb + 3))
+    [ -e target/debug ] || total_gb=$((total_gb + 5))
   fi
   echo "$total_gb"
 }
@@ -99,6 +99,6 @@ fi
 
 if [ "$needed_gb" -gt 0 ]; then
   echo "kvlane: make $target will put up to $needed_gb GB below $PWD (environments with CPU builds of vLLM, Rust builds), and downloads"
-  echo "kvlane: from the Python and Rust package registries only. demo and test together take about 19 GB."
+  echo "kvlane: from the Python and Rust package registries only. demo and test together take about 21 GB."
   echo "kvlane: the first run of $target on two cores takes $(first_run); later runs reuse all of it."
 fi
