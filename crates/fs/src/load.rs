@@ -332,7 +332,7 @@ impl LoadJob {
         };
         let copied = match &shared.cache {
             Cache::Host(cache) if shared.directory.mapped_payload() => self.copy_mapped(cache, &part),
-            Cache::Host(cache) if is_resident => self.copy_resident(cache, &part),
+            Cache::Host(cache) if is_resident => self.copy_resident(cache, &part, bounce),
             Cache::Host(cache) => self.copy_read(cache, &part, bounce),
             Cache::Device(cache) => self.copy_staged(cache, &part),
         };

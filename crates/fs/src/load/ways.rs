@@ -19,6 +19,9 @@ use crate::shared::Shared;
 /// Bytes read in one call on the way through the page cache: small enough to be in the CPU's cache for the checksum.
 const READ_BYTES: usize = 512 << 10;
 
+/// Bytes of a mapping whose pages are looked for and touched before they are copied: some ten microseconds of copying.
+const TOUCH_BYTES: usize = 256 << 10;
+
 impl LoadJob {
     pub(super) fn copy_mapped(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
         self.enter(|| {
@@ -100,31 +103,46 @@ impl LoadJob {
     /// From the mapping of a file on a disk.
     ///
     /// A page that is not there is read while the thread waits, which must not happen inside the gate: a disk that does
-    /// not answer would hold the job beyond its deadline. So the pages of a block are mapped outside, microseconds before
-    /// they are copied, and a device that fails is an error there and not a signal. The kernel does not let go of a page
-    /// that was used that recently.
-    pub(super) fn copy_resident(&self, cache: &HostCache, part: &Part<'_>) -> Result<(), MissReason> {
+    /// not answer would hold the job beyond its deadline, and one that fails would end the process. So the pages of a few
+    /// layers are looked for and touched outside, microseconds before they are copied: the kernel does not let go of a
+    /// page that was used that recently. What is not there any more is read the other way.
+    pub(super) fn copy_resident(
+        &self,
+        cache: &HostCache,
+        part: &Part<'_>,
+        bounce: &mut Bounce,
+    ) -> Result<(), MissReason> {
         let mapping = part.found.view.mapping();
-        let mut offset = part.layer_offset(part.layers.start) as usize;
-        let end = part.layer_offset(part.layers.end) as usize;
-        if let Err(error) = mapping.populate_read(offset..end) {
-            tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
-            return Err(MissReason::Io);
-        }
         let mut whole = true;
+        let mut touched = part.layers.start;
         for layer in part.layers.clone() {
-            let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+            let offset = part.layer_offset(layer) as usize;
+            if layer == touched {
+                let mut end = offset;
+                while touched < part.layers.end && (touched == layer || end - offset < TOUCH_BYTES) {
+                    touched += 1;
+                    end = part.layer_offset(touched) as usize;
+                }
+                if !mapping.is_resident(offset..end) {
+                    let rest = Part {
+                        layers: layer..part.layers.end,
+                        ..*part
+                    };
+                    self.copy_read(cache, &rest, bounce)?;
+                    break;
+                }
+                mapping.touch(offset..end);
+            }
             let mut crc = part.crc(layer);
             let copied = self.enter(|| {
-                let source = mapping.source(offset, bytes);
-                cache.copy_layer_in(layer, part.block, source, crc.as_mut());
+                let bytes = part.shared.geometry.layer_bytes[layer] as usize;
+                cache.copy_layer_in(layer, part.block, mapping.source(offset, bytes), crc.as_mut());
                 store_fence();
             });
             if copied.is_none() {
                 return Err(self.closing_reason());
             }
             whole &= part.matches(layer, crc);
-            offset += bytes;
         }
         if whole { Ok(()) } else { Err(MissReason::Corrupt) }
     }

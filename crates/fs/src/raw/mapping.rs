@@ -103,6 +103,16 @@ impl ReadMapping {
         })
     }
 
+    /// Reads a byte of each page of `range`, so that the copy that follows finds all of them mapped.
+    pub fn touch(&self, range: Range<usize>) {
+        for offset in self.pages(&range).step_by(PAGE_BYTES) {
+            self.at(offset, 1, 1);
+            let page = self.raw.as_mut_ptr().wrapping_add(offset);
+            // SAFETY: inside the mapping, as `at` checked; a relaxed load works in read-only memory.
+            unsafe { AtomicU8::from_ptr(page) }.load(Ordering::Relaxed);
+        }
+    }
+
     /// Whether all pages of `range` are in memory now. They may be gone a moment later. `false` too where the kernel
     /// does not tell.
     pub fn is_resident(&self, range: Range<usize>) -> bool {
