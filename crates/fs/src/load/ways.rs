@@ -59,16 +59,12 @@ impl LoadJob {
                 return result;
             }
         }
-        let is_whole = self.request.order == LoadOrder::BlockMajor;
-        let direct = if medium == Medium::Disk && is_whole {
-            part.found.view.open_direct(part.found.slot)
-        } else {
-            None
-        };
-        if direct.is_none()
-            && !(is_whole && medium == Medium::Disk)
-            && !self.readahead.swap(true, Ordering::Relaxed)
-        {
+        // Whole blocks of a disk have several readers, which keep the device busy; everything else needs the readahead.
+        let has_readers = medium == Medium::Disk && self.request.order == LoadOrder::BlockMajor;
+        let direct = has_readers
+            .then(|| part.found.view.open_direct(part.found.slot))
+            .flatten();
+        if !has_readers && !self.readahead.swap(true, Ordering::Relaxed) {
             self.start_readahead(part.shared);
         }
         let sizes = &part.shared.geometry.layer_bytes;
