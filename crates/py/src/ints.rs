@@ -2,7 +2,7 @@
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyInt, PyList};
 use pyo3::{ffi, intern};
 
 /// Converts `sequence[start:]` to unsigned 32-bit numbers.
@@ -25,37 +25,43 @@ pub(crate) fn u32_items(sequence: &Bound<'_, PyAny>, start: usize) -> PyResult<V
 }
 
 fn list_items(list: &Bound<'_, PyList>, start: usize) -> PyResult<Vec<u32>> {
-    let py = list.py();
     let mut items = Vec::with_capacity(list.len().saturating_sub(start));
     for index in start..list.len() {
         // SAFETY: `list` is a list and `index` is not negative; PyList_GetItem checks the upper bound and returns null
         // with an exception set, or a borrowed reference. It stays valid until Python code runs, and none runs before
-        // its last use: PyLong_Check reads a flag, and PyLong_AsLong of an int (or a subclass) calls no Python method.
+        // its last use: reading the type of an object does not, nor does PyLong_AsLongAndOverflow of an exact int,
+        // which reports a number that does not fit a C long by -1 and `overflow`, without an exception.
         let value = unsafe {
             let item = ffi::PyList_GetItem(list.as_ptr(), index as ffi::Py_ssize_t);
             if item.is_null() {
-                return Err(PyErr::fetch(py));
+                return Err(PyErr::fetch(list.py()));
             }
-            if ffi::PyLong_Check(item) == 0 {
-                let item = list.get_item(index)?;
-                return Err(PyTypeError::new_err(format!(
-                    "item {index} is a {}, allowed: int",
-                    item.get_type().name()?
-                )));
+            if ffi::Py_TYPE(item) == &raw mut ffi::PyLong_Type {
+                let mut overflow = 0;
+                ffi::PyLong_AsLongAndOverflow(item, &raw mut overflow)
+            } else {
+                other_item(list, index)?
             }
-            ffi::PyLong_AsLong(item)
         };
-        match u32::try_from(value) {
-            Ok(value) => items.push(value),
-            Err(_) => {
-                // -1 may also mean that the number does not fit a C long; the exception that this sets is replaced.
-                let _ = PyErr::take(py);
-                return Err(PyOverflowError::new_err(format!(
-                    "item {index} is not in 0 to {}",
-                    u32::MAX
-                )));
-            }
-        }
+        items.push(u32::try_from(value).map_err(|_| not_in_range(index))?);
     }
     Ok(items)
+}
+
+/// An item that is not exactly an int: a subclass of int will do (True is 1, as everywhere in Python).
+#[cold]
+fn other_item(list: &Bound<'_, PyList>, index: usize) -> PyResult<std::ffi::c_long> {
+    let item = list.get_item(index)?;
+    if item.is_instance_of::<PyInt>() {
+        return item.extract().map_err(|_| not_in_range(index));
+    }
+    Err(PyTypeError::new_err(format!(
+        "item {index} is a {}, allowed: int",
+        item.get_type().name()?
+    )))
+}
+
+#[cold]
+fn not_in_range(index: usize) -> PyErr {
+    PyOverflowError::new_err(format!("item {index} is not in 0 to {}", u32::MAX))
 }

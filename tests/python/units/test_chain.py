@@ -83,6 +83,26 @@ def test_an_image_behind_a_block_leaves_its_key_alone():
     assert with_image[2] != keys()[2]
 
 
+class Token(int):
+    """An int of another type, as numpy-like libraries and enums have them."""
+
+
+def test_ints_of_other_types_are_tokens_too():
+    assert keys([Token(token) for token in TOKENS]) == keys()
+
+
+@pytest.mark.parametrize("wrong", [-1, -(1 << 80), 1 << 32, 1 << 63, 1 << 80, Token(-1), Token(1 << 70)])
+def test_a_number_that_is_no_token_is_named_by_its_place(wrong):
+    with pytest.raises(OverflowError, match="item 3 is not in 0 to 4294967295"):
+        keys([*TOKENS[:3], wrong, *TOKENS[4:]])
+
+
+@pytest.mark.parametrize("wrong", ["7", 7.0, None])
+def test_an_item_that_is_no_int_is_named_by_its_place_and_type(wrong):
+    with pytest.raises(TypeError, match=f"item 3 is a {type(wrong).__name__}, allowed: int"):
+        keys([*TOKENS[:3], wrong, *TOKENS[4:]])
+
+
 def test_a_late_image_is_refused():
     chain = Chain(16)
     chain.extend(TOKENS)
