@@ -85,7 +85,7 @@ pub(super) unsafe fn copy_run(
                 let mut done = head;
                 if kernel.folds() {
                     let (from, to) = (source.add(done), target.add(done));
-                    done += fold_pages(kernel, from, Some(to), body_end - done, None);
+                    done += fold_pages(kernel, from, Some(to), body_end - done, None, address(next));
                 }
                 stream(
                     kernel,
@@ -108,7 +108,7 @@ pub(super) unsafe fn copy_run(
                 }
                 if kernel.folds() {
                     let (from, to) = (source.add(done), target.add(done));
-                    done += fold_pages(kernel, from, Some(to), body_end - done, Some(crc));
+                    done += fold_pages(kernel, from, Some(to), body_end - done, Some(crc), address(next));
                 }
                 while done < body_end {
                     let step = CHUNK_BYTES.min(body_end - done);
@@ -132,16 +132,22 @@ pub(super) unsafe fn copy_run(
     }
 }
 
-/// Appends `len` bytes to `crc` without copying them anywhere.
+/// Appends `len` bytes to `crc` without copying them anywhere. `next` is as for [`copy_run`].
 ///
 /// # Safety
 /// `len` bytes are readable at `source`, and this machine has the instructions of `kernel`. Others may write the source
 /// meanwhile.
-pub(super) unsafe fn checksum_run(kernel: Kernel, source: *const u8, len: usize, crc: &mut LayerCrc) {
+pub(super) unsafe fn checksum_run(
+    kernel: Kernel,
+    source: *const u8,
+    len: usize,
+    crc: &mut LayerCrc,
+    next: (*const u8, usize),
+) {
     let mut done = 0;
     if kernel.folds() {
         // SAFETY: the caller's contract; nothing is stored.
-        done = unsafe { fold_pages(kernel, source, None, len, Some(crc)) };
+        done = unsafe { fold_pages(kernel, source, None, len, Some(crc), address(next)) };
     }
     let mut chunk = Chunk::new();
     while done < len {
@@ -150,6 +156,11 @@ pub(super) unsafe fn checksum_run(kernel: Kernel, source: *const u8, len: usize,
         unsafe { chunk.fill(kernel, source.add(done), step, crc) };
         done += step;
     }
+}
+
+/// Where `next` begins, if that is known.
+fn address(next: (*const u8, usize)) -> Option<*const u8> {
+    (next.1 > 0).then_some(next.0)
 }
 
 /// The bytes on their way, in memory that nobody else writes.
@@ -377,7 +388,7 @@ mod tests {
             for len in pieces {
                 let piece = &bytes[start..start + len];
                 // SAFETY: a slice, and a kernel of this machine.
-                unsafe { checksum_run(kernel, piece.as_ptr(), len, &mut crc) };
+                unsafe { checksum_run(kernel, piece.as_ptr(), len, &mut crc, NOTHING) };
                 start += len;
             }
             prop_assert_eq!(crc.value(), naive_layer_crc(&[8; 32], 1, &bytes));

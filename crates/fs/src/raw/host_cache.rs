@@ -128,11 +128,7 @@ impl HostCache {
         self.check_length(region, target.len());
         let mut crc = crc;
         let mut place = target.pointer();
-        let mut runs = self.layer_runs(region, block).peekable();
-        while let Some((run, len)) = runs.next() {
-            let next = runs
-                .peek()
-                .map_or(NOTHING, |&(next, len)| (next.cast_const(), len));
+        for ((run, len), next) in self.layer_runs_and_next(region, block) {
             // SAFETY: `run` is valid by the contract of `from_map`. The lengths of the runs add up to that of the
             // target, as checked, and a target never lies in a cache. `from_map` and `with_kernel` checked the kernel.
             unsafe { copy_run(self.kernel, run, place, len, crc.as_deref_mut(), next) };
@@ -152,10 +148,10 @@ impl HostCache {
         self.check_length(region, source.len());
         let mut crc = crc;
         let mut place = source.pointer();
-        let end = place.wrapping_add(source.len());
         for (run, len) in self.layer_runs(region, block) {
             let behind = place.wrapping_add(len);
-            let next = (behind, end.addr() - behind.addr());
+            // Behind the layer lies the next one, or at least something that may be prefetched.
+            let next = (behind, len);
             // SAFETY: as in `copy_layer_out`, the other way round.
             unsafe { copy_run(self.kernel, place, run, len, crc.as_deref_mut(), next) };
             place = behind;
@@ -164,10 +160,27 @@ impl HostCache {
 
     /// Appends one block of one region to `crc`.
     pub fn checksum_layer(&self, region: usize, block: u32, crc: &mut LayerCrc) {
-        for (run, len) in self.layer_runs(region, block) {
+        for ((run, len), next) in self.layer_runs_and_next(region, block) {
             // SAFETY: valid by the contract of `from_map`; the kernel is one of this machine's.
-            unsafe { checksum_run(self.kernel, run, len, crc) };
+            unsafe { checksum_run(self.kernel, run, len, crc, next) };
         }
+    }
+
+    /// Each run of one block in one region, and what is read next if the layers are taken one after the other.
+    fn layer_runs_and_next(
+        &self,
+        region: usize,
+        block: u32,
+    ) -> impl Iterator<Item = ((*mut u8, usize), (*const u8, usize))> + '_ {
+        let mut runs = self.layer_runs(region, block).peekable();
+        std::iter::from_fn(move || {
+            let run = runs.next()?;
+            let next = runs.peek().copied().or_else(|| {
+                let other = region + 1;
+                (other < self.regions.len()).then(|| self.layer_runs(other, block).next())?
+            });
+            Some((run, next.map_or(NOTHING, |(next, len)| (next.cast_const(), len))))
+        })
     }
 
     /// Start and length of each run of one block in one region, in order.
