@@ -24,6 +24,7 @@ from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
 from kvlane.vllm.scheduler import SchedulerHalf, SchedulerSettings
+from kvlane.vllm.unproven import NEXT_OUTPUT, STALE_TOKENS
 from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
 
 # vLLM gives handlers to loggers below its own name only.
@@ -76,6 +77,8 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         self._options = parse_options(transfer.kv_connector_extra_config)
         _refuse_unsupported(vllm_config, kv_cache_config)
+        if self._options.sync_load:
+            _refuse_tokens_that_nobody_drops(vllm_config)
         self._engine_id = str(transfer.engine_id)
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config, transfer)
@@ -390,6 +393,33 @@ def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:
         layerwise_load=options.layerwise_load and hooks_run,
         holds_aborted_loads=_holds_aborted_loads(),
     )
+
+
+def _refuse_tokens_that_nobody_drops(vllm_config: Any) -> None:
+    """A request may be preempted before it is known that a synchronous load failed, with tokens in flight that came
+    from its blocks. Newer vLLM can be told to drop all of them (0.27 and newer), older ones to drop the next, and that
+    only where the scheduler is asynchronous: with pipeline stages either is too little."""
+    marks = _marks_of_stale_tokens()
+    if STALE_TOKENS in marks:
+        return
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"sync_load is True and pipeline_parallel_size {stages}, with which this vLLM may answer with tokens from "
+            "blocks that did not load, allowed: pipeline_parallel_size 1, or sync_load False, or vLLM 0.27 and newer"
+        )
+    if vllm_config.scheduler_config.async_scheduling and not marks:
+        raise ConfigError(
+            "sync_load is True and async_scheduling True, with which this vLLM may answer with tokens from blocks that "
+            "did not load, allowed: async_scheduling False, or sync_load False"
+        )
+
+
+def _marks_of_stale_tokens() -> set[str]:
+    """The attributes of vLLM's requests by which `unproven` has outputs in flight dropped."""
+    from vllm.v1.request import Request
+
+    return {STALE_TOKENS, *NEXT_OUTPUT} & set(Request.__init__.__code__.co_names)
 
 
 def _set_failure_policy(transfer: Any, options: Options) -> None:
