@@ -111,6 +111,8 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             self._open_reader,
         )
         self._scheduler.on_reader_missing = self._search.start_reading
+        if _handshakes_may_be_missing(parallel):
+            self._open_folder()
         logger.info(
             "kvlane: %s stores %s and loads %s KV in %s",
             type(self).__name__,
@@ -118,6 +120,14 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             "others'" if transfer.is_kv_consumer else "no",
             options.root,
         )
+
+    def _open_folder(self) -> None:
+        """Without namespaces nothing is found in the folder, but it can be reset."""
+        assert self._scheduler is not None
+        try:
+            self._scheduler.open_folder(FsReader(self._options.root, [], self._options.native()))
+        except Exception as error:
+            logger.warning("kvlane: the shared folder cannot be reset before its reader is there: %s", error)
 
     def _open_reader(self, namespaces: list[bytes]) -> None:
         # A server that only stores asks it for the folder's epoch, and resets the folder through it.
@@ -453,6 +463,12 @@ def _set_failure_policy(transfer: Any, options: Options) -> None:
         logger.info(
             "kvlane: kv_load_failure_policy is now '%s'; the option load_failure_policy 'keep' leaves vLLM's", policy
         )
+
+
+def _handshakes_may_be_missing(parallel: Any) -> bool:
+    """Whether vLLM drops some of what workers say at start: then their namespaces are known late (`descriptors`)."""
+    pp_aware = hasattr(KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware")
+    return _inside_multi_connector() or (parallel.pipeline_parallel_size > 1 and not pp_aware)
 
 
 def _inside_multi_connector() -> bool:

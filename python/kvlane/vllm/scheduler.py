@@ -7,6 +7,7 @@ reader that only looks at memory.
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -93,7 +94,12 @@ class SchedulerHalf:
         self._settings = settings
         self._clock = clock
         self._adapters = AdapterIdentities()
+        #: For lookups, and for the folder's epoch: known earlier, because no namespaces are needed for it.
         self._reader: Reader | None = None
+        self._folder: Reader | None = None
+        #: A reset that the folder has not taken. It and the opening may come from two threads.
+        self._reset_waits = False
+        self._opening = threading.Lock()
         #: Called when a request asks while there is no reader yet.
         self.on_reader_missing: Callable[[], None] = lambda: None
         self._requests: dict[str, _Request] = {}
@@ -112,9 +118,18 @@ class SchedulerHalf:
         self._unproven = UnprovenBlocks(self._steps_until_known)
         self._counters: dict[str, float] = {}
 
+    def open_folder(self, folder: Reader) -> None:
+        """From now on the folder can be reset, and stores name its epoch. No request can hit yet."""
+        self._folder = folder
+
     def open(self, reader: Reader) -> None:
         """From now on requests can hit."""
-        self._reader = reader
+        with self._opening:
+            if self._reset_waits:
+                # What is in the folder may be from before it.
+                self._reset_waits = not reader.reset()
+            # One that was there only for the epoch ends with its last user: the hooks may be using it.
+            self._folder = self._reader = reader
 
     @property
     def is_open(self) -> bool:
@@ -131,6 +146,8 @@ class SchedulerHalf:
 
         (None, False) asks vLLM to come back: a prefill is still writing. Repeated calls change nothing but the clock.
         """
+        if self._folder is None:
+            self.on_reader_missing()
         if self._settings.siblings_are_silent:
             self._request(request).local_blocks = computed_tokens // self._settings.block_tokens
         if not self._settings.can_load:
@@ -210,8 +227,9 @@ class SchedulerHalf:
         epoch = None
         try:
             self._plan(output, reservations, stores)
-            if stores and self._reader is not None:
-                epoch = self._reader.epoch()
+            folder = self._folder
+            if stores and folder is not None:
+                epoch = folder.epoch()
         except Exception:
             # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
             # before it is clear again whose KV is right.
@@ -237,6 +255,8 @@ class SchedulerHalf:
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
+        elif self._reset_waits and self._folder is None:
+            quiet = True  # it would be void as soon as the folder is there
         self._unproven.next_step()
         for request_id in output.preempted_req_ids or ():
             state = self._requests.get(request_id)
@@ -340,17 +360,23 @@ class SchedulerHalf:
 
     def reset(self) -> bool:
         """Forgets everything stored so far, for all who share the folder. What requests computed or loaded before is
-        not stored any more. False: there is no folder (yet) that takes a reset."""
+        not stored any more. False: the folder does not take it now; it does later, and until then nothing from it
+        is loaded here."""
         for state in self._storing.values():
             self._withdraw(state)
         for state in self._requests.values():
             if state.own_blocks or state.request.request_id in self._storing:
                 state.stored_blocks = state.prompt_blocks
         self._storing.clear()
-        if self._reader is None:
+        with self._opening:
+            folder = self._folder
+            done = folder is not None and folder.reset()
+            self._reset_waits = not done
+        if folder is None:
             self.on_reader_missing()
-            return False
-        return self._reader.reset()
+        if not done:
+            logger.warning("kvlane: the folder did not take a reset yet; this server loads nothing older than it")
+        return done
 
     def take_counters(self) -> dict[str, float]:
         """Counts since the last call, empty if nothing happened."""
@@ -358,9 +384,9 @@ class SchedulerHalf:
         return counters
 
     def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        folder, self._folder, self._reader = self._folder, None, None
+        if folder is not None:
+            folder.close()
 
     # ---- helpers
 

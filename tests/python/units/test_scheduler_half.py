@@ -370,6 +370,52 @@ def test_a_reset_stops_running_prompts_from_being_stored():
     assert len(step.withdrawals) == 1
 
 
+def test_a_reset_before_the_reader_is_there_is_made_up_for_before_the_first_lookup():
+    asked = []
+    folder = Folder(ready=4)
+    half, _ = make(can_store=True)
+    half.on_reader_missing = lambda: asked.append(True)
+    assert half.reset() is False
+    assert asked
+    seen(half, request(64))
+    assert half.step(output(new=[("r", [1], 0, 16)])).stores == [], "would outlive the reset"
+    half.open(folder)
+    assert folder.epoch() == 8
+    assert [job.first_depth for job in half.step(output(cached=[("r", [2], 16, 16)])).stores] == [0]
+    half.open(folder)
+    assert folder.epoch() == 8, "a reset counts once"
+
+
+def test_a_reset_that_the_folder_did_not_take_is_repeated_on_its_reader():
+    folder, reader = Folder(), Folder()
+    folder.reset = lambda: False
+    half, _ = make(can_store=True)
+    half.open_folder(folder)
+    assert half.reset() is False
+    half.open(reader)
+    assert reader.epoch() == 8
+
+
+def test_a_server_without_namespaces_resets_the_folder_and_stores_for_its_epoch():
+    folder = Folder(ready=4)
+    half, _ = make(can_store=True)
+    half.open_folder(folder)
+    asked = request(64)
+    assert half.matched_tokens(asked, 0) == (0, False)
+    seen(half, asked)
+    planned = half.step(output(new=[("r", [1], 0, 16)]))
+    assert half.reset() is True
+    assert (planned.epoch, folder.epoch()) == (7, 8)
+
+
+def test_a_server_that_only_stores_looks_for_its_workers_descriptors_too():
+    asked = []
+    half, _ = make(can_store=True, can_load=False)
+    half.on_reader_missing = lambda: asked.append(True)
+    half.matched_tokens(request(64), 0)
+    assert asked
+
+
 def test_stores_name_the_epoch_for_which_they_were_planned():
     folder = Folder()
     half, _ = make(folder, can_store=True)
