@@ -77,6 +77,8 @@ class _Request:
     #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
     own_blocks: int = 0
+    #: The step in whose planning it last asked, until it starts.
+    asked_step: int | None = None
     missing_blocks: int = 0
     miss_reason: str = "absent"
     counted: bool = False
@@ -111,8 +113,11 @@ class SchedulerHalf:
         self._loads: list[LoadJob] = []
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
+        #: Steps that were planned, the one being planned included once vLLM has made it.
+        self._steps = 0
         self._quiet_steps = 0
         self._planning_failed = False
+        self._sibling_logged = False
         #: Steps, with the one being planned, until the result of the first of them is known for sure.
         self._steps_until_known = settings.batches_in_flight + 1
         self._unproven = UnprovenBlocks(self._steps_until_known)
@@ -149,7 +154,8 @@ class SchedulerHalf:
         if self._folder is None:
             self.on_reader_missing()
         if self._settings.siblings_are_silent:
-            self._request(request).local_blocks = computed_tokens // self._settings.block_tokens
+            state = self._request(request)
+            state.local_blocks, state.asked_step = computed_tokens // self._settings.block_tokens, self._steps + 1
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
@@ -222,6 +228,7 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> StepMetadata:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
+        self._steps += 1
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
         epoch = None
@@ -303,6 +310,8 @@ class SchedulerHalf:
         reservations: list[Reservation],
         stores: list[StoreJob],
     ) -> None:
+        if quiet:
+            return  # nobody shall wait for what may not be stored in the end
         assert state.chain is not None
         first = state.stored_blocks
         end = min(computed_tokens // self._settings.block_tokens, state.prompt_blocks, len(state.block_ids))
@@ -311,7 +320,7 @@ class SchedulerHalf:
             state.reserved_s = now_s
             keys = state.chain.keys(first, state.prompt_blocks - first)
             reservations.append(Reservation(keys, first, RESERVATION_MS))
-        if quiet or end <= first:
+        if end <= first:
             return
         block_ids = state.block_ids[first:end]
         if NULL_BLOCK in block_ids:
@@ -419,7 +428,8 @@ class SchedulerHalf:
                 self._withdrawals.append(state.chain.keys(first, state.prompt_blocks - first))
 
     def _a_sibling_loaded(self, output: Any) -> bool:
-        """Whether a request starts with more computed tokens than vLLM had and we load."""
+        """Whether a request starts with more computed tokens than vLLM had and we load, in the step that asked for
+        them. One that asked earlier waited for an asynchronous load: it starts with what did load."""
         if not self._settings.siblings_are_silent:
             return False
         started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
@@ -429,12 +439,24 @@ class SchedulerHalf:
             for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
             if request_id in cached.resumed_req_ids
         ]
+        found = False
         for request_id, computed_tokens in started:
+            known, waited = 0, False
             state = self._requests.get(request_id)
-            known = state.local_blocks + state.own_blocks if state is not None else 0
-            if computed_tokens // self._settings.block_tokens > known:
-                return True
-        return False
+            if state is not None:
+                known = state.local_blocks + state.own_blocks
+                waited = state.asked_step is not None and state.asked_step < self._steps
+                state.asked_step = None
+            if computed_tokens // self._settings.block_tokens > known and not waited:
+                found = True
+        if found and not self._sibling_logged:
+            self._sibling_logged = True
+            logger.info(
+                "kvlane: another connector loads inside steps, so what steps compute may turn out wrong: nothing is "
+                "stored for %d steps after each",
+                self._steps_until_known,
+            )
+        return found
 
     def _load_failed(self, state: _Request | None) -> None:
         if state is not None and not state.load_failed:

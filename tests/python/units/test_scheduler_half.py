@@ -350,6 +350,46 @@ def test_a_synchronous_load_that_vllm_does_not_announce_is_seen_by_its_tokens(re
     assert half.step(later).stores == []
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_stores_go_on_beside_another_connectors_asynchronous_loads(resumed):
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    if resumed:
+        half.matched_tokens(asked, 0)
+        allocate(half, asked, [], 0)
+        half.step(output(new=[("r", [1], 0, 8)]))
+        half.step(output(preempted=["r"]))
+    half.matched_tokens(asked, 0)
+    allocate(half, asked, [], 0)
+    half.step(output())  # it waits for its load
+    started = ("r", [5, 6, 7, 8], 48, 16)
+    step = half.step(output(cached=[(*started, True)]) if resumed else output(new=[started]))
+    assert [len(job.block_ids) for job in step.stores] == [4]
+
+
+def test_a_start_counts_as_asynchronous_only_if_its_own_question_is_from_an_earlier_step():
+    """Asked in vain first, or asked before an earlier start: the load behind this start may still fail."""
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    half.matched_tokens(asked, 0)  # there were no free blocks
+    half.step(output())
+    half.matched_tokens(asked, 0)
+    allocate(half, asked, [], 0)
+    assert half.step(output(new=[("r", [5, 6, 7, 8], 48, 16)])).stores == []
+    for _ in range(4):
+        half.step(output(preempted=["r"]))
+    assert half.step(output(cached=[("r", [5, 6, 7, 8], 48, 16, True)])).stores == []
+
+
+def test_steps_that_store_nothing_for_now_promise_nothing():
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2)
+    seen(half, request(64))
+    first = output(new=[("r", [1, 2, 3, 4], 32, 16)])
+    first.has_sync_kv_loads = True
+    steps = [half.step(first)] + [half.step(output(cached=[("r", None, 48, 16)])) for _ in range(3)]
+    assert [len(step.reservations) for step in steps] == [0, 0, 0, 1]
+
+
 def test_own_loads_and_local_blocks_are_nobody_elses():
     half, _ = make(Folder(ready=4), can_store=True, siblings_are_silent=True)
     asked = request(100)
