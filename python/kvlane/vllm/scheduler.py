@@ -1,7 +1,9 @@
 """The scheduler half: which blocks a request can get from the folder, and which it brings there.
 
-Nothing here waits. `SchedulerHalf` is driven by vLLM's hooks (see connector.py) and talks to the folder through a
-reader that only looks at memory.
+`SchedulerHalf` is driven by vLLM's hooks (see connector.py) and talks to the folder through a reader that looks at
+memory. Two of its calls may wait, for a bounded time: a lookup for the listing of segments that have come or gone (a
+quarter of a second, then not again before a listing has ended), and a reset for the file system to take it (half a
+second).
 """
 
 import contextlib
