@@ -107,7 +107,8 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     """The identity of a model's weights.
 
     In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
-    hash of a hub cache or else the modification time); the name and revision that the model was asked for.
+    hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
+    files in its folder, because weights may be in files of an unknown kind.
     """
     if model_identity is not None:
         return [("identity", model_identity)]
@@ -119,7 +120,8 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
     if files:
         return [*facts, *files]
-    return [*facts, ("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+    facts += [("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+    return [*facts, *(file_facts(path) if path else [])]
 
 
 def model_path(model: Any, load_config: Any) -> str | None:

@@ -95,6 +95,14 @@ def test_weights_replaced_below_the_same_path_are_another_namespace(folder):
     assert namespace(engine(folder)) != before
 
 
+def test_weights_in_files_of_an_unknown_kind_are_not_taken_for_others(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.tensors").write_bytes(b"weights")
+    before = namespace(engine(folder))
+    (folder / "model.tensors").write_bytes(b"other weights")
+    assert namespace(engine(folder)) != before
+
+
 def test_an_additional_weight_file_is_another_namespace(folder):
     before = namespace(engine(folder))
     (folder / "model-2.safetensors").write_bytes(b"")
