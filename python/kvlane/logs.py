@@ -1,11 +1,13 @@
 """Hands the native half's log lines to Python's logging.
 
 The native half queues lines without waiting for Python; a daemon thread takes them out. The exit of the interpreter
-waits a moment for the last ones.
+waits a moment for the last ones, and so does the end of a process that multiprocessing made, such as vLLM's engines: a
+forked one ends without the interpreter's exit.
 """
 
 import atexit
 import logging
+import multiprocessing.util
 import threading
 
 from kvlane import _native
@@ -21,6 +23,7 @@ def start() -> bool:
     thread = threading.Thread(target=_carry, name="kvlane-log", daemon=True)
     thread.start()
     atexit.register(_end, thread)
+    multiprocessing.util.Finalize(None, _end, args=(thread,), exitpriority=0)
     return logger.isEnabledFor(logging.DEBUG)
 
 

@@ -24,6 +24,7 @@ from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
 from kvlane.vllm.scheduler import SchedulerHalf, SchedulerSettings
+from kvlane.vllm.unproven import NEXT_OUTPUT, STALE_TOKENS
 from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
 
 # vLLM gives handlers to loggers below its own name only.
@@ -76,6 +77,8 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         self._options = parse_options(transfer.kv_connector_extra_config)
         _refuse_unsupported(vllm_config, kv_cache_config)
+        if self._options.sync_load:
+            _refuse_tokens_that_nobody_drops(vllm_config)
         self._engine_id = str(transfer.engine_id)
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config, transfer)
@@ -108,6 +111,8 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             self._open_reader,
         )
         self._scheduler.on_reader_missing = self._search.start_reading
+        if _handshakes_may_be_missing(parallel):
+            self._open_folder()
         logger.info(
             "kvlane: %s stores %s and loads %s KV in %s",
             type(self).__name__,
@@ -115,6 +120,14 @@ class KvlaneFsConnector(KVConnectorBase_V1):
             "others'" if transfer.is_kv_consumer else "no",
             options.root,
         )
+
+    def _open_folder(self) -> None:
+        """Without namespaces nothing is found in the folder, but it can be reset."""
+        assert self._scheduler is not None
+        try:
+            self._scheduler.open_folder(FsReader(self._options.root, [], self._options.native()))
+        except Exception as error:
+            logger.warning("kvlane: the shared folder cannot be reset before its reader is there: %s", error)
 
     def _open_reader(self, namespaces: list[bytes]) -> None:
         # A server that only stores asks it for the folder's epoch, and resets the folder through it.
@@ -392,6 +405,33 @@ def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:
     )
 
 
+def _refuse_tokens_that_nobody_drops(vllm_config: Any) -> None:
+    """A request may be preempted before it is known that a synchronous load failed, with tokens in flight that came
+    from its blocks. Newer vLLM can be told to drop all of them (0.27 and newer), older ones to drop the next, and that
+    only where the scheduler is asynchronous: with pipeline stages either is too little."""
+    marks = _marks_of_stale_tokens()
+    if STALE_TOKENS in marks:
+        return
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"sync_load is True and pipeline_parallel_size {stages}, with which this vLLM may answer with tokens from "
+            "blocks that did not load, allowed: pipeline_parallel_size 1, or sync_load False, or vLLM 0.27 and newer"
+        )
+    if vllm_config.scheduler_config.async_scheduling and not marks:
+        raise ConfigError(
+            "sync_load is True and async_scheduling True, with which this vLLM may answer with tokens from blocks that "
+            "did not load, allowed: async_scheduling False, or sync_load False"
+        )
+
+
+def _marks_of_stale_tokens() -> set[str]:
+    """The attributes of vLLM's requests by which `unproven` has outputs in flight dropped."""
+    from vllm.v1.request import Request
+
+    return {STALE_TOKENS, *NEXT_OUTPUT} & set(Request.__init__.__code__.co_names)
+
+
 def _set_failure_policy(transfer: Any, options: Options) -> None:
     """Decides what a failed load costs. vLLM reads the policy right after it made the connector."""
     # A synchronous load has its blocks in the prefix cache before they are filled. Recomputing would leave bad blocks
@@ -423,6 +463,12 @@ def _set_failure_policy(transfer: Any, options: Options) -> None:
         logger.info(
             "kvlane: kv_load_failure_policy is now '%s'; the option load_failure_policy 'keep' leaves vLLM's", policy
         )
+
+
+def _handshakes_may_be_missing(parallel: Any) -> bool:
+    """Whether vLLM drops some of what workers say at start: then their namespaces are known late (`descriptors`)."""
+    pp_aware = hasattr(KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware")
+    return _inside_multi_connector() or (parallel.pipeline_parallel_size > 1 and not pp_aware)
 
 
 def _inside_multi_connector() -> bool:

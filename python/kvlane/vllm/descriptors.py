@@ -68,6 +68,8 @@ class NamespaceSearch:
         self._ranks = [(pp, tp) for pp in range(pp_size) for tp in range(tp_size)]
         self._known: dict[tuple[int, int], bytes] = {}
         self._found: Callable[[list[bytes]], None] | None = found
+        #: A handshake and the thread may find the last rank at once.
+        self._finding = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -100,7 +102,8 @@ class NamespaceSearch:
     def _finish_if_complete(self) -> bool:
         if any(rank not in self._known for rank in self._ranks):
             return False
-        found, self._found = self._found, None
+        with self._finding:
+            found, self._found = self._found, None
         if found is not None:
             try:
                 found([self._known[rank] for rank in self._ranks])

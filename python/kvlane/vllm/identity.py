@@ -29,6 +29,8 @@ _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
 #: How long a request waits for the state of its adapter's files. A local disk answers in a fraction of it; a file
 #: system that does not is not waited for again.
 ADAPTER_WAIT_S = 0.02
+#: Nobody looks again at files that were looked at so recently: a burst of requests costs one look.
+ADAPTER_FRESH_S = 1.0
 #: What a slow file system said counts for so long.
 ADAPTER_ANSWER_S = 10.0
 #: Adapters that are remembered, and looks at their files that may hang at the same time.
@@ -105,7 +107,8 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     """The identity of a model's weights.
 
     In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
-    hash of a hub cache or else the modification time); the name and revision that the model was asked for.
+    hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
+    files in its folder, because weights may be in files of an unknown kind.
     """
     if model_identity is not None:
         return [("identity", model_identity)]
@@ -117,7 +120,8 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
     if files:
         return [*facts, *files]
-    return [*facts, ("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+    facts += [("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+    return [*facts, *(file_facts(path) if path else [])]
 
 
 def model_path(model: Any, load_config: Any) -> str | None:
@@ -185,9 +189,9 @@ class AdapterIdentities:
     """Identities of LoRA adapters, by name, path and the state of their files.
 
     The engine holds an adapter's weights from when it first loaded them, not as they are on disk now. An adapter whose
-    files change while this process runs has no identity from then on: nobody can say which weights made its KV. When
-    the engine loads an adapter is not told, so a change between that and the first request goes unnoticed: a new
-    version of an adapter needs a path of its own.
+    files change while this process runs has no identity from then on, or from a second later: nobody can say which
+    weights made its KV. When the engine loads an adapter is not told, so a change between that and the first request
+    goes unnoticed: a new version of an adapter needs a path of its own.
 
     Files are looked at by threads, because their file system may hang and the engine must not.
     """
@@ -209,7 +213,9 @@ class AdapterIdentities:
                 return None
             adapter = self._adapters[name, path] = _Adapter()
         self._take(adapter)
-        if adapter.running is None and self._checks.acquire(blocking=False):
+        answer = adapter.answer
+        fresh = answer is not None and self._clock() - answer.started_s < ADAPTER_FRESH_S
+        if not fresh and adapter.running is None and self._checks.acquire(blocking=False):
             self._start(adapter, name, path)
             if not adapter.slow and adapter.running is not None:
                 adapter.slow = not adapter.running.ended.wait(ADAPTER_WAIT_S)

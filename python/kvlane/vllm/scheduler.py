@@ -1,12 +1,15 @@
 """The scheduler half: which blocks a request can get from the folder, and which it brings there.
 
-Nothing here waits. `SchedulerHalf` is driven by vLLM's hooks (see connector.py) and talks to the folder through a
-reader that only looks at memory.
+`SchedulerHalf` is driven by vLLM's hooks (see connector.py) and talks to the folder through a reader that looks at
+memory. Two of its calls may wait, for a bounded time: a lookup for the listing of segments that have come or gone (a
+quarter of a second, then not again before a listing has ended), and a reset for the file system to take it (half a
+second).
 """
 
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -76,6 +79,8 @@ class _Request:
     #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
     own_blocks: int = 0
+    #: The step in whose planning it last asked, until it starts.
+    asked_step: int | None = None
     missing_blocks: int = 0
     miss_reason: str = "absent"
     counted: bool = False
@@ -93,7 +98,12 @@ class SchedulerHalf:
         self._settings = settings
         self._clock = clock
         self._adapters = AdapterIdentities()
+        #: For lookups, and for the folder's epoch: known earlier, because no namespaces are needed for it.
         self._reader: Reader | None = None
+        self._folder: Reader | None = None
+        #: A reset that the folder has not taken. It and the opening may come from two threads.
+        self._reset_waits = False
+        self._opening = threading.Lock()
         #: Called when a request asks while there is no reader yet.
         self.on_reader_missing: Callable[[], None] = lambda: None
         self._requests: dict[str, _Request] = {}
@@ -105,16 +115,28 @@ class SchedulerHalf:
         self._loads: list[LoadJob] = []
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
+        #: Steps that were planned, the one being planned included once vLLM has made it.
+        self._steps = 0
         self._quiet_steps = 0
         self._planning_failed = False
+        self._sibling_logged = False
         #: Steps, with the one being planned, until the result of the first of them is known for sure.
         self._steps_until_known = settings.batches_in_flight + 1
         self._unproven = UnprovenBlocks(self._steps_until_known)
         self._counters: dict[str, float] = {}
 
+    def open_folder(self, folder: Reader) -> None:
+        """From now on the folder can be reset, and stores name its epoch. No request can hit yet."""
+        self._folder = folder
+
     def open(self, reader: Reader) -> None:
         """From now on requests can hit."""
-        self._reader = reader
+        with self._opening:
+            if self._reset_waits:
+                # What is in the folder may be from before it.
+                self._reset_waits = not reader.reset()
+            # One that was there only for the epoch ends with its last user: the hooks may be using it.
+            self._folder = self._reader = reader
 
     @property
     def is_open(self) -> bool:
@@ -131,8 +153,11 @@ class SchedulerHalf:
 
         (None, False) asks vLLM to come back: a prefill is still writing. Repeated calls change nothing but the clock.
         """
+        if self._folder is None:
+            self.on_reader_missing()
         if self._settings.siblings_are_silent:
-            self._request(request).local_blocks = computed_tokens // self._settings.block_tokens
+            state = self._request(request)
+            state.local_blocks, state.asked_step = computed_tokens // self._settings.block_tokens, self._steps + 1
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
@@ -205,13 +230,15 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> StepMetadata:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
+        self._steps += 1
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
         epoch = None
         try:
             self._plan(output, reservations, stores)
-            if stores and self._reader is not None:
-                epoch = self._reader.epoch()
+            folder = self._folder
+            if stores and folder is not None:
+                epoch = folder.epoch()
         except Exception:
             # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
             # before it is clear again whose KV is right.
@@ -237,6 +264,8 @@ class SchedulerHalf:
         quiet = self._quiet_steps > 0
         if quiet:
             self._quiet_steps -= 1
+        elif self._reset_waits and self._folder is None:
+            quiet = True  # it would be void as soon as the folder is there
         self._unproven.next_step()
         for request_id in output.preempted_req_ids or ():
             state = self._requests.get(request_id)
@@ -283,6 +312,8 @@ class SchedulerHalf:
         reservations: list[Reservation],
         stores: list[StoreJob],
     ) -> None:
+        if quiet:
+            return  # nobody shall wait for what may not be stored in the end
         assert state.chain is not None
         first = state.stored_blocks
         end = min(computed_tokens // self._settings.block_tokens, state.prompt_blocks, len(state.block_ids))
@@ -291,7 +322,7 @@ class SchedulerHalf:
             state.reserved_s = now_s
             keys = state.chain.keys(first, state.prompt_blocks - first)
             reservations.append(Reservation(keys, first, RESERVATION_MS))
-        if quiet or end <= first:
+        if end <= first:
             return
         block_ids = state.block_ids[first:end]
         if NULL_BLOCK in block_ids:
@@ -340,17 +371,23 @@ class SchedulerHalf:
 
     def reset(self) -> bool:
         """Forgets everything stored so far, for all who share the folder. What requests computed or loaded before is
-        not stored any more. False: there is no folder (yet) that takes a reset."""
+        not stored any more. False: the folder does not take it now; it does later, and until then nothing from it
+        is loaded here."""
         for state in self._storing.values():
             self._withdraw(state)
         for state in self._requests.values():
             if state.own_blocks or state.request.request_id in self._storing:
                 state.stored_blocks = state.prompt_blocks
         self._storing.clear()
-        if self._reader is None:
+        with self._opening:
+            folder = self._folder
+            done = folder is not None and folder.reset()
+            self._reset_waits = not done
+        if folder is None:
             self.on_reader_missing()
-            return False
-        return self._reader.reset()
+        if not done:
+            logger.warning("kvlane: the folder did not take a reset yet; this server loads nothing older than it")
+        return done
 
     def take_counters(self) -> dict[str, float]:
         """Counts since the last call, empty if nothing happened."""
@@ -358,9 +395,9 @@ class SchedulerHalf:
         return counters
 
     def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        folder, self._folder, self._reader = self._folder, None, None
+        if folder is not None:
+            folder.close()
 
     # ---- helpers
 
@@ -393,7 +430,8 @@ class SchedulerHalf:
                 self._withdrawals.append(state.chain.keys(first, state.prompt_blocks - first))
 
     def _a_sibling_loaded(self, output: Any) -> bool:
-        """Whether a request starts with more computed tokens than vLLM had and we load."""
+        """Whether a request starts with more computed tokens than vLLM had and we load, in the step that asked for
+        them. One that asked earlier waited for an asynchronous load: it starts with what did load."""
         if not self._settings.siblings_are_silent:
             return False
         started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
@@ -403,12 +441,24 @@ class SchedulerHalf:
             for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
             if request_id in cached.resumed_req_ids
         ]
+        found = False
         for request_id, computed_tokens in started:
+            known, waited = 0, False
             state = self._requests.get(request_id)
-            known = state.local_blocks + state.own_blocks if state is not None else 0
-            if computed_tokens // self._settings.block_tokens > known:
-                return True
-        return False
+            if state is not None:
+                known = state.local_blocks + state.own_blocks
+                waited = state.asked_step is not None and state.asked_step < self._steps
+                state.asked_step = None
+            if computed_tokens // self._settings.block_tokens > known and not waited:
+                found = True
+        if found and not self._sibling_logged:
+            self._sibling_logged = True
+            logger.info(
+                "kvlane: another connector loads inside steps, so what steps compute may turn out wrong: nothing is "
+                "stored for %d steps after each",
+                self._steps_until_known,
+            )
+        return found
 
     def _load_failed(self, state: _Request | None) -> None:
         if state is not None and not state.load_failed:

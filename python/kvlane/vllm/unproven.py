@@ -12,6 +12,11 @@ from typing import Any, Protocol
 
 logger = logging.getLogger("vllm.kvlane")
 
+#: Attributes of vLLM's requests with which outputs in flight are dropped: all of them (0.27 and newer), or the next one
+#: (a flag at first, later a number).
+STALE_TOKENS = "num_stale_output_tokens"
+NEXT_OUTPUT = ("discard_latest_async_tokens", "async_tokens_to_discard")
+
 
 class BlockPool(Protocol):
     """What is needed of vLLM's block pool."""
@@ -78,8 +83,11 @@ class UnprovenBlocks:
 def _drop_output_in_flight(request: Any) -> None:
     """Makes vLLM drop what steps in flight sample for a preempted request, as it does itself when it resets its prefix
     cache: it would hand a token that came from bad blocks to the client. A dropped token is sampled again."""
-    if getattr(request, "num_stale_output_tokens", 0):
+    if getattr(request, STALE_TOKENS, 0):
         request.drop_stale_output = True
-    elif hasattr(request, "discard_latest_async_tokens") and request.num_output_placeholders > 0:
-        request.num_output_placeholders = 0
-        request.discard_latest_async_tokens = True
+        return
+    for mark in NEXT_OUTPUT:
+        if hasattr(request, mark) and request.num_output_placeholders > 0:
+            request.num_output_placeholders = 0
+            # True or 1: without pipeline stages no more than one output is in flight (the start refuses others).
+            setattr(request, mark, type(getattr(request, mark))(1))

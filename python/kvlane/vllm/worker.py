@@ -272,8 +272,16 @@ class WorkerHalf:
 
     def close(self) -> None:
         store, self._store = self._store, None
-        if store is not None:
-            store.close()
+        if store is None:
+            return
+        store.close()
+        # Nobody hears of its jobs any more, and the next store numbers its own from the start.
+        for load in (*self._loads.values(), *self.step_loads.values()):
+            self._load_ended(load, range(len(load.block_ids)), "closed")
+        self._loads.clear()
+        self.step_loads.clear()
+        self.step_stores.clear()
+        self._forgotten.clear()
 
     # ---- loads
 

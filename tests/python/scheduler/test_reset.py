@@ -1,5 +1,8 @@
 """Risk: KV that was computed before a reset (new weights, for one) is found after it."""
 
+import pytest
+
+from kvlane.vllm import connector
 from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import expected_tokens
 
@@ -30,3 +33,22 @@ def test_a_server_that_only_stores_resets_what_it_stored(store, prompts):
     with PaperEngine("consumer", store) as decode:
         decode.answer("a", prompt)
         assert decode.loaded_tokens["a"] == 0
+
+
+@pytest.mark.parametrize("role", ["producer", "both"])
+def test_a_server_whose_workers_are_not_known_yet_resets_what_it_stored(role, store, prompts, monkeypatch):
+    """MultiConnector, and pipeline stages before 0.23."""
+    monkeypatch.setattr(connector, "_handshakes_may_be_missing", lambda parallel: True)
+    monkeypatch.setattr(PaperEngine, "_shake_hands", lambda engine: None)
+    monkeypatch.setattr(connector.NamespaceSearch, "start_reading", lambda search: None)
+    prompt, later = prompts(4 * BLOCK_TOKENS + 5), prompts(4 * BLOCK_TOKENS + 5)
+    with PaperEngine(role, store) as prefill:
+        prefill.answer("a", prompt, 1)
+        assert prefill.connector.reset_cache() is True
+        prefill.answer("later", later, 1)
+    monkeypatch.undo()
+    with PaperEngine("consumer", store) as decode:
+        decode.answer("a", prompt)
+        assert decode.loaded_tokens["a"] == 0
+        assert decode.answer("later", later) == expected_tokens(later, 8)
+        assert decode.loaded_tokens["later"] == 4 * BLOCK_TOKENS

@@ -7,6 +7,7 @@ import pytest
 from kvlane import ConfigError
 from kvlane.vllm import connector
 from kvlane.vllm.options import parse_options
+from kvlane.vllm.unproven import NEXT_OUTPUT, STALE_TOKENS, UnprovenBlocks
 
 
 def set_policy(vllms_own, **options):
@@ -53,3 +54,44 @@ def test_the_block_pool_is_found_also_where_vllm_does_not_hand_it_over():
     maker = Scheduler(lambda: connector._block_pool_finder(True))
     assert maker.made() == "the pool"
     assert connector._block_pool_finder(True)() is None
+
+
+def start(marks, stages, asynchronous, monkeypatch):
+    monkeypatch.setattr(connector, "_marks_of_stale_tokens", lambda: set(marks))
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(pipeline_parallel_size=stages),
+        scheduler_config=types.SimpleNamespace(async_scheduling=asynchronous),
+    )
+    connector._refuse_tokens_that_nobody_drops(config)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("mark", NEXT_OUTPUT)
+def test_synchronous_loads_with_pipeline_stages_are_refused_where_vllm_drops_one_output_at_most(
+    mark, asynchronous, monkeypatch
+):
+    start([mark], 1, asynchronous, monkeypatch)
+    for stages in (2, 3):
+        with pytest.raises(ConfigError, match=rf"pipeline_parallel_size {stages}, .*allowed: pipeline_parallel_size 1"):
+            start([mark], stages, asynchronous, monkeypatch)
+        start([STALE_TOKENS], stages, asynchronous, monkeypatch)
+
+
+def test_synchronous_loads_in_overlapping_steps_are_refused_where_vllm_drops_no_output(monkeypatch):
+    start([], 1, False, monkeypatch)
+    with pytest.raises(ConfigError, match=r"async_scheduling True, .*allowed: async_scheduling False"):
+        start([], 1, True, monkeypatch)
+
+
+def test_this_vllm_has_a_mark_for_outputs_in_flight():
+    assert connector._marks_of_stale_tokens()
+
+
+@pytest.mark.parametrize(("mark", "before", "after"), [(NEXT_OUTPUT[0], False, True), (NEXT_OUTPUT[1], 0, 1)])
+def test_the_one_output_in_flight_of_a_preempted_request_is_dropped(mark, before, after):
+    unproven = UnprovenBlocks(lasts_steps=3)
+    unproven.add({1})
+    record = types.SimpleNamespace(num_output_placeholders=1, **{mark: before})
+    unproven.preempted(record)
+    assert (record.num_output_placeholders, getattr(record, mark)) == (0, after)
+    assert type(getattr(record, mark)) is type(before)

@@ -95,6 +95,14 @@ def test_weights_replaced_below_the_same_path_are_another_namespace(folder):
     assert namespace(engine(folder)) != before
 
 
+def test_weights_in_files_of_an_unknown_kind_are_not_taken_for_others(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.tensors").write_bytes(b"weights")
+    before = namespace(engine(folder))
+    (folder / "model.tensors").write_bytes(b"other weights")
+    assert namespace(engine(folder)) != before
+
+
 def test_an_additional_weight_file_is_another_namespace(folder):
     before = namespace(engine(folder))
     (folder / "model-2.safetensors").write_bytes(b"")
@@ -255,8 +263,10 @@ def test_the_same_adapter_name_with_other_files_misses(folder, tmp_path):
 
 def test_an_adapter_whose_files_change_while_the_engine_runs_has_no_chain(folder):
     """The engine may hold the old weights or the new ones; nobody can tell."""
-    adapters = identity.AdapterIdentities()
+    now = [0.0]
+    adapters = identity.AdapterIdentities(clock=lambda: now[0])
     before = chain_keys(request(lora_request=adapter(folder)), adapters=adapters)
+    now[0] += identity.ADAPTER_FRESH_S
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert chain_keys(request(lora_request=adapter(folder)), adapters=adapters) is None
     # An engine that starts now loads the new files.
@@ -293,6 +303,18 @@ def test_a_hanging_file_system_costs_an_engine_one_short_wait(folder, short_wait
     assert slow.looks == 1, "every request started a thread that hangs"
     slow.answers.set()
     settle(lambda: adapters.identity(adapter(folder)) is not None)
+
+
+def test_a_burst_of_requests_looks_at_an_adapters_files_once(folder):
+    slow, now = SlowFolder(), [0.0]
+    adapters = identity.AdapterIdentities(look=slow.look, clock=lambda: now[0])
+    settle(lambda: adapters.identity(adapter(folder)) is not None)
+    for _ in range(100):
+        assert adapters.identity(adapter(folder)) is not None
+    assert slow.looks == 1
+    now[0] += identity.ADAPTER_FRESH_S
+    assert adapters.identity(adapter(folder)) is not None
+    settle(lambda: slow.looks == 2)
 
 
 def test_what_a_slow_file_system_said_counts_for_a_while(folder, short_wait):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 SETUP = """
 import logging, os, sys, threading, time
 import numpy
@@ -157,6 +159,41 @@ def test_a_forked_process_logs_its_own_lines_and_ends(tmp_path):
     )
     assert sum("opened the KV store" in line for line in lines) == 2, lines
     assert sum(f"path: {tmp_path}/child" in line for line in lines) == 1, lines
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_an_engine_process_that_ends_at_once_logs_its_last_lines(tmp_path, way):
+    """As vLLM makes them; a slow handler, so that the lines are still queued when the process ends."""
+    (tmp_path / "engine.py").write_text(
+        SETUP.replace("folder = sys.argv[1]", "folder = os.environ['FOLDER']")
+        + textwrap.dedent(
+            """
+            class Slow(logging.StreamHandler):
+                def emit(self, record):
+                    time.sleep(0.3)
+                    print(record.getMessage(), flush=True)
+
+            def run():
+                logging.getLogger().handlers[:] = [Slow()]
+                open_worker().close()
+            """
+        )
+    )
+    (tmp_path / "store").mkdir()
+    lines = lines_of(
+        tmp_path / "store",
+        f"""
+        import multiprocessing
+        sys.path.insert(0, {str(tmp_path)!r})
+        import engine
+        process = multiprocessing.get_context({way!r}).Process(target=engine.run)
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0, process.exitcode
+        """,
+        FOLDER=str(tmp_path / "store"),
+    )
+    assert any("opened the KV store" in line for line in lines), lines
 
 
 def test_exits_while_lines_are_being_logged_are_clean(tmp_path):

@@ -350,6 +350,46 @@ def test_a_synchronous_load_that_vllm_does_not_announce_is_seen_by_its_tokens(re
     assert half.step(later).stores == []
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_stores_go_on_beside_another_connectors_asynchronous_loads(resumed):
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    if resumed:
+        half.matched_tokens(asked, 0)
+        allocate(half, asked, [], 0)
+        half.step(output(new=[("r", [1], 0, 8)]))
+        half.step(output(preempted=["r"]))
+    half.matched_tokens(asked, 0)
+    allocate(half, asked, [], 0)
+    half.step(output())  # it waits for its load
+    started = ("r", [5, 6, 7, 8], 48, 16)
+    step = half.step(output(cached=[(*started, True)]) if resumed else output(new=[started]))
+    assert [len(job.block_ids) for job in step.stores] == [4]
+
+
+def test_a_start_counts_as_asynchronous_only_if_its_own_question_is_from_an_earlier_step():
+    """Asked in vain first, or asked before an earlier start: the load behind this start may still fail."""
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2, siblings_are_silent=True)
+    asked = request(64)
+    half.matched_tokens(asked, 0)  # there were no free blocks
+    half.step(output())
+    half.matched_tokens(asked, 0)
+    allocate(half, asked, [], 0)
+    assert half.step(output(new=[("r", [5, 6, 7, 8], 48, 16)])).stores == []
+    for _ in range(4):
+        half.step(output(preempted=["r"]))
+    assert half.step(output(cached=[("r", [5, 6, 7, 8], 48, 16, True)])).stores == []
+
+
+def test_steps_that_store_nothing_for_now_promise_nothing():
+    half, _ = make(can_store=True, can_load=False, batches_in_flight=2)
+    seen(half, request(64))
+    first = output(new=[("r", [1, 2, 3, 4], 32, 16)])
+    first.has_sync_kv_loads = True
+    steps = [half.step(first)] + [half.step(output(cached=[("r", None, 48, 16)])) for _ in range(3)]
+    assert [len(step.reservations) for step in steps] == [0, 0, 0, 1]
+
+
 def test_own_loads_and_local_blocks_are_nobody_elses():
     half, _ = make(Folder(ready=4), can_store=True, siblings_are_silent=True)
     asked = request(100)
@@ -368,6 +408,52 @@ def test_a_reset_stops_running_prompts_from_being_stored():
     step = half.step(output(cached=[("r", [2, 3, 4], 16, 48)]))
     assert step.stores == []
     assert len(step.withdrawals) == 1
+
+
+def test_a_reset_before_the_reader_is_there_is_made_up_for_before_the_first_lookup():
+    asked = []
+    folder = Folder(ready=4)
+    half, _ = make(can_store=True)
+    half.on_reader_missing = lambda: asked.append(True)
+    assert half.reset() is False
+    assert asked
+    seen(half, request(64))
+    assert half.step(output(new=[("r", [1], 0, 16)])).stores == [], "would outlive the reset"
+    half.open(folder)
+    assert folder.epoch() == 8
+    assert [job.first_depth for job in half.step(output(cached=[("r", [2], 16, 16)])).stores] == [0]
+    half.open(folder)
+    assert folder.epoch() == 8, "a reset counts once"
+
+
+def test_a_reset_that_the_folder_did_not_take_is_repeated_on_its_reader():
+    folder, reader = Folder(), Folder()
+    folder.reset = lambda: False
+    half, _ = make(can_store=True)
+    half.open_folder(folder)
+    assert half.reset() is False
+    half.open(reader)
+    assert reader.epoch() == 8
+
+
+def test_a_server_without_namespaces_resets_the_folder_and_stores_for_its_epoch():
+    folder = Folder(ready=4)
+    half, _ = make(can_store=True)
+    half.open_folder(folder)
+    asked = request(64)
+    assert half.matched_tokens(asked, 0) == (0, False)
+    seen(half, asked)
+    planned = half.step(output(new=[("r", [1], 0, 16)]))
+    assert half.reset() is True
+    assert (planned.epoch, folder.epoch()) == (7, 8)
+
+
+def test_a_server_that_only_stores_looks_for_its_workers_descriptors_too():
+    asked = []
+    half, _ = make(can_store=True, can_load=False)
+    half.on_reader_missing = lambda: asked.append(True)
+    half.matched_tokens(request(64), 0)
+    assert asked
 
 
 def test_stores_name_the_epoch_for_which_they_were_planned():

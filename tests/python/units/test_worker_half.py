@@ -96,6 +96,17 @@ def test_a_load_is_reported_once_and_only_when_it_ended():
     assert run(half, StepMetadata()) == IDLE
 
 
+def test_loads_end_when_the_tensors_are_replaced_and_are_not_taken_for_the_next_ones():
+    half, _ = make()
+    run(half, load_step("a"))
+    half.close()
+    store = ScriptedStore()
+    half.open(store, types.SimpleNamespace(layer_index=LAYERS.get))
+    assert run(half, load_step("b", blocks=(7,))) == ((None, {"a"}), {4, 5, 6})
+    store.end(1)
+    assert run(half, StepMetadata()) == ((None, {"b"}), set())
+
+
 def test_a_second_call_in_a_step_starts_no_second_load():
     half, store = make()
     half.begin_step(load_step("a"))
