@@ -49,7 +49,7 @@ impl Watch {
             return Ok(());
         };
         let index = Mutex::new(Index::new(&self.namespaces));
-        lister::list(&directory, &index);
+        self.lister.list_here(&directory, &index);
         lock(&index).catch_up(&directory);
         let reset = lock(&self.reset_wanted);
         let control = Arc::clone(&directory.control);
@@ -64,13 +64,15 @@ impl Watch {
         let mut tried = Instant::now();
         self.lister.run(|| {
             if let Some(Opened { directory, index }) = self.opened.get() {
-                lister::list(directory, index);
-            } else if tried.elapsed() >= REOPEN_INTERVAL {
+                return lister::list(directory, index);
+            }
+            if tried.elapsed() >= REOPEN_INTERVAL {
                 tried = Instant::now();
                 if let Err(error) = self.try_open() {
                     tracing::warn!(%error, "cannot open the KV store");
                 }
             }
+            false
         });
     }
 }

@@ -271,12 +271,9 @@ impl FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let found = {
-            let index = self.shared.look();
-            request.keys.iter().map(|key| index.find(0, key)).collect()
-        };
+        let search = self.shared.search(&request.keys);
         let cold = lock(&self.cold).clone();
-        let job = LoadJob::new(&self.shared, id, request, found, after, cold);
+        let job = LoadJob::new(&self.shared, id, request, search, after, cold);
         if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
             self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);
@@ -348,7 +345,7 @@ impl FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let namespace = self.shared.look().effective(0);
+        let namespace = self.shared.glance().effective(0);
         // Behind the namespace: epochs only grow, so one that is over in the namespace is noticed by the writer thread.
         let now = self.shared.directory.control.epoch();
         let job = StoreJob::new(&self.shared, id, request, namespace, now);
