@@ -15,6 +15,7 @@ use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
 use crate::cold::{Bounce, COLD_READS, COLD_READS_WAITING_MAX, ColdQueue, cold_thread};
+use crate::control::WriterPlace;
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
@@ -32,6 +33,9 @@ use crate::writer::{Command, StoreTask, Writer};
 const LOADS_WAITING_MAX: usize = 1 << 14;
 /// How long an orderly end waits for the threads; one that hangs in a file system is left behind.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Starts a named thread.
+type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> std::io::Result<JoinHandle<()>>;
 
 /// Moves blocks between one paged cache and a folder.
 ///
@@ -63,6 +67,18 @@ impl FsTransfer {
         options: &FsOptions,
         can_store: bool,
     ) -> Result<Self> {
+        let spawn = |name, work| std::thread::Builder::new().name(name).spawn(work);
+        Self::open_with(path, namespace, cache.into(), options, can_store, &spawn)
+    }
+
+    fn open_with(
+        path: &Path,
+        namespace: NamespaceId,
+        cache: Cache,
+        options: &FsOptions,
+        can_store: bool,
+        spawn: &Spawn,
+    ) -> Result<Self> {
         let directory = match Directory::open(path, options, true)? {
             Some(directory) => directory,
             None => return Err(FsError::ReadOnly { path: path.into() }),
@@ -70,7 +86,6 @@ impl FsTransfer {
         if can_store && !directory.writable {
             return Err(FsError::ReadOnly { path: path.into() });
         }
-        let cache = cache.into();
         let map = cache.map();
         let layer_bytes: Vec<u64> = (0..map.layer_count())
             .map(|layer| map.layer_bytes(layer) as u64)
@@ -103,16 +118,34 @@ impl FsTransfer {
         ));
         // What is there is found from the first lookup on.
         drop(shared.look());
-        let threads = options.threads();
-        let abandoned = Arc::new(AtomicBool::new(false));
-        let mut handles = Vec::new();
-        let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
-            let handle = std::thread::Builder::new().name(name).spawn(body);
-            handle
-                .map(|handle| handles.push(handle))
-                .map_err(FsError::io("start a thread for", path))
+        let transfer = FsTransfer {
+            shared,
+            loads: std::sync::Mutex::default(),
+            cold: std::sync::Mutex::default(),
+            threads: std::sync::Mutex::default(),
+            load_threads: options.threads(),
+            abandoned: Arc::new(AtomicBool::new(false)),
+            process: std::process::id(),
         };
-        let lists = Arc::clone(&shared);
+        // If one thread cannot be started, dropping the value ends the others.
+        transfer.start_threads(place, target_bytes, &commands, spawn)?;
+        Ok(transfer)
+    }
+
+    fn start_threads(
+        &self,
+        place: Option<WriterPlace>,
+        target_bytes: u64,
+        commands: &Receiver<Command>,
+        spawn: &Spawn,
+    ) -> Result<()> {
+        let (shared, abandoned, threads) = (&self.shared, &self.abandoned, self.load_threads);
+        let spawn = |name: String, work: Box<dyn FnOnce() + Send>| {
+            spawn(name, work)
+                .map(|handle| lock(&self.threads).push(handle))
+                .map_err(FsError::io("start a thread for", &shared.directory.path))
+        };
+        let lists = Arc::clone(shared);
         spawn(
             "kvlane-lister".into(),
             Box::new(move || lists.lister.run(|| lister::list(&lists.directory, &lists.index))),
@@ -121,20 +154,20 @@ impl FsTransfer {
         if let Some(place) = place {
             let (task_sender, tasks) = unbounded();
             for number in 0..threads {
-                let (tasks, stop) = (tasks.clone(), Arc::clone(&abandoned));
+                let (tasks, stop) = (tasks.clone(), Arc::clone(abandoned));
                 spawn(
                     format!("kvlane-store-{number}"),
                     Box::new(move || store_thread(&tasks, &stop)),
                 )?;
             }
-            let writer = Writer::new(Arc::clone(&shared), place, target_bytes, task_sender, threads);
-            let stop = Arc::clone(&abandoned);
+            let writer = Writer::new(Arc::clone(shared), place, target_bytes, task_sender, threads);
+            let (commands, stop) = (commands.clone(), Arc::clone(abandoned));
             spawn(
                 "kvlane-writer".into(),
                 Box::new(move || writer.run(&commands, &stop)),
             )?;
         } else {
-            let (keeper, stop) = (Arc::clone(&shared), Arc::clone(&abandoned));
+            let (keeper, stop) = (Arc::clone(shared), Arc::clone(abandoned));
             spawn(
                 "kvlane-keeper".into(),
                 Box::new(move || keeper_thread(&keeper, &stop)),
@@ -142,7 +175,7 @@ impl FsTransfer {
         }
         let (load_sender, loads) = unbounded();
         for number in 0..threads {
-            let (loads, stop) = (loads.clone(), Arc::clone(&abandoned));
+            let (loads, stop) = (loads.clone(), Arc::clone(abandoned));
             spawn(
                 format!("kvlane-load-{number}"),
                 Box::new(move || load_thread(&loads, &stop)),
@@ -154,7 +187,7 @@ impl FsTransfer {
             Cache::Host(_) if has_cold_blocks => {
                 let (sender, reads) = bounded(COLD_READS_WAITING_MAX);
                 for number in 0..COLD_READS {
-                    let (reads, stop) = (reads.clone(), Arc::clone(&abandoned));
+                    let (reads, stop) = (reads.clone(), Arc::clone(abandoned));
                     spawn(
                         format!("kvlane-cold-{number}"),
                         Box::new(move || cold_thread(&reads, &stop)),
@@ -164,15 +197,9 @@ impl FsTransfer {
             }
             _ => None,
         };
-        Ok(FsTransfer {
-            shared,
-            loads: std::sync::Mutex::new(Some(load_sender)),
-            cold: std::sync::Mutex::new(cold),
-            threads: std::sync::Mutex::new(handles),
-            load_threads: threads,
-            abandoned,
-            process: std::process::id(),
-        })
+        *lock(&self.loads) = Some(load_sender);
+        *lock(&self.cold) = cold;
+        Ok(())
     }
 
     /// Totals since the start, and gauges.

@@ -60,3 +60,47 @@ fn in_a_forked_child_every_call_returns_though_the_parent_had_the_locks() {
     drop((_jobs, _index));
     transfer.process = own;
 }
+
+#[test]
+fn an_open_that_fails_half_way_leaves_no_thread_behind() {
+    use std::sync::atomic::AtomicUsize;
+
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_io_threads(1).with_medium(Medium::Disk);
+    for can_store in [true, false] {
+        for started_first in 0.. {
+            let (started, running) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+            let (count, alive) = (Arc::clone(&started), Arc::clone(&running));
+            let spawn = move |name: String, work: Box<dyn FnOnce() + Send>| {
+                if count.fetch_add(1, Ordering::Relaxed) == started_first {
+                    return Err(std::io::ErrorKind::WouldBlock.into());
+                }
+                alive.fetch_add(1, Ordering::Relaxed);
+                let alive = Arc::clone(&alive);
+                std::thread::Builder::new().name(name).spawn(move || {
+                    work();
+                    alive.fetch_sub(1, Ordering::Relaxed);
+                })
+            };
+            let opened = FsTransfer::open_with(
+                folder.path(),
+                NAMESPACE,
+                cache().into(),
+                &options,
+                can_store,
+                &spawn,
+            );
+            let is_open = opened.is_ok();
+            drop(opened);
+            let end = Instant::now() + Duration::from_secs(10);
+            while running.load(Ordering::Relaxed) > 0 {
+                assert!(Instant::now() < end, "threads are left after {started_first}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if is_open {
+                assert_eq!(started.load(Ordering::Relaxed), started_first);
+                break;
+            }
+        }
+    }
+}
