@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::{Availability, BlockKey, NamespaceId};
 
+use crate::complaints::Complaints;
 use crate::directory::{Directory, unix_ms};
 use crate::format::SlotState;
 use crate::lister::{Listing, Wanted};
@@ -95,8 +96,9 @@ pub(crate) struct Index {
     segments: Vec<Option<Tracked>>,
     /// The same key in more than one slot: rare, so kept aside.
     others: KeyMap<Vec<(u32, Entry)>>,
-    /// Names that cannot be used; each is complained about once.
+    /// Names that cannot be used; none is tried again.
     rejected: HashSet<u64>,
+    complaints: Complaints,
     generation: Option<u64>,
     epoch: u64,
     changes: Option<u64>,
@@ -108,6 +110,15 @@ pub(crate) struct Index {
     listing: bool,
     /// Grows when anything that was found may be gone.
     removals: u64,
+}
+
+/// What is left to do of a listing that was taken up, without the lock.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    /// Not needed any more, to be dropped.
+    pub(crate) gone: Vec<Arc<SegmentView>>,
+    /// To be complained about.
+    pub(crate) news: Vec<String>,
 }
 
 impl Tracked {
@@ -135,6 +146,7 @@ impl Index {
             segments: Vec::new(),
             others: KeyMap::default(),
             rejected: HashSet::new(),
+            complaints: Complaints::default(),
             generation: None,
             epoch: 0,
             changes: None,
@@ -207,8 +219,8 @@ impl Index {
         })
     }
 
-    /// Takes up a listing, and returns what is not needed any more, for dropping it without the lock.
-    pub(crate) fn take_listing(&mut self, listing: Listing) -> Vec<Arc<SegmentView>> {
+    /// Takes up a listing.
+    pub(crate) fn take_listing(&mut self, listing: Listing) -> Taken {
         self.listing = false;
         self.generation = listing.complete.then_some(listing.generation);
         self.incomplete = (!listing.complete).then_some(listing.generation);
@@ -227,7 +239,10 @@ impl Index {
             self.track(view, owner_lives);
         }
         self.changes = None;
-        gone
+        Taken {
+            gone,
+            news: self.complaints.news(listing.problems),
+        }
     }
 
     /// Segments of which a lookup needs to know whether their owner lives, and the answer is old.

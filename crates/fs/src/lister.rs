@@ -196,6 +196,8 @@ pub(crate) struct Listing {
     pub(crate) linked: Option<HashSet<u64>>,
     pub(crate) opened: Vec<(Arc<SegmentView>, bool)>,
     pub(crate) rejected: Vec<u64>,
+    /// What to complain about.
+    pub(crate) problems: Vec<String>,
     /// Otherwise a segment could not be opened now, though it may be all right.
     pub(crate) complete: bool,
 }
@@ -208,12 +210,15 @@ impl Wanted {
             linked: None,
             opened: Vec::new(),
             rejected: Vec::new(),
+            problems: Vec::new(),
             complete: true,
         };
         let names = match directory.segment_names() {
             Ok(names) => names,
             Err(error) => {
-                tracing::warn!(%error, "cannot list the segments");
+                listing
+                    .problems
+                    .push(format!("cannot list the segments: {error}"));
                 listing.complete = false;
                 return listing;
             }
@@ -233,7 +238,7 @@ impl Wanted {
                 Ok(None) => {}
                 Err(error) => {
                     // Somebody else's rubbish must not cost us our own blocks.
-                    tracing::warn!(%error, "a segment is left out");
+                    listing.problems.push(format!("a segment is left out: {error}"));
                     if is_transient(&error) {
                         listing.complete = false;
                     } else {
@@ -257,9 +262,12 @@ pub(crate) fn list(directory: &Directory, index: &Mutex<Index>) -> bool {
     let is_due = wanted.is_some();
     if let Some(wanted) = wanted {
         let listing = wanted.list(directory);
-        let gone = lock(index).take_listing(listing);
-        // Unmaps and closes.
-        drop(gone);
+        let taken = lock(index).take_listing(listing);
+        // Like unmapping and closing what is gone, not with the index locked.
+        for problem in &taken.news {
+            tracing::warn!("{problem}");
+        }
+        drop(taken.gone);
     }
     let unsure = lock(index).unsure_owners();
     if !unsure.is_empty() {

@@ -145,3 +145,23 @@ fn a_glance_does_not_wait_for_a_file_system_that_does_not_answer() {
         assert!(took < PATIENCE / 2, "{took:?}");
     });
 }
+
+#[test]
+fn a_segment_that_cannot_be_opened_for_now_is_complained_about_once() {
+    let folder = Folder::new(8 << 20);
+    let mut index = Index::new(&[NAMESPACE]);
+    let mut listed = |problems: &[&str]| {
+        folder.directory.control.bump_generation();
+        let wanted = index.wanted_listing(&folder.directory).unwrap();
+        let mut listing = wanted.list(&folder.directory);
+        // As if this process had run out of descriptors.
+        listing
+            .problems
+            .extend(problems.iter().map(|problem| (*problem).to_owned()));
+        index.take_listing(listing).news
+    };
+    assert_eq!(listed(&["no descriptors"]), ["no descriptors"]);
+    assert!(listed(&["no descriptors"]).is_empty());
+    assert!(listed(&[]).is_empty());
+    assert_eq!(listed(&["no descriptors"]), ["no descriptors"], "again");
+}
