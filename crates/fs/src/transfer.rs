@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam::channel::{Sender, unbounded};
 use kvlane_core::{
     Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
     StoreRequest,
@@ -14,28 +14,27 @@ use kvlane_core::{
 use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
-use crate::cold::{Bounce, COLD_READS, COLD_READS_WAITING_MAX, ColdQueue, cold_thread};
-use crate::control::WriterPlace;
+use crate::cold::ColdQueue;
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
-use crate::lister;
-use crate::load::{IDLE_CHECK, LoadJob};
-use crate::options::{FsOptions, Medium, RESERVATION_MAX};
+use crate::load::LoadJob;
+use crate::options::{FsOptions, RESERVATION_MAX};
 use crate::segment::Geometry;
-use crate::shared::{MARK_MS, Shared};
+use crate::shared::Shared;
 use crate::store::StoreJob;
-use crate::writer::{Command, StoreTask, Writer};
+use crate::writer::Command;
+
+mod threads;
+
+use threads::Spawn;
 
 /// Loads that may wait for a thread before new ones are refused.
 const LOADS_WAITING_MAX: usize = 1 << 14;
 /// How long an orderly end waits for the threads; one that hangs in a file system is left behind.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Starts a named thread.
-type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> std::io::Result<JoinHandle<()>>;
 
 /// Moves blocks between one paged cache and a folder.
 ///
@@ -130,76 +129,6 @@ impl FsTransfer {
         // If one thread cannot be started, dropping the value ends the others.
         transfer.start_threads(place, target_bytes, &commands, spawn)?;
         Ok(transfer)
-    }
-
-    fn start_threads(
-        &self,
-        place: Option<WriterPlace>,
-        target_bytes: u64,
-        commands: &Receiver<Command>,
-        spawn: &Spawn,
-    ) -> Result<()> {
-        let (shared, abandoned, threads) = (&self.shared, &self.abandoned, self.load_threads);
-        let spawn = |name: String, work: Box<dyn FnOnce() + Send>| {
-            spawn(name, work)
-                .map(|handle| lock(&self.threads).push(handle))
-                .map_err(FsError::io("start a thread for", &shared.directory.path))
-        };
-        let lists = Arc::clone(shared);
-        spawn(
-            "kvlane-lister".into(),
-            Box::new(move || lists.lister.run(|| lister::list(&lists.directory, &lists.index))),
-        )?;
-        shared.lister.started();
-        if let Some(place) = place {
-            let (task_sender, tasks) = unbounded();
-            for number in 0..threads {
-                let (tasks, stop) = (tasks.clone(), Arc::clone(abandoned));
-                spawn(
-                    format!("kvlane-store-{number}"),
-                    Box::new(move || store_thread(&tasks, &stop)),
-                )?;
-            }
-            let writer = Writer::new(Arc::clone(shared), place, target_bytes, task_sender, threads);
-            let (commands, stop) = (commands.clone(), Arc::clone(abandoned));
-            spawn(
-                "kvlane-writer".into(),
-                Box::new(move || writer.run(&commands, &stop)),
-            )?;
-        } else {
-            let (keeper, stop) = (Arc::clone(shared), Arc::clone(abandoned));
-            spawn(
-                "kvlane-keeper".into(),
-                Box::new(move || keeper_thread(&keeper, &stop)),
-            )?;
-        }
-        let (load_sender, loads) = unbounded();
-        for number in 0..threads {
-            let (loads, stop) = (loads.clone(), Arc::clone(abandoned));
-            spawn(
-                format!("kvlane-load-{number}"),
-                Box::new(move || load_thread(&loads, &stop)),
-            )?;
-        }
-        // A cache on a device has its pinned pool to wait for, and everything in memory is there already.
-        let has_cold_blocks = shared.directory.choice.medium == Medium::Disk;
-        let cold = match &shared.cache {
-            Cache::Host(_) if has_cold_blocks => {
-                let (sender, reads) = bounded(COLD_READS_WAITING_MAX);
-                for number in 0..COLD_READS {
-                    let (reads, stop) = (reads.clone(), Arc::clone(abandoned));
-                    spawn(
-                        format!("kvlane-cold-{number}"),
-                        Box::new(move || cold_thread(&reads, &stop)),
-                    )?;
-                }
-                Some(sender)
-            }
-            _ => None,
-        };
-        *lock(&self.loads) = Some(load_sender);
-        *lock(&self.cold) = cold;
-        Ok(())
     }
 
     /// Totals since the start, and gauges.
@@ -496,41 +425,6 @@ impl KvTransfer for FsTransfer {
     fn reset(&self) -> kvlane_core::Result<()> {
         self.refuse_forked()?;
         Ok(self.shared.directory.control.start_epoch()?)
-    }
-}
-
-fn store_thread(tasks: &Receiver<StoreTask>, abandoned: &AtomicBool) {
-    while !abandoned.load(Ordering::Relaxed) {
-        match tasks.recv_timeout(IDLE_CHECK) {
-            Ok(StoreTask::Layer(job, layer)) => job.run_layer(layer),
-            Ok(StoreTask::Rest(job)) => job.run_rest(),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-    }
-}
-
-fn load_thread(loads: &Receiver<Arc<LoadJob>>, abandoned: &AtomicBool) {
-    let mut bounce = Bounce::default();
-    while !abandoned.load(Ordering::Relaxed) {
-        match loads.recv_timeout(IDLE_CHECK) {
-            Ok(job) => job.run(&mut bounce),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-    }
-}
-
-/// What a writer thread does on the side, for a transfer that only loads.
-fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
-    let mut written: Option<Instant> = None;
-    while !abandoned.load(Ordering::Relaxed) {
-        if written.is_none_or(|at| at.elapsed() >= Duration::from_millis(MARK_MS)) {
-            shared.write_marks();
-            shared.measure();
-            written = Some(Instant::now());
-        }
-        std::thread::park_timeout(Duration::from_millis(100));
     }
 }
 

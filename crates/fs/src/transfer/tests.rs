@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixture::{Folder, NAMESPACE, cache, key};
+use crate::options::Medium;
 use kvlane_core::LoadOrder;
 
 #[test]
