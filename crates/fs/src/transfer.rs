@@ -305,12 +305,14 @@ impl FsTransfer {
         // Behind the namespace: epochs only grow, so one that is over in the namespace is noticed by the writer thread.
         let now = self.shared.directory.control.epoch();
         let job = StoreJob::new(&self.shared, id, request, namespace, now);
-        let accepted = epoch.is_none_or(|planned| planned == now)
+        let admitted = epoch.is_none_or(|planned| planned == now)
             && !self.shared.writer_is_behind()
-            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
-            && self.shared.tell_writer(Command::Begin(job));
-        if !accepted {
+            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)));
+        if !admitted {
             self.miss_all(id, blocks, MissReason::Dropped);
+        } else if !self.shared.tell_writer(Command::Begin(Arc::clone(&job))) {
+            // Through the job: since it was admitted, its deadline may have ended it.
+            job.close(MissReason::Dropped);
         }
         Ok(id)
     }

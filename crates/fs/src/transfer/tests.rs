@@ -105,3 +105,39 @@ fn an_open_that_fails_half_way_leaves_no_thread_behind() {
         }
     }
 }
+
+#[test]
+fn a_store_that_no_writer_takes_and_that_is_late_too_ends_once() {
+    const STORES: usize = 20_000;
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let transfer = FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, true).unwrap();
+    transfer.shared.tell_writer(Command::Stop);
+    let end = Instant::now() + Duration::from_secs(10);
+    while transfer.shared.tell_writer(Command::Stop) {
+        assert!(Instant::now() < end, "the writer does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let stopped = AtomicBool::new(false);
+    let mut done = Vec::new();
+    std::thread::scope(|scope| {
+        // The clock: it ends what is late, and every store is.
+        scope.spawn(|| {
+            while !stopped.load(Ordering::Relaxed) {
+                transfer.shared.jobs.expire();
+            }
+        });
+        for _ in 0..STORES {
+            let store = StoreRequest {
+                keys: vec![key(1)],
+                blocks: vec![0],
+                first_depth: 0,
+                deadline: Instant::now(),
+            };
+            let _ = transfer.begin_store(store);
+        }
+        stopped.store(true, Ordering::Relaxed);
+    });
+    transfer.poll(&mut done);
+    assert_eq!(done.len(), STORES);
+}
