@@ -22,7 +22,7 @@ pub(crate) const MARK_MS: u64 = 10_000;
 const TOUCHED_MAX: usize = 1 << 16;
 
 /// Commands that may wait for the writer thread before new work is refused.
-const COMMANDS_MAX: usize = 1 << 14;
+pub(crate) const COMMANDS_MAX: usize = 1 << 14;
 
 /// The mark for "used now".
 pub(crate) fn mark_now() -> u32 {
@@ -134,6 +134,11 @@ impl Shared {
         self.writer
             .as_ref()
             .is_some_and(|writer| writer.len() >= COMMANDS_MAX)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn commands_waiting(&self) -> usize {
+        self.writer.as_ref().map_or(0, Sender::len)
     }
 
     pub(crate) fn can_store(&self) -> bool {

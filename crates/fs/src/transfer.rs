@@ -349,7 +349,8 @@ impl KvTransfer for FsTransfer {
     }
 
     fn withdraw(&self, keys: &[BlockKey]) -> kvlane_core::Result<()> {
-        if !self.is_forked() && !keys.is_empty() {
+        // A promise that is not taken back ends by itself; what waits for a thread that stands still must have a bound.
+        if !self.is_forked() && !keys.is_empty() && !self.shared.writer_is_behind() {
             self.shared.tell_writer(Command::Withdraw { keys: keys.to_vec() });
         }
         Ok(())

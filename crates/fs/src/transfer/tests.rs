@@ -141,3 +141,29 @@ fn a_store_that_no_writer_takes_and_that_is_late_too_ends_once() {
     transfer.poll(&mut done);
     assert_eq!(done.len(), STORES);
 }
+
+#[test]
+fn what_waits_for_a_writer_that_stands_still_has_a_bound() {
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let spawn = |name: String, work: Box<dyn FnOnce() + Send>| {
+        let stands_still = name == "kvlane-writer";
+        std::thread::Builder::new().name(name).spawn(move || {
+            if stands_still {
+                // With its end of the channel, as a thread that never comes back from the kernel.
+                std::mem::forget(work);
+            } else {
+                work();
+            }
+        })
+    };
+    let transfer =
+        FsTransfer::open_with(folder.path(), NAMESPACE, cache().into(), &options, true, &spawn).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let keys = [key(1)];
+    for _ in 0..crate::shared::COMMANDS_MAX {
+        transfer.reserve(&keys, 0, deadline).unwrap();
+        transfer.withdraw(&keys).unwrap();
+    }
+    assert!(transfer.shared.commands_waiting() <= crate::shared::COMMANDS_MAX);
+}
