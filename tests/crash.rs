@@ -466,7 +466,8 @@ fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_i
         );
     }
     assert_eq!(counts.get("killed"), 4 * rounds as u64);
-    let stopped = counts.get("stopped_and_continued") + counts.get("stopped_with_the_budget_locked");
+    let killed_with_the_lock = counts.get("stopped_with_the_budget_locked_and_killed");
+    let stopped = counts.get("stopped_and_continued") + killed_with_the_lock;
     assert!(refused.is_some() || stopped == 2 * rounds as u64, "{stopped}");
     assert!(counts.get("chains_committed") > 0 && counts.get("blocks_loaded_and_compared") > 0);
     if soak {

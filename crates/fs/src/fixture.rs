@@ -14,7 +14,7 @@ use crate::load::LoadJob;
 use crate::options::{FsOptions, Medium};
 use crate::raw::HostCache;
 use crate::segment::{Geometry, OwnedSegment};
-use crate::shared::Shared;
+use crate::shared::{Search, Shared};
 
 /// The namespace of all blocks in these tests, before its epoch.
 pub(crate) const NAMESPACE: NamespaceId = NamespaceId([7; 32]);
@@ -151,6 +151,13 @@ pub(crate) fn shared_that_verifies(directory: Directory, start_id: u64, verify: 
     ))
 }
 
+fn search_of(found: Option<Found>) -> Search {
+    Search {
+        found: vec![found],
+        missing_in: None,
+    }
+}
+
 /// A load of one block that was found, which nobody works on yet.
 pub(crate) fn load_of(
     shared: &Arc<Shared>,
@@ -165,7 +172,7 @@ pub(crate) fn load_of(
         deadline: Instant::now() + Duration::from_secs(10),
         order: LoadOrder::BlockMajor,
     };
-    let job = LoadJob::new(shared, id, request, vec![Some(found)], None, cold);
+    let job = LoadJob::new(shared, id, request, search_of(Some(found)), None, cold);
     assert!(shared.jobs.admit(id, Job::Load(Arc::clone(&job))));
     (id, job)
 }
@@ -181,6 +188,6 @@ pub(crate) fn idle_load(shared: &Arc<Shared>, lasts: Duration) -> (kvlane_core::
     };
     (
         id,
-        Job::Load(LoadJob::new(shared, id, request, vec![None], None, None)),
+        Job::Load(LoadJob::new(shared, id, request, search_of(None), None, None)),
     )
 }

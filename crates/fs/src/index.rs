@@ -5,12 +5,15 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvlane_core::{Availability, BlockKey, NamespaceId};
+use kvlane_core::{BlockKey, NamespaceId};
 
-use crate::directory::{Directory, unix_ms};
+use crate::complaints::Complaints;
+use crate::directory::Directory;
 use crate::format::SlotState;
 use crate::lister::{Listing, Wanted};
 use crate::segment::SegmentView;
+
+mod lookup;
 
 /// All segments are looked at this often even if nobody announced a change: a writer may have died in between.
 const FULL_CHECK_INTERVAL: Duration = Duration::from_millis(200);
@@ -95,8 +98,9 @@ pub(crate) struct Index {
     segments: Vec<Option<Tracked>>,
     /// The same key in more than one slot: rare, so kept aside.
     others: KeyMap<Vec<(u32, Entry)>>,
-    /// Names that cannot be used; each is complained about once.
+    /// Names that cannot be used; none is tried again.
     rejected: HashSet<u64>,
+    complaints: Complaints,
     generation: Option<u64>,
     epoch: u64,
     changes: Option<u64>,
@@ -108,6 +112,15 @@ pub(crate) struct Index {
     listing: bool,
     /// Grows when anything that was found may be gone.
     removals: u64,
+}
+
+/// What is left to do of a listing that was taken up, without the lock.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    /// Not needed any more, to be dropped.
+    pub(crate) gone: Vec<Arc<SegmentView>>,
+    /// To be complained about.
+    pub(crate) news: Vec<String>,
 }
 
 impl Tracked {
@@ -135,6 +148,7 @@ impl Index {
             segments: Vec::new(),
             others: KeyMap::default(),
             rejected: HashSet::new(),
+            complaints: Complaints::default(),
             generation: None,
             epoch: 0,
             changes: None,
@@ -207,8 +221,8 @@ impl Index {
         })
     }
 
-    /// Takes up a listing, and returns what is not needed any more, for dropping it without the lock.
-    pub(crate) fn take_listing(&mut self, listing: Listing) -> Vec<Arc<SegmentView>> {
+    /// Takes up a listing.
+    pub(crate) fn take_listing(&mut self, listing: Listing) -> Taken {
         self.listing = false;
         self.generation = listing.complete.then_some(listing.generation);
         self.incomplete = (!listing.complete).then_some(listing.generation);
@@ -227,7 +241,10 @@ impl Index {
             self.track(view, owner_lives);
         }
         self.changes = None;
-        gone
+        Taken {
+            gone,
+            news: self.complaints.news(listing.problems),
+        }
     }
 
     /// Segments of which a lookup needs to know whether their owner lives, and the answer is old.
@@ -431,126 +448,6 @@ impl Index {
         if !rest.is_empty() {
             self.others.insert(key, rest);
         }
-    }
-
-    /// The committed block with this key. [`catch_up`](Self::catch_up) first.
-    pub(crate) fn find(&self, table: usize, key: &BlockKey) -> Option<Found> {
-        let entry = self.tables[table]
-            .blocks
-            .get(key)
-            .filter(|entry| entry.committed())?;
-        let tracked = self.segments[entry.segment as usize].as_ref()?;
-        Some(Found {
-            view: Arc::clone(&tracked.view),
-            slot: entry.slot,
-            sequence: entry.sequence,
-            namespace: self.tables[table].effective,
-        })
-    }
-
-    /// Forgets a block that turned out to be bad, until its slot changes.
-    pub(crate) fn forget(&mut self, found: &Found) {
-        let number = self.segments.iter().position(|tracked| {
-            tracked
-                .as_ref()
-                .is_some_and(|tracked| Arc::ptr_eq(&tracked.view, &found.view))
-        });
-        let Some(number) = number else { return };
-        let same = self
-            .entry_of(number as u32, found.slot)
-            .is_some_and(|entry| entry.sequence == found.sequence && entry.committed());
-        if same {
-            self.remove(number as u32, found.slot);
-        }
-    }
-
-    /// How many leading blocks of `chain` all namespaces have. [`catch_up`](Self::catch_up) first.
-    pub(crate) fn availability(&mut self, chain: &[BlockKey], cursor: &mut LookupCursor) -> Availability {
-        if self.tables.is_empty() {
-            return Availability::default();
-        }
-        let mut ready = if cursor.removals == self.removals {
-            cursor.ready_blocks.min(chain.len())
-        } else {
-            0
-        };
-        while ready < chain.len()
-            && self
-                .tables
-                .iter()
-                .all(|table| table.blocks.get(&chain[ready]).is_some_and(Entry::committed))
-        {
-            ready += 1;
-        }
-        *cursor = LookupCursor {
-            ready_blocks: ready,
-            removals: self.removals,
-        };
-        let mut pending = ready;
-        if pending < chain.len() {
-            let now_ms = unix_ms();
-            while pending < chain.len() && self.promised_or_ready(&chain[pending], now_ms) {
-                pending += 1;
-            }
-        }
-        Availability {
-            ready_blocks: ready,
-            pending_blocks: pending - ready,
-        }
-    }
-
-    fn promised_or_ready(&mut self, key: &BlockKey, now_ms: u64) -> bool {
-        for table in 0..self.tables.len() {
-            let Some(entry) = self.tables[table].blocks.get(key).copied() else {
-                return false;
-            };
-            if !entry.committed() && !self.is_promised(table, key, entry, now_ms) {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Whether `first`, or another slot with the same key, is a promise that counts.
-    fn is_promised(&mut self, table: usize, key: &BlockKey, first: Entry, now_ms: u64) -> bool {
-        let counts = |index: &mut Self, entry: Entry| {
-            entry.deadline_unix_ms >= now_ms && index.owner_lives(entry.segment)
-        };
-        if counts(self, first) {
-            return true;
-        }
-        let others: Vec<Entry> = self
-            .others
-            .get(key)
-            .into_iter()
-            .flatten()
-            .filter(|(other, _)| *other as usize == table)
-            .map(|(_, entry)| *entry)
-            .collect();
-        others.into_iter().any(|entry| counts(self, entry))
-    }
-
-    /// As far as it is known: who asks is an engine, and the answer a system call.
-    fn owner_lives(&mut self, number: u32) -> bool {
-        let Some(tracked) = &mut self.segments[number as usize] else {
-            return false;
-        };
-        tracked.owner_asked = true;
-        let owner = tracked.view.owner();
-        if owner != tracked.owner {
-            // Somebody has just taken it over.
-            tracked.owner = owner;
-            tracked.owner_lives = true;
-        }
-        tracked.owner_lives
-    }
-
-    /// Whether the key is stored, or promised by a writer that lives.
-    pub(crate) fn knows(&mut self, table: usize, key: &BlockKey) -> bool {
-        let Some(entry) = self.tables[table].blocks.get(key).copied() else {
-            return false;
-        };
-        entry.committed() || self.is_promised(table, key, entry, unix_ms())
     }
 }
 

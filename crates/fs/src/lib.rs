@@ -12,6 +12,7 @@
 
 mod cache;
 mod cold;
+mod complaints;
 mod control;
 mod counters;
 mod directory;

@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::directory::Directory;
 use crate::error::FsError;
@@ -14,9 +14,13 @@ use crate::segment::SegmentView;
 
 /// How often the thread looks by itself.
 const INTERVAL: Duration = Duration::from_millis(50);
-/// How long a lookup waits for the thread when a segment has come or gone: far more than a listing takes, also on a machine
-/// that has too much to do. It waits no more until a listing that was later than this has come to its end.
+/// How long is waited for the thread when a segment has come or gone: far more than a listing takes, also on a machine
+/// that has too much to do. Nobody waits any more until a listing that was later than this has come to its end.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// A listing that took longer was slow: on a folder in memory or on a local disk it takes a tenth of that.
+const SLOW: Duration = Duration::from_millis(10);
+/// So many slow listings, one behind the other, make a slow folder. One alone may be the machine's fault.
+const SLOW_LISTINGS: u32 = 2;
 
 /// What the thread and those who need it know of each other.
 #[derive(Debug, Default)]
@@ -35,16 +39,52 @@ struct State {
     ended_rounds: u64,
     /// Somebody has waited in vain, and no round has ended since.
     late: bool,
+    /// How many of the last listings were slow.
+    slow_listings: u32,
+}
+
+/// How far a caller waits for a listing that is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// Not at all.
+    Never,
+    /// Unless the folder has shown to be slow.
+    IfQuick,
+    /// A bounded time.
+    Always,
 }
 
 impl Lister {
-    /// The index as the folder is now, or as it was a moment ago if its file system does not answer.
+    /// The index as the folder is now, or as it was a moment ago if its file system is slow or does not answer.
     pub(crate) fn look<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
+        self.look_with(directory, index, Wait::IfQuick)
+    }
+
+    /// The index as it is known now. A listing that is due comes later.
+    pub(crate) fn glance<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
+        self.look_with(directory, index, Wait::Never)
+    }
+
+    /// The index as the folder is now, unless that takes too long. Not for an engine's thread.
+    pub(crate) fn look_patiently<'a>(
+        &self,
+        directory: &Directory,
+        index: &'a Mutex<Index>,
+    ) -> MutexGuard<'a, Index> {
+        self.look_with(directory, index, Wait::Always)
+    }
+
+    fn look_with<'a>(
+        &self,
+        directory: &Directory,
+        index: &'a Mutex<Index>,
+        wait: Wait,
+    ) -> MutexGuard<'a, Index> {
         let mut known = lock(index);
         if known.is_behind(directory) {
             drop(known);
-            if !self.ask() {
-                list(directory, index);
+            if !self.ask(wait) {
+                self.list_here(directory, index);
             }
             known = lock(index);
         }
@@ -52,8 +92,16 @@ impl Lister {
         known
     }
 
-    /// The thread's work: `round` again and again until [`close`](Self::close).
-    pub(crate) fn run(&self, mut round: impl FnMut()) {
+    /// One round in the caller's thread. May block.
+    pub(crate) fn list_here(&self, directory: &Directory, index: &Mutex<Index>) {
+        let started = Instant::now();
+        if list(directory, index) {
+            lock(&self.state).count(started.elapsed());
+        }
+    }
+
+    /// The thread's work: `round` again and again until [`close`](Self::close). It answers whether it listed the folder.
+    pub(crate) fn run(&self, mut round: impl FnMut() -> bool) {
         let mut state = lock(&self.state);
         state.running = true;
         loop {
@@ -69,8 +117,12 @@ impl Lister {
             state.asked = false;
             state.begun_rounds += 1;
             drop(state);
-            round();
+            let started = Instant::now();
+            let listed = round();
             state = lock(&self.state);
+            if listed {
+                state.count(started.elapsed());
+            }
             state.ended_rounds = state.begun_rounds;
             state.late = false;
             self.ended.notify_all();
@@ -87,15 +139,20 @@ impl Lister {
         self.asked.notify_all();
     }
 
-    /// Waits for a round that begins after this, a bounded time. `false`: there is no thread.
-    fn ask(&self) -> bool {
+    /// Asks for a round that begins after this, and waits for its end as `wait` says. `false`: there is no thread.
+    fn ask(&self, wait: Wait) -> bool {
         let mut state = lock(&self.state);
         if !state.running {
             return false;
         }
         state.asked = true;
         self.asked.notify_one();
-        if state.late || state.closed {
+        let waits = match wait {
+            Wait::Never => false,
+            Wait::IfQuick => state.slow_listings < SLOW_LISTINGS,
+            Wait::Always => true,
+        };
+        if !waits || state.late || state.closed {
             return true;
         }
         let wanted = state.begun_rounds + 1;
@@ -106,8 +163,20 @@ impl Lister {
         };
         if state.ended_rounds < wanted {
             state.late = true;
+            state.slow_listings = SLOW_LISTINGS;
         }
         true
+    }
+}
+
+impl State {
+    /// Counts a listing that took `elapsed`.
+    fn count(&mut self, elapsed: Duration) {
+        self.slow_listings = if elapsed > SLOW {
+            self.slow_listings.saturating_add(1)
+        } else {
+            0
+        };
     }
 }
 
@@ -127,6 +196,8 @@ pub(crate) struct Listing {
     pub(crate) linked: Option<HashSet<u64>>,
     pub(crate) opened: Vec<(Arc<SegmentView>, bool)>,
     pub(crate) rejected: Vec<u64>,
+    /// What to complain about.
+    pub(crate) problems: Vec<String>,
     /// Otherwise a segment could not be opened now, though it may be all right.
     pub(crate) complete: bool,
 }
@@ -139,12 +210,15 @@ impl Wanted {
             linked: None,
             opened: Vec::new(),
             rejected: Vec::new(),
+            problems: Vec::new(),
             complete: true,
         };
         let names = match directory.segment_names() {
             Ok(names) => names,
             Err(error) => {
-                tracing::warn!(%error, "cannot list the segments");
+                listing
+                    .problems
+                    .push(format!("cannot list the segments: {error}"));
                 listing.complete = false;
                 return listing;
             }
@@ -164,7 +238,7 @@ impl Wanted {
                 Ok(None) => {}
                 Err(error) => {
                     // Somebody else's rubbish must not cost us our own blocks.
-                    tracing::warn!(%error, "a segment is left out");
+                    listing.problems.push(format!("a segment is left out: {error}"));
                     if is_transient(&error) {
                         listing.complete = false;
                     } else {
@@ -182,20 +256,25 @@ fn is_transient(error: &FsError) -> bool {
     matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
-/// One round: whatever asks the kernel is done while the index is free.
-pub(crate) fn list(directory: &Directory, index: &Mutex<Index>) {
+/// One round: whatever asks the kernel is done while the index is free. `false`: no listing was due.
+pub(crate) fn list(directory: &Directory, index: &Mutex<Index>) -> bool {
     let wanted = lock(index).wanted_listing(directory);
+    let is_due = wanted.is_some();
     if let Some(wanted) = wanted {
         let listing = wanted.list(directory);
-        let gone = lock(index).take_listing(listing);
-        // Unmaps and closes.
-        drop(gone);
+        let taken = lock(index).take_listing(listing);
+        // Like unmapping and closing what is gone, not with the index locked.
+        for problem in &taken.news {
+            tracing::warn!("{problem}");
+        }
+        drop(taken.gone);
     }
     let unsure = lock(index).unsure_owners();
     if !unsure.is_empty() {
         let answers = unsure.iter().map(|view| view.owner_lives()).collect();
         lock(index).take_owners(&unsure, answers);
     }
+    is_due
 }
 
 #[cfg(test)]

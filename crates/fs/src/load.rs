@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::TrySendError;
-use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, Outcome};
+use kvlane_core::{JobId, LoadOrder, LoadRequest, MissReason, NamespaceId, Outcome};
 use kvlane_cuda::Mark;
 
 use crate::cache::Cache;
@@ -19,7 +19,7 @@ use crate::index::Found;
 use crate::jobs::lock;
 use crate::options::Medium;
 use crate::segment::Hold;
-use crate::shared::Shared;
+use crate::shared::{Search, Shared};
 
 mod ways;
 
@@ -32,11 +32,14 @@ pub(crate) struct LoadJob {
     request: LoadRequest,
     /// Work of the program that may still write the blocks, if they are on a device.
     after: Option<Mark>,
-    /// Where each key was found; `None` was missed from the start.
-    found: Vec<Option<Found>>,
+    /// Where each key was found; empty where it was not, or not yet.
+    found: Vec<OnceLock<Found>>,
+    /// In which namespace the others may still turn up.
+    missing_in: Option<NamespaceId>,
+    searched_again: OnceLock<()>,
     records: Vec<OnceLock<Option<SlotRecord>>>,
     /// Until the last thread has let go of the job.
-    holds: OnceLock<Vec<Option<Hold>>>,
+    holds: Vec<OnceLock<Option<Hold>>>,
     shared: Weak<Shared>,
     /// Takes blocks that are not in the page cache; `None` where there is no such thing.
     cold: Option<ColdQueue>,
@@ -61,18 +64,21 @@ impl LoadJob {
         shared: &Arc<Shared>,
         id: JobId,
         request: LoadRequest,
-        found: Vec<Option<Found>>,
+        search: Search,
         after: Option<Mark>,
         cold: Option<ColdQueue>,
     ) -> Arc<Self> {
         let layers = shared.geometry.layer_bytes.len();
-        let blocks = found.len();
-        let bad = found
+        let blocks = search.found.len();
+        let is_final = search.missing_in.is_none();
+        let bad = search
+            .found
             .iter()
             .enumerate()
-            .filter(|(_, found)| found.is_none())
+            .filter(|(_, found)| is_final && found.is_none())
             .map(|(position, _)| (position, MissReason::Absent))
             .collect();
+        let found = search.found.into_iter();
         let items = match request.order {
             LoadOrder::BlockMajor => blocks,
             LoadOrder::LayerMajor => blocks * layers,
@@ -80,7 +86,7 @@ impl LoadJob {
         Arc::new(LoadJob {
             id,
             records: (0..blocks).map(|_| OnceLock::new()).collect(),
-            holds: OnceLock::new(),
+            holds: (0..blocks).map(|_| OnceLock::new()).collect(),
             shared: Arc::downgrade(shared),
             gate: Gate::default(),
             next_item: AtomicUsize::new(0),
@@ -95,7 +101,11 @@ impl LoadJob {
             progressed: Condvar::new(),
             request,
             after,
-            found,
+            found: found
+                .map(|found| found.map_or_else(OnceLock::new, OnceLock::from))
+                .collect(),
+            missing_in: search.missing_in,
+            searched_again: OnceLock::new(),
             cold,
         })
     }
@@ -160,6 +170,7 @@ impl LoadJob {
                 self.close(MissReason::TimedOut);
                 break;
             }
+            self.search_again(&shared, position);
             let is_resident = self.is_resident(&shared, position, &span);
             if !is_resident && self.defer(&shared, position, &span) {
                 continue;
@@ -184,9 +195,30 @@ impl LoadJob {
         Counters::add_nanos(&shared.counters.load_nanos, started.elapsed());
     }
 
+    /// Looks for a block that was not found when the load began, and for all of its kind, once the folder has been listed.
+    /// Not where the job is made: that is an engine's thread, and a folder may be slow.
+    fn search_again(&self, shared: &Shared, position: usize) {
+        let Some(namespace) = self.missing_in else {
+            return;
+        };
+        if self.found[position].get().is_some() {
+            return;
+        }
+        self.searched_again.get_or_init(|| {
+            let index = shared.look_patiently();
+            for (place, key) in self.found.iter().zip(&self.request.keys) {
+                // After a reset in between, what is there now is not what was asked for.
+                let found = index.find(0, key).filter(|found| found.namespace == namespace);
+                if let (None, Some(found)) = (place.get(), found) {
+                    let _ = place.set(found);
+                }
+            }
+        });
+    }
+
     /// Whether the bytes of `layers` are known to be in memory, and can be taken from the mapping.
     fn is_resident(&self, shared: &Shared, position: usize, layers: &Range<usize>) -> bool {
-        let found = self.found[position].as_ref();
+        let found = self.found[position].get();
         match shared.directory.choice.medium {
             Medium::Disk => found.is_some_and(|found| found.is_resident(shared, layers)),
             Medium::Memory => true,
@@ -200,7 +232,7 @@ impl LoadJob {
             return false;
         };
         // Layer by layer the pieces are small, and the kernel's readahead is better at those.
-        if self.found[position].is_none() || self.request.order == LoadOrder::LayerMajor {
+        if self.found[position].get().is_none() || self.request.order == LoadOrder::LayerMajor {
             return false;
         }
         let read = ColdRead {
@@ -228,7 +260,7 @@ impl LoadJob {
             }
             Err(reason) => {
                 if matches!(reason, MissReason::Corrupt | MissReason::Recycled)
-                    && let Some(found) = &self.found[position]
+                    && let Some(found) = self.found[position].get()
                 {
                     lock(&shared.index).forget(found);
                 }
@@ -277,7 +309,7 @@ impl LoadJob {
             .iter()
             .enumerate()
             .filter(|(position, _)| !bad.contains_key(position));
-        shared.touch(touched.filter_map(|(_, found)| found.clone()));
+        shared.touch(touched.filter_map(|(_, found)| found.get().cloned()));
         let outcome = match bad.values().next() {
             None => Outcome::Done,
             Some(&reason) => Outcome::Miss {
@@ -298,15 +330,12 @@ impl LoadJob {
         is_resident: bool,
         bounce: &mut Bounce,
     ) -> Result<(), MissReason> {
-        let Some(found) = &self.found[position] else {
+        let Some(found) = self.found[position].get() else {
             return Err(MissReason::Absent);
         };
         // Not where the job is made: that is an engine's thread, and this asks the kernel.
-        let holds = self.holds.get_or_init(|| {
-            let hold = |found: &Option<Found>| found.as_ref()?.view.hold();
-            self.found.iter().map(hold).collect()
-        });
-        if holds[position].is_none() || found.view.sequence(found.slot) != found.sequence {
+        let hold = self.holds[position].get_or_init(|| found.view.hold());
+        if hold.is_none() || found.view.sequence(found.slot) != found.sequence {
             return Err(MissReason::Recycled);
         }
         let record = self.records[position].get_or_init(|| {
@@ -362,3 +391,6 @@ impl LoadJob {
 
 /// How long a thread sleeps at most before it looks whether the store was closed.
 pub(crate) const IDLE_CHECK: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests;

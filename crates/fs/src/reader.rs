@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::{Availability, BlockKey, NamespaceId};
 
+use crate::complaints::Complaints;
 use crate::directory::Directory;
 use crate::error::{FsError, Result};
 use crate::index::{Index, LookupCursor};
@@ -49,7 +50,7 @@ impl Watch {
             return Ok(());
         };
         let index = Mutex::new(Index::new(&self.namespaces));
-        lister::list(&directory, &index);
+        self.lister.list_here(&directory, &index);
         lock(&index).catch_up(&directory);
         let reset = lock(&self.reset_wanted);
         let control = Arc::clone(&directory.control);
@@ -59,18 +60,26 @@ impl Watch {
         started
     }
 
+    /// Opens the folder if it is there now, and returns what to complain about.
+    fn open_again(&self, complaints: &mut Complaints) -> Vec<String> {
+        complaints.news(self.try_open().err().map(|error| error.to_string()))
+    }
+
     /// What the thread does.
     fn run(&self) {
         let mut tried = Instant::now();
+        let mut complaints = Complaints::default();
         self.lister.run(|| {
             if let Some(Opened { directory, index }) = self.opened.get() {
-                lister::list(directory, index);
-            } else if tried.elapsed() >= REOPEN_INTERVAL {
+                return lister::list(directory, index);
+            }
+            if tried.elapsed() >= REOPEN_INTERVAL {
                 tried = Instant::now();
-                if let Err(error) = self.try_open() {
-                    tracing::warn!(%error, "cannot open the KV store");
+                for problem in self.open_again(&mut complaints) {
+                    tracing::warn!("cannot open the KV store: {problem}");
                 }
             }
+            false
         });
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use crossbeam::channel::Sender;
-use kvlane_core::NamespaceId;
+use kvlane_core::{BlockKey, NamespaceId};
 
 use crate::cache::Cache;
 use crate::counters::{Counters, FsStats};
@@ -22,11 +22,21 @@ pub(crate) const MARK_MS: u64 = 10_000;
 const TOUCHED_MAX: usize = 1 << 16;
 
 /// Commands that may wait for the writer thread before new work is refused.
-const COMMANDS_MAX: usize = 1 << 14;
+pub(crate) const COMMANDS_MAX: usize = 1 << 14;
 
 /// The mark for "used now".
 pub(crate) fn mark_now() -> u32 {
     (unix_ms() / MARK_MS) as u32
+}
+
+/// What was found of some keys.
+#[derive(Debug)]
+pub(crate) struct Search {
+    /// `None`: not found.
+    pub(crate) found: Vec<Option<Found>>,
+    /// Some were not found, but there are segments that the index does not know yet: they may be in there, and then in
+    /// this namespace.
+    pub(crate) missing_in: Option<NamespaceId>,
 }
 
 /// State shared by the engine's calls and the threads behind them.
@@ -85,9 +95,30 @@ impl Shared {
         }
     }
 
-    /// The index as the folder is now.
+    /// The index as the folder is now, or as it was a moment ago if the folder is slow.
     pub(crate) fn look(&self) -> MutexGuard<'_, Index> {
         self.lister.look(&self.directory, &self.index)
+    }
+
+    /// The index as it is known now, without waiting for the folder.
+    pub(crate) fn glance(&self) -> MutexGuard<'_, Index> {
+        self.lister.glance(&self.directory, &self.index)
+    }
+
+    /// The index as the folder is now. May wait: not for an engine's thread.
+    pub(crate) fn look_patiently(&self) -> MutexGuard<'_, Index> {
+        self.lister.look_patiently(&self.directory, &self.index)
+    }
+
+    /// Where `keys` are, without waiting for the folder.
+    pub(crate) fn search(&self, keys: &[BlockKey]) -> Search {
+        let index = self.glance();
+        let found: Vec<_> = keys.iter().map(|key| index.find(0, key)).collect();
+        let may_come = found.iter().any(Option::is_none) && index.is_behind(&self.directory);
+        Search {
+            found,
+            missing_in: may_come.then(|| index.effective(0)),
+        }
     }
 
     /// `false`: this transfer cannot store, or its writer thread is gone.
@@ -103,6 +134,11 @@ impl Shared {
         self.writer
             .as_ref()
             .is_some_and(|writer| writer.len() >= COMMANDS_MAX)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn commands_waiting(&self) -> usize {
+        self.writer.as_ref().map_or(0, Sender::len)
     }
 
     pub(crate) fn can_store(&self) -> bool {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam::channel::{Sender, unbounded};
 use kvlane_core::{
     Availability, BlockKey, Completion, JobId, KvTransfer, LoadRequest, MissReason, NamespaceId, Outcome,
     StoreRequest,
@@ -14,19 +14,22 @@ use kvlane_core::{
 use kvlane_cuda::{Mark, StreamHandle};
 
 use crate::cache::Cache;
-use crate::cold::{Bounce, COLD_READS, COLD_READS_WAITING_MAX, ColdQueue, cold_thread};
+use crate::cold::ColdQueue;
 use crate::counters::FsStats;
 use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
-use crate::lister;
-use crate::load::{IDLE_CHECK, LoadJob};
-use crate::options::{FsOptions, Medium, RESERVATION_MAX};
+use crate::load::LoadJob;
+use crate::options::{FsOptions, RESERVATION_MAX};
 use crate::segment::Geometry;
-use crate::shared::{MARK_MS, Shared};
+use crate::shared::Shared;
 use crate::store::StoreJob;
-use crate::writer::{Command, StoreTask, Writer};
+use crate::writer::Command;
+
+mod threads;
+
+use threads::Spawn;
 
 /// Loads that may wait for a thread before new ones are refused.
 const LOADS_WAITING_MAX: usize = 1 << 14;
@@ -63,6 +66,18 @@ impl FsTransfer {
         options: &FsOptions,
         can_store: bool,
     ) -> Result<Self> {
+        let spawn = |name, work| std::thread::Builder::new().name(name).spawn(work);
+        Self::open_with(path, namespace, cache.into(), options, can_store, &spawn)
+    }
+
+    fn open_with(
+        path: &Path,
+        namespace: NamespaceId,
+        cache: Cache,
+        options: &FsOptions,
+        can_store: bool,
+        spawn: &Spawn,
+    ) -> Result<Self> {
         let directory = match Directory::open(path, options, true)? {
             Some(directory) => directory,
             None => return Err(FsError::ReadOnly { path: path.into() }),
@@ -70,7 +85,6 @@ impl FsTransfer {
         if can_store && !directory.writable {
             return Err(FsError::ReadOnly { path: path.into() });
         }
-        let cache = cache.into();
         let map = cache.map();
         let layer_bytes: Vec<u64> = (0..map.layer_count())
             .map(|layer| map.layer_bytes(layer) as u64)
@@ -103,76 +117,18 @@ impl FsTransfer {
         ));
         // What is there is found from the first lookup on.
         drop(shared.look());
-        let threads = options.threads();
-        let abandoned = Arc::new(AtomicBool::new(false));
-        let mut handles = Vec::new();
-        let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
-            let handle = std::thread::Builder::new().name(name).spawn(body);
-            handle
-                .map(|handle| handles.push(handle))
-                .map_err(FsError::io("start a thread for", path))
-        };
-        let lists = Arc::clone(&shared);
-        spawn(
-            "kvlane-lister".into(),
-            Box::new(move || lists.lister.run(|| lister::list(&lists.directory, &lists.index))),
-        )?;
-        shared.lister.started();
-        if let Some(place) = place {
-            let (task_sender, tasks) = unbounded();
-            for number in 0..threads {
-                let (tasks, stop) = (tasks.clone(), Arc::clone(&abandoned));
-                spawn(
-                    format!("kvlane-store-{number}"),
-                    Box::new(move || store_thread(&tasks, &stop)),
-                )?;
-            }
-            let writer = Writer::new(Arc::clone(&shared), place, target_bytes, task_sender, threads);
-            let stop = Arc::clone(&abandoned);
-            spawn(
-                "kvlane-writer".into(),
-                Box::new(move || writer.run(&commands, &stop)),
-            )?;
-        } else {
-            let (keeper, stop) = (Arc::clone(&shared), Arc::clone(&abandoned));
-            spawn(
-                "kvlane-keeper".into(),
-                Box::new(move || keeper_thread(&keeper, &stop)),
-            )?;
-        }
-        let (load_sender, loads) = unbounded();
-        for number in 0..threads {
-            let (loads, stop) = (loads.clone(), Arc::clone(&abandoned));
-            spawn(
-                format!("kvlane-load-{number}"),
-                Box::new(move || load_thread(&loads, &stop)),
-            )?;
-        }
-        // A cache on a device has its pinned pool to wait for, and everything in memory is there already.
-        let has_cold_blocks = shared.directory.choice.medium == Medium::Disk;
-        let cold = match &shared.cache {
-            Cache::Host(_) if has_cold_blocks => {
-                let (sender, reads) = bounded(COLD_READS_WAITING_MAX);
-                for number in 0..COLD_READS {
-                    let (reads, stop) = (reads.clone(), Arc::clone(&abandoned));
-                    spawn(
-                        format!("kvlane-cold-{number}"),
-                        Box::new(move || cold_thread(&reads, &stop)),
-                    )?;
-                }
-                Some(sender)
-            }
-            _ => None,
-        };
-        Ok(FsTransfer {
+        let transfer = FsTransfer {
             shared,
-            loads: std::sync::Mutex::new(Some(load_sender)),
-            cold: std::sync::Mutex::new(cold),
-            threads: std::sync::Mutex::new(handles),
-            load_threads: threads,
-            abandoned,
+            loads: std::sync::Mutex::default(),
+            cold: std::sync::Mutex::default(),
+            threads: std::sync::Mutex::default(),
+            load_threads: options.threads(),
+            abandoned: Arc::new(AtomicBool::new(false)),
             process: std::process::id(),
-        })
+        };
+        // If one thread cannot be started, dropping the value ends the others.
+        transfer.start_threads(place, target_bytes, &commands, spawn)?;
+        Ok(transfer)
     }
 
     /// Totals since the start, and gauges.
@@ -271,12 +227,9 @@ impl FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let found = {
-            let index = self.shared.look();
-            request.keys.iter().map(|key| index.find(0, key)).collect()
-        };
+        let search = self.shared.search(&request.keys);
         let cold = lock(&self.cold).clone();
-        let job = LoadJob::new(&self.shared, id, request, found, after, cold);
+        let job = LoadJob::new(&self.shared, id, request, search, after, cold);
         if !self.shared.jobs.admit(id, Job::Load(Arc::clone(&job))) {
             self.miss_all(id, blocks, MissReason::Dropped);
             return Ok(id);
@@ -348,16 +301,18 @@ impl FsTransfer {
             self.shared.jobs.finish(id, Outcome::Done);
             return Ok(id);
         }
-        let namespace = self.shared.look().effective(0);
+        let namespace = self.shared.glance().effective(0);
         // Behind the namespace: epochs only grow, so one that is over in the namespace is noticed by the writer thread.
         let now = self.shared.directory.control.epoch();
         let job = StoreJob::new(&self.shared, id, request, namespace, now);
-        let accepted = epoch.is_none_or(|planned| planned == now)
+        let admitted = epoch.is_none_or(|planned| planned == now)
             && !self.shared.writer_is_behind()
-            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)))
-            && self.shared.tell_writer(Command::Begin(job));
-        if !accepted {
+            && self.shared.jobs.admit(id, Job::Store(Arc::clone(&job)));
+        if !admitted {
             self.miss_all(id, blocks, MissReason::Dropped);
+        } else if !self.shared.tell_writer(Command::Begin(Arc::clone(&job))) {
+            // Through the job: since it was admitted, its deadline may have ended it.
+            job.close(MissReason::Dropped);
         }
         Ok(id)
     }
@@ -394,7 +349,8 @@ impl KvTransfer for FsTransfer {
     }
 
     fn withdraw(&self, keys: &[BlockKey]) -> kvlane_core::Result<()> {
-        if !self.is_forked() && !keys.is_empty() {
+        // A promise that is not taken back ends by itself; what waits for a thread that stands still must have a bound.
+        if !self.is_forked() && !keys.is_empty() && !self.shared.writer_is_behind() {
             self.shared.tell_writer(Command::Withdraw { keys: keys.to_vec() });
         }
         Ok(())
@@ -472,41 +428,6 @@ impl KvTransfer for FsTransfer {
     fn reset(&self) -> kvlane_core::Result<()> {
         self.refuse_forked()?;
         Ok(self.shared.directory.control.start_epoch()?)
-    }
-}
-
-fn store_thread(tasks: &Receiver<StoreTask>, abandoned: &AtomicBool) {
-    while !abandoned.load(Ordering::Relaxed) {
-        match tasks.recv_timeout(IDLE_CHECK) {
-            Ok(StoreTask::Layer(job, layer)) => job.run_layer(layer),
-            Ok(StoreTask::Rest(job)) => job.run_rest(),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-    }
-}
-
-fn load_thread(loads: &Receiver<Arc<LoadJob>>, abandoned: &AtomicBool) {
-    let mut bounce = Bounce::default();
-    while !abandoned.load(Ordering::Relaxed) {
-        match loads.recv_timeout(IDLE_CHECK) {
-            Ok(job) => job.run(&mut bounce),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-    }
-}
-
-/// What a writer thread does on the side, for a transfer that only loads.
-fn keeper_thread(shared: &Arc<Shared>, abandoned: &AtomicBool) {
-    let mut written: Option<Instant> = None;
-    while !abandoned.load(Ordering::Relaxed) {
-        if written.is_none_or(|at| at.elapsed() >= Duration::from_millis(MARK_MS)) {
-            shared.write_marks();
-            shared.measure();
-            written = Some(Instant::now());
-        }
-        std::thread::park_timeout(Duration::from_millis(100));
     }
 }
 

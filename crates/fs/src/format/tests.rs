@@ -1,3 +1,5 @@
+use kvlane_core::{BlockKey, NamespaceId};
+
 use super::*;
 
 fn header() -> SegmentHeader {

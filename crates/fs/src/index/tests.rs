@@ -1,4 +1,5 @@
 use super::*;
+use crate::directory::unix_ms;
 use crate::fixture::{Folder, NAMESPACE, commit, key, put, record, segment_of};
 use crate::format::SlotRecord;
 use crate::segment::OwnedSegment;

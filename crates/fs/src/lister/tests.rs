@@ -5,6 +5,15 @@ use std::time::Instant;
 use super::*;
 use crate::fixture::{Folder, NAMESPACE, commit, key};
 
+/// Ends the thread also when an assertion fails: the scope waits for it.
+struct Closes<'a>(&'a Lister);
+
+impl Drop for Closes<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// A lister whose thread does `before` in front of each round.
 fn with_thread<R>(
     folder: &Folder,
@@ -18,12 +27,11 @@ fn with_thread<R>(
         scope.spawn(|| {
             lister.run(|| {
                 before();
-                list(&folder.directory, &index);
+                list(&folder.directory, &index)
             });
         });
-        let result = test(&lister, &index);
-        lister.close();
-        result
+        let _end = Closes(&lister);
+        test(&lister, &index)
     })
 }
 
@@ -74,4 +82,86 @@ fn lookups_go_on_while_the_file_system_does_not_answer() {
             std::thread::sleep(Duration::from_millis(1));
         }
     });
+}
+
+#[test]
+fn on_a_slow_folder_no_more_than_two_lookups_ever_wait_for_a_listing() {
+    const LASTS: Duration = Duration::from_millis(100);
+    let folder = Folder::new(8 << 20);
+    let slow = || std::thread::sleep(LASTS);
+    with_thread(&folder, slow, |lister, index| {
+        let mut waited = 0;
+        for number in 0..6 {
+            let segment = folder.segment(1, 1);
+            commit(&segment, 0, key(number), 0, 1);
+            folder.directory.control.bump_changes();
+            let started = Instant::now();
+            drop(lister.look(&folder.directory, index));
+            waited += u32::from(started.elapsed() >= LASTS);
+            let end = Instant::now() + Duration::from_secs(10);
+            while lister
+                .glance(&folder.directory, index)
+                .find(0, &key(number))
+                .is_none()
+            {
+                assert!(Instant::now() < end, "it is never found");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert!(waited <= SLOW_LISTINGS, "{waited} of 6 waited");
+    });
+}
+
+#[test]
+fn one_slow_listing_makes_no_slow_folder_and_a_quick_one_ends_it() {
+    let mut state = State::default();
+    state.count(2 * SLOW);
+    assert!(state.slow_listings < SLOW_LISTINGS);
+    state.count(2 * SLOW);
+    assert!(state.slow_listings >= SLOW_LISTINGS);
+    state.count(SLOW / 10);
+    assert_eq!(state.slow_listings, 0);
+}
+
+#[test]
+fn a_glance_does_not_wait_for_a_file_system_that_does_not_answer() {
+    let folder = Folder::new(8 << 20);
+    let (frozen, rounds) = (AtomicBool::new(true), AtomicBool::new(false));
+    let stands_still = || {
+        rounds.store(true, Ordering::Relaxed);
+        while frozen.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    with_thread(&folder, stands_still, |lister, index| {
+        while !rounds.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _segment = folder.segment(1, 1);
+        let started = Instant::now();
+        drop(lister.glance(&folder.directory, index));
+        let took = started.elapsed();
+        frozen.store(false, Ordering::Relaxed);
+        assert!(took < PATIENCE / 2, "{took:?}");
+    });
+}
+
+#[test]
+fn a_segment_that_cannot_be_opened_for_now_is_complained_about_once() {
+    let folder = Folder::new(8 << 20);
+    let mut index = Index::new(&[NAMESPACE]);
+    let mut listed = |problems: &[&str]| {
+        folder.directory.control.bump_generation();
+        let wanted = index.wanted_listing(&folder.directory).unwrap();
+        let mut listing = wanted.list(&folder.directory);
+        // As if this process had run out of descriptors.
+        listing
+            .problems
+            .extend(problems.iter().map(|problem| (*problem).to_owned()));
+        index.take_listing(listing).news
+    };
+    assert_eq!(listed(&["no descriptors"]), ["no descriptors"]);
+    assert!(listed(&["no descriptors"]).is_empty());
+    assert!(listed(&[]).is_empty());
+    assert_eq!(listed(&["no descriptors"]), ["no descriptors"], "again");
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use kvlane_core::{LoadOrder, MissReason};
@@ -203,7 +204,7 @@ impl LoadJob {
 
     /// Asks the kernel for all slots of the job at once, so that the device sees a deep queue.
     fn start_readahead(&self, shared: &Shared) {
-        for found in self.found.iter().flatten() {
+        for found in self.found.iter().filter_map(OnceLock::get) {
             let offset = found.view.header.slot_offset(found.slot);
             let length = std::num::NonZeroU64::new(shared.geometry.slot_bytes);
             let _ = rustix::fs::fadvise(&found.view.file, offset, length, rustix::fs::Advice::WillNeed);

@@ -38,3 +38,25 @@ fn a_reset_before_the_folder_is_there_hides_what_it_has_when_it_comes() {
         "the folder is writable, so the others were told"
     );
 }
+
+#[test]
+fn a_folder_that_cannot_be_opened_is_complained_about_once() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("folder");
+    let watch = Watch {
+        path: path.clone(),
+        options: FsOptions::default(),
+        namespaces: vec![NAMESPACE],
+        opened: OnceLock::new(),
+        reset_wanted: Mutex::new(false),
+        lister: Lister::default(),
+    };
+    let mut complaints = Complaints::default();
+    std::fs::write(&path, "no folder").unwrap();
+    assert_eq!(watch.open_again(&mut complaints).len(), 1);
+    assert!(watch.open_again(&mut complaints).is_empty(), "it is the same");
+    std::fs::remove_file(&path).unwrap();
+    assert!(watch.open_again(&mut complaints).is_empty(), "not there yet");
+    std::fs::write(&path, "no folder").unwrap();
+    assert_eq!(watch.open_again(&mut complaints).len(), 1, "it is another one");
+}

@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixture::{Folder, NAMESPACE, cache, key};
+use crate::options::Medium;
 use kvlane_core::LoadOrder;
 
 #[test]
@@ -59,4 +60,110 @@ fn in_a_forked_child_every_call_returns_though_the_parent_had_the_locks() {
     };
     drop((_jobs, _index));
     transfer.process = own;
+}
+
+#[test]
+fn an_open_that_fails_half_way_leaves_no_thread_behind() {
+    use std::sync::atomic::AtomicUsize;
+
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_io_threads(1).with_medium(Medium::Disk);
+    for can_store in [true, false] {
+        for started_first in 0.. {
+            let (started, running) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+            let (count, alive) = (Arc::clone(&started), Arc::clone(&running));
+            let spawn = move |name: String, work: Box<dyn FnOnce() + Send>| {
+                if count.fetch_add(1, Ordering::Relaxed) == started_first {
+                    return Err(std::io::ErrorKind::WouldBlock.into());
+                }
+                alive.fetch_add(1, Ordering::Relaxed);
+                let alive = Arc::clone(&alive);
+                std::thread::Builder::new().name(name).spawn(move || {
+                    work();
+                    alive.fetch_sub(1, Ordering::Relaxed);
+                })
+            };
+            let opened = FsTransfer::open_with(
+                folder.path(),
+                NAMESPACE,
+                cache().into(),
+                &options,
+                can_store,
+                &spawn,
+            );
+            let is_open = opened.is_ok();
+            drop(opened);
+            let end = Instant::now() + Duration::from_secs(10);
+            while running.load(Ordering::Relaxed) > 0 {
+                assert!(Instant::now() < end, "threads are left after {started_first}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if is_open {
+                assert_eq!(started.load(Ordering::Relaxed), started_first);
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_that_no_writer_takes_and_that_is_late_too_ends_once() {
+    const STORES: usize = 20_000;
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let transfer = FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, true).unwrap();
+    transfer.shared.tell_writer(Command::Stop);
+    let end = Instant::now() + Duration::from_secs(10);
+    while transfer.shared.tell_writer(Command::Stop) {
+        assert!(Instant::now() < end, "the writer does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let stopped = AtomicBool::new(false);
+    let mut done = Vec::new();
+    std::thread::scope(|scope| {
+        // The clock: it ends what is late, and every store is.
+        scope.spawn(|| {
+            while !stopped.load(Ordering::Relaxed) {
+                transfer.shared.jobs.expire();
+            }
+        });
+        for _ in 0..STORES {
+            let store = StoreRequest {
+                keys: vec![key(1)],
+                blocks: vec![0],
+                first_depth: 0,
+                deadline: Instant::now(),
+            };
+            let _ = transfer.begin_store(store);
+        }
+        stopped.store(true, Ordering::Relaxed);
+    });
+    transfer.poll(&mut done);
+    assert_eq!(done.len(), STORES);
+}
+
+#[test]
+fn what_waits_for_a_writer_that_stands_still_has_a_bound() {
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let spawn = |name: String, work: Box<dyn FnOnce() + Send>| {
+        let stands_still = name == "kvlane-writer";
+        std::thread::Builder::new().name(name).spawn(move || {
+            if stands_still {
+                // With its end of the channel, as a thread that never comes back from the kernel.
+                std::mem::forget(work);
+            } else {
+                work();
+            }
+        })
+    };
+    let transfer =
+        FsTransfer::open_with(folder.path(), NAMESPACE, cache().into(), &options, true, &spawn).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let keys = [key(1)];
+    for _ in 0..crate::shared::COMMANDS_MAX {
+        transfer.reserve(&keys, 0, deadline).unwrap();
+        transfer.withdraw(&keys).unwrap();
+    }
+    assert!(transfer.shared.commands_waiting() <= crate::shared::COMMANDS_MAX);
 }
