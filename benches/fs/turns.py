@@ -111,8 +111,11 @@ def serve(make: Callable[..., Any]) -> None:
             answer = {"not_run": str(reason)}
         except Exception:
             answer = {"error": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+        # Before the answer: the next worker has its turn on the same cores right after it. Frozen, so that the objects
+        # of torch and vLLM are looked at once and not after every turn.
         gc.collect()
+        gc.freeze()
+        answers.write(json.dumps(answer) + "\n")
     if hasattr(system, "close"):
         system.close()
 
