@@ -141,7 +141,7 @@ impl ChainRoot {
 }
 
 /// A hashed [`ChainRoot`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ChainRootId {
     key: BlockKey,
     block_tokens: u32,

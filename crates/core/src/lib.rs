@@ -21,6 +21,7 @@ pub mod error;
 pub mod memory;
 pub mod namespace;
 pub mod owned_cache;
+pub mod recent;
 pub mod reference;
 pub mod transfer;
 
@@ -30,6 +31,7 @@ pub use error::{Error, Result};
 pub use memory::{Device, PagedMemory};
 pub use namespace::{NamespaceId, NamespaceParts};
 pub use owned_cache::OwnedCache;
+pub use recent::{PrefixDigest, RecentChains};
 pub use transfer::{
     Availability, Completion, JobId, KvTransfer, LoadOrder, LoadRequest, MissReason, Outcome, StoreRequest,
 };

@@ -1,6 +1,6 @@
 //! `Chain`: the chain hashes of one request.
 
-use kvlane_core::ChainRoot;
+use kvlane_core::{ChainRoot, ChainRootId, PrefixDigest};
 use kvlane_fs::LookupCursor;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -26,6 +26,44 @@ impl Chain {
     }
 }
 
+/// The root of chains of blocks of `block_tokens` tokens.
+fn chain_root(
+    py: Python<'_>,
+    block_tokens: u32,
+    cache_salt: Option<String>,
+    lora: Option<Vec<u8>>,
+) -> PyResult<ChainRootId> {
+    let mut root = ChainRoot::new(block_tokens).map_err(|error| core_error(py, &error))?;
+    if let Some(salt) = cache_salt {
+        root = root.with_cache_salt(salt);
+    }
+    if let Some(identity) = lora {
+        root = root.with_lora(identity);
+    }
+    Ok(root.id())
+}
+
+impl Chain {
+    fn from_root(root: ChainRootId) -> Self {
+        Self {
+            inner: kvlane_core::Chain::new(root),
+            cursor: (0, LookupCursor::default()),
+        }
+    }
+
+    /// A chain of its own with the first blocks of this one; None as [`kvlane_core::Chain::prefix`].
+    fn begin(&self, block_count: usize) -> Option<Self> {
+        // What a look-up remembers may be about blocks behind the cut.
+        let cursor = if block_count == self.inner.block_count() {
+            self.cursor
+        } else {
+            (0, LookupCursor::default())
+        };
+        let inner = self.inner.prefix(block_count)?;
+        Some(Self { inner, cursor })
+    }
+}
+
 #[pymethods]
 impl Chain {
     #[new]
@@ -37,17 +75,7 @@ impl Chain {
         lora: Option<Vec<u8>>,
     ) -> PyResult<Self> {
         guard(py, || {
-            let mut root = ChainRoot::new(block_tokens).map_err(|error| core_error(py, &error))?;
-            if let Some(salt) = cache_salt {
-                root = root.with_cache_salt(salt);
-            }
-            if let Some(identity) = lora {
-                root = root.with_lora(identity);
-            }
-            Ok(Self {
-                inner: kvlane_core::Chain::new(&root),
-                cursor: (0, LookupCursor::default()),
-            })
+            chain_root(py, block_tokens, cache_salt, lora).map(Self::from_root)
         })
     }
 
@@ -62,20 +90,13 @@ impl Chain {
     /// A chain of its own with the first ``block_count`` blocks of this one, which stays as it is.
     fn prefix(&self, py: Python<'_>, block_count: usize) -> PyResult<Self> {
         guard(py, || {
-            let inner = self.inner.prefix(block_count).ok_or_else(|| {
+            self.begin(block_count).ok_or_else(|| {
                 let known = self.inner.block_count();
                 config_error(
                     py,
                     format!("block_count is {block_count}, allowed: 1 to {known}, and no multimodal items"),
                 )
-            })?;
-            // What a look-up remembers may be about blocks behind the cut.
-            let cursor = if block_count == self.inner.block_count() {
-                self.cursor
-            } else {
-                (0, LookupCursor::default())
-            };
-            Ok(Self { inner, cursor })
+            })
         })
     }
 
@@ -129,4 +150,65 @@ impl Chain {
             Ok(())
         })
     }
+}
+
+/// Chains of the last prompts, by the engine's own hashes of their blocks.
+#[pyclass(module = "kvlane._native")]
+pub(crate) struct RecentChains(kvlane_core::RecentChains<Py<Chain>>);
+
+#[pymethods]
+impl RecentChains {
+    #[new]
+    #[pyo3(signature = (limit_chains = 64, limit_blocks = 1 << 19))]
+    fn new(limit_chains: usize, limit_blocks: usize) -> Self {
+        Self(kvlane_core::RecentChains::new(limit_chains, limit_blocks))
+    }
+
+    /// The chain of a whole prompt. It begins with the longest one that is remembered and that it continues, is
+    /// remembered itself, and must not be continued afterwards.
+    ///
+    /// ``block_hashes`` are the engine's. They are used if there is one for each full block of ``num_tokens`` (the
+    /// prompt's tokens and those behind it), and if they are digests of 32 bytes.
+    #[pyo3(signature = (token_ids, block_hashes, num_tokens, block_tokens, *, cache_salt = None, lora = None))]
+    #[allow(clippy::too_many_arguments, reason = "all of them are named by the caller")]
+    fn chain(
+        &mut self,
+        token_ids: &Bound<'_, PyAny>,
+        block_hashes: Option<Bound<'_, PyAny>>,
+        num_tokens: usize,
+        block_tokens: u32,
+        cache_salt: Option<String>,
+        lora: Option<Vec<u8>>,
+    ) -> PyResult<Py<Chain>> {
+        let py = token_ids.py();
+        guard(py, || {
+            let root = chain_root(py, block_tokens, cache_salt, lora)?;
+            let full_blocks = |tokens: usize| tokens / block_tokens as usize;
+            // Another number of hashes means blocks of another size.
+            let hashes = match block_hashes {
+                Some(hashes) if hashes.len()? == full_blocks(num_tokens) => Some(hashes),
+                _ => None,
+            };
+            let digest = |block: usize| digest(hashes.as_ref()?, block);
+            let known = self
+                .0
+                .longest(root, full_blocks(token_ids.len()?), digest)
+                .and_then(|(blocks, chain)| chain.borrow(py).begin(blocks));
+            let mut chain = known.unwrap_or_else(|| Chain::from_root(root));
+            let start = chain.inner.token_count() as usize;
+            let blocks = chain.inner.extend(u32_items(token_ids, start)?);
+            let chain = Py::new(py, chain)?;
+            if let Some(digest) = blocks.checked_sub(1).and_then(digest) {
+                self.0.remember(root, digest, blocks, chain.clone_ref(py));
+            }
+            Ok(chain)
+        })
+    }
+}
+
+/// The engine's digest of a block, if it is long enough to stand for the tokens. vLLM's default is SHA-256; its faster
+/// functions have shorter digests, and do not promise that equal ones mean equal tokens.
+fn digest(hashes: &Bound<'_, PyAny>, block: usize) -> Option<PrefixDigest> {
+    let hash = hashes.get_item(block).ok()?;
+    hash.cast::<PyBytes>().ok()?.as_bytes().try_into().ok()
 }

@@ -18,7 +18,7 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::chain::Chain;
+    use crate::chain::{Chain, RecentChains};
     #[pymodule_export]
     use crate::cli::run_cli;
     #[pymodule_export]

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kvlane._native import Chain, namespace_id
-from kvlane.vllm.recent_chains import RecentChains, prompt_hashes
+from kvlane._native import Chain, RecentChains, namespace_id
 
 #: A fact is a name and a value; equal facts mean equal KV bytes.
 Facts = list[tuple[str, str]]
@@ -276,21 +275,19 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
         lora = adapters.identity(request.lora_request)
         if lora is None:
             return None
-    features = getattr(request, "mm_features", None) or ()
+    features = getattr(request, "mm_features", None)
+    if not features:
+        # vLLM has hashed every prompt before it asks a connector.
+        hashes, num_tokens = getattr(request, "block_hashes", None), getattr(request, "num_tokens", len(tokens))
+        return _RECENT_CHAINS.chain(tokens, hashes, num_tokens, block_tokens, cache_salt=request.cache_salt, lora=lora)
     # vLLM's hashes do not count images as kvlane does.
-    hashes = prompt_hashes(request, block_tokens) if not features else None
-    root = (block_tokens, request.cache_salt, lora)
-    chain = _RECENT_CHAINS.longest(root, hashes, len(tokens) // block_tokens) if hashes is not None else None
-    if chain is None:
-        chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
+    chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
     for feature in features:
         if not images_are_named or not feature.identifier:
             return None
         place = feature.mm_position
         chain.add_image(place.offset, place.length, f"{feature.modality}:{feature.identifier}")
-    chain.extend(tokens, chain.token_count)
-    if hashes is not None:
-        _RECENT_CHAINS.remember(root, hashes, chain)
+    chain.extend(tokens)
     return chain
 
 

@@ -11,9 +11,8 @@ import types
 
 import pytest
 
-from kvlane._native import Chain
+from kvlane._native import Chain, RecentChains
 from kvlane.vllm import identity
-from kvlane.vllm.recent_chains import RecentChains
 
 RANK = ((0, 1), (0, 2))
 
@@ -432,17 +431,34 @@ def test_a_prompt_with_another_token_is_not_taken_for_the_same(recent):
 
 def test_remembered_chains_have_a_bound():
     recent = RecentChains(limit_chains=3, limit_blocks=20)
+
+    def chain(tokens, unread=0):
+        asked = without_head(hashed_request(tokens), unread)
+        return recent.chain(asked.prompt_token_ids, asked.block_hashes, asked.num_tokens, 16)
+
+    def is_known(tokens):
+        try:
+            return chain(tokens, len(tokens)).block_count == len(tokens) // 16
+        except TypeError:
+            return False
+
     prompts = [list(range(start, start + 16 * blocks)) for start, blocks in ((0, 2), (1000, 3), (2000, 4), (3000, 16))]
     for tokens in prompts:
-        chain = Chain(16)
-        chain.extend(tokens)
-        recent.remember("root", vllm_hashes(tokens), chain)
-    found = [recent.longest("root", vllm_hashes(tokens), len(tokens) // 16) for tokens in prompts]
-    assert [chain and chain.block_count for chain in found] == [None, None, 4, 16]
-    too_long = Chain(16)
-    too_long.extend(list(range(16 * 21)))
-    recent.remember("root", vllm_hashes(list(range(16 * 21))), too_long)
-    assert recent.longest("root", vllm_hashes(list(range(16 * 21))), 21) is None
+        chain(tokens)
+    assert [is_known(tokens) for tokens in prompts] == [False, False, True, True]
+    too_long = list(range(16 * 21))
+    chain(too_long)
+    assert not is_known(too_long)
+    assert is_known(prompts[-1])
+
+
+def test_a_chain_that_was_continued_by_two_prompts_is_right_for_both(recent):
+    head = list(range(96))
+    chain_keys(hashed_request(head))
+    for tail in (500, 600, 500):
+        tokens = [*head, *range(tail, tail + 40)]
+        assert chain_keys(hashed_request(tokens)) == plain_keys(tokens)
+    assert chain_keys(without_head(hashed_request(head), 96)) == plain_keys(head)
 
 
 # ---- processes

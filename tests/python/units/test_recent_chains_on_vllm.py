@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
+from kvlane._native import RecentChains
 from kvlane.vllm import identity
-from kvlane.vllm.recent_chains import RecentChains, prompt_hashes
 
 pytest.importorskip("vllm")
 
@@ -41,25 +41,31 @@ def keys(request):
     return chain.keys(0, chain.block_count)
 
 
+def without_known_tokens(request):
+    """The same request with tokens in the blocks of HEAD that would be refused if they were read."""
+    count = len(HEAD) // BLOCK * BLOCK
+    request.prompt_token_ids = ["not read"] * count + list(request.prompt_token_ids[count:])
+    return request
+
+
 @pytest.mark.parametrize("function", [hashing.sha256, hashing.sha256_cbor])
 def test_a_grown_prompt_of_vllm_is_recognised_and_has_the_keys_of_a_new_one(function, monkeypatch):
     tokens = HEAD + list(range(40))
     new = keys(vllm_request(tokens, function=function))
     monkeypatch.setattr(identity, "_RECENT_CHAINS", RecentChains())
     keys(vllm_request(HEAD, function=function))
-    grown = vllm_request(tokens, function=function)
-    hashes = prompt_hashes(grown, BLOCK)
-    known = identity._RECENT_CHAINS.longest((BLOCK, None, None), hashes, len(tokens) // BLOCK)
-    assert known is not None
-    assert known.block_count == len(HEAD) // BLOCK
-    assert keys(grown) == new
+    assert keys(without_known_tokens(vllm_request(tokens, function=function))) == new
 
 
-def test_hashes_of_other_blocks_are_not_used():
-    assert prompt_hashes(vllm_request(HEAD), BLOCK) is not None
-    assert prompt_hashes(vllm_request(HEAD, block_tokens=8), BLOCK) is None
-    assert prompt_hashes(vllm_request(HEAD, block_tokens=32), BLOCK) is None
-    assert prompt_hashes(vllm_request(HEAD[:5]), BLOCK) is None
+def short_hash(value):
+    return hashing.sha256(value)[:16]
+
+
+@pytest.mark.parametrize("changes", [{"block_tokens": 8}, {"block_tokens": 32}, {"function": short_hash}])
+def test_hashes_of_other_blocks_and_short_ones_are_not_used(changes):
+    keys(vllm_request(HEAD, **changes))
+    with pytest.raises(TypeError, match="item 0 is a str"):
+        keys(without_known_tokens(vllm_request(HEAD, **changes)))
 
 
 def test_salts_are_kept_apart():
