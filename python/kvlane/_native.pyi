@@ -35,8 +35,8 @@ class Chain:
 
 @final
 class RecentChains:
-    """Chains of the last prompts, by the engine's own hashes of their blocks: a chat that grew costs the hashing of what
-    is new. Good within one process, because engines seed their hashes."""
+    """Chains of the last prompts, by the engine's own hashes of their blocks: a chat that grew costs the hashing of
+    what is new. Good within one process, because engines seed their hashes."""
 
     def __new__(cls, limit_chains: int = 64, limit_blocks: int = 524288) -> RecentChains:
         """Remembers at most so many chains, with so many blocks together (32 bytes each)."""
@@ -50,8 +50,8 @@ class RecentChains:
         cache_salt: str | None = None,
         lora: bytes | None = None,
     ) -> Chain:
-        """The chain of a whole prompt, hashed from where it continues a remembered one. It is remembered itself, and must
-        not be continued afterwards.
+        """The chain of a whole prompt, hashed from where it continues a remembered one. It is remembered itself, and
+        must not be continued afterwards.
 
         ``block_hashes`` are used if there is one for each full block of ``num_tokens`` (the prompt's tokens and those
         behind it) and they are digests of 32 bytes, such as SHA-256's, vLLM's default: shorter ones do not stand for
