@@ -109,7 +109,7 @@ pub(crate) fn record(state: SlotState, key: BlockKey, depth: u32) -> SlotRecord 
 
 /// Writes a record into a slot, as its owner does.
 pub(crate) fn put(segment: &OwnedSegment, slot: u32, mut record: SlotRecord) {
-    let odd = segment.invalidate(slot);
+    let odd = segment.invalidate(slot).expect("it is ours");
     segment.publish(slot, odd, &mut record);
 }
 

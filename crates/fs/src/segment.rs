@@ -337,6 +337,8 @@ impl OwnedSegment {
         self.mapping
             .u64_at(offset as usize)
             .store(start_id, Ordering::Release);
+        // The other half is in `invalidate`: an owner from before sees this, or we see its slot odd and let it rest.
+        fence(Ordering::SeqCst);
     }
 
     /// Whether writing is still allowed: not in a forked child, and not after somebody else took the segment over.
@@ -352,13 +354,39 @@ impl OwnedSegment {
     }
 
     /// Makes the slot's content invisible and returns the odd sequence that stands for it. Payload may be written from
-    /// here on.
-    pub(crate) fn invalidate(&self, slot: u32) -> u64 {
-        let odd = next_odd(self.mapping.u64_at(self.header().sequence_offset(slot) as usize));
+    /// here on. `None`: somebody else has taken the segment over, and what is in the slot now is left alone.
+    ///
+    /// A process may stand still between any two steps for as long as it takes to be replaced. So the sequence is moved
+    /// on from what it was before the owner was looked at, which fails if the new owner has used the slot since; and the
+    /// owner is looked at once more, because a new one that has not used the slot yet may not know that it is odd.
+    pub(crate) fn invalidate(&self, slot: u32) -> Option<u64> {
+        self.invalidate_with(slot, || ())
+    }
+
+    /// [`invalidate`](Self::invalidate), with what happens where it may stand still.
+    fn invalidate_with(&self, slot: u32, stand_still: impl Fn()) -> Option<u64> {
+        let word = self.mapping.u64_at(self.header().sequence_offset(slot) as usize);
+        let odd = loop {
+            let now = word.load(Ordering::SeqCst);
+            if !self.is_ours() {
+                return None;
+            }
+            stand_still();
+            let odd = next_odd(now);
+            let moved = word.compare_exchange(now, odd, Ordering::SeqCst, Ordering::Relaxed);
+            if moved.is_ok() {
+                break odd;
+            }
+        };
+        stand_still();
+        fence(Ordering::SeqCst);
+        if !self.is_ours() {
+            return None;
+        }
         // Payload stores, non-temporal ones too, must not overtake the invalidation.
         store_fence();
         self.bump_changes();
-        odd
+        Some(odd)
     }
 
     /// Writes a record and makes it visible. `odd` is what [`invalidate`](Self::invalidate) returned. `false`: the slot
@@ -389,7 +417,9 @@ impl OwnedSegment {
 
     /// Makes the slot one that holds nothing, for everybody to see.
     pub(crate) fn clear(&self, slot: u32) {
-        let odd = self.invalidate(slot);
+        let Some(odd) = self.invalidate(slot) else {
+            return;
+        };
         let mut record = SlotRecord {
             sequence: 0,
             state: SlotState::Free,
@@ -421,11 +451,8 @@ impl OwnedSegment {
     /// Empties the segment, gives its space back and removes its name. Readers that still have it mapped find nothing
     /// valid in it; its length stays, so their mappings stay safe.
     pub(crate) fn retire(&self, directory: &Directory) {
-        if !self.is_ours() {
+        if (0..self.header().slot_count).any(|slot| self.invalidate(slot).is_none()) {
             return;
-        }
-        for slot in 0..self.header().slot_count {
-            self.invalidate(slot);
         }
         let _ = rustix::fs::unlinkat(
             &directory.folder,
@@ -446,14 +473,19 @@ pub(crate) fn is_foreign_host(directory: &Directory, header: &SegmentHeader) -> 
     directory.choice.is_shared_by_machines() && !directory.host.has_made(header)
 }
 
+/// The next odd number of a sequence.
+fn next_odd(sequence: u64) -> u64 {
+    sequence.saturating_add(1) | 1
+}
+
 /// Moves a sequence on to its next odd number, whoever else is moving it, and returns that.
-fn next_odd(word: &AtomicU64) -> u64 {
-    let odd = |now: u64| now.saturating_add(1) | 1;
+fn move_on(word: &AtomicU64) -> u64 {
     let mut now = word.load(Ordering::Relaxed);
-    while let Err(other) = word.compare_exchange_weak(now, odd(now), Ordering::SeqCst, Ordering::Relaxed) {
+    while let Err(other) = word.compare_exchange_weak(now, next_odd(now), Ordering::SeqCst, Ordering::Relaxed)
+    {
         now = other;
     }
-    odd(now)
+    next_odd(now)
 }
 
 fn is_linked_as(directory: &Directory, file: &File, name: &str) -> std::io::Result<bool> {

@@ -252,16 +252,13 @@ impl Writer {
                     None => break,
                 },
             };
-            let Some(segment) = self
-                .slots
-                .segment(at)
-                .filter(|segment| segment.is_ours())
-                .cloned()
-            else {
+            let Some(segment) = self.slots.segment(at).cloned() else {
                 continue;
             };
             let wait_ms = until.saturating_duration_since(Instant::now()).as_millis() as u64;
-            let odd = segment.invalidate(at.slot);
+            let Some(odd) = segment.invalidate(at.slot) else {
+                continue;
+            };
             let mut record = SlotRecord {
                 sequence: 0,
                 state: SlotState::Reserved,
@@ -298,9 +295,7 @@ impl Writer {
 
     /// Makes a slot that holds nothing of worth free, for everybody to see.
     fn free(&mut self, at: SlotRef) {
-        if let Some(segment) = self.slots.segment(at).cloned()
-            && segment.is_ours()
-        {
+        if let Some(segment) = self.slots.segment(at) {
             segment.clear(at.slot);
         }
         self.slots.set(at, Slot::Free);
@@ -371,10 +366,9 @@ impl Writer {
         let Some(segment) = self.slots.segment(at).cloned() else {
             return (None, Plan::Dropped);
         };
-        if !segment.is_ours() {
+        let Some(odd) = segment.invalidate(at.slot) else {
             return (None, Plan::Dropped);
-        }
-        let odd = segment.invalidate(at.slot);
+        };
         self.slots.set(at, Slot::Filling);
         (
             Some(at),

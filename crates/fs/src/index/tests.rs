@@ -44,7 +44,7 @@ fn blocks_come_and_go_with_their_records() {
     let segment = folder.segment(4, 1);
     commit(&segment, 2, key(1), 0, 1);
     assert_eq!(slot_of(&mut index, &folder.directory, 1), Some(2));
-    segment.invalidate(2);
+    segment.invalidate(2).expect("it is ours");
     assert_eq!(slot_of(&mut index, &folder.directory, 1), None);
     commit(&segment, 2, key(5), 0, 1);
     assert_eq!(slot_of(&mut index, &folder.directory, 1), None);
@@ -66,11 +66,11 @@ fn a_block_in_several_slots_is_found_until_the_last_one_is_gone() {
     commit(&third, 2, key(1), 0, 1);
     assert_eq!(slot_of(&mut index, &folder.directory, 1), Some(0));
     // What is left is a promise and a block, in this order: the block counts.
-    first.invalidate(0);
+    first.invalidate(0).expect("it is ours");
     assert_eq!(slot_of(&mut index, &folder.directory, 1), Some(2));
-    third.invalidate(2);
+    third.invalidate(2).expect("it is ours");
     assert_eq!(ready_and_pending(&mut index, &folder.directory, &[1]), (0, 1));
-    second.invalidate(1);
+    second.invalidate(1).expect("it is ours");
     // A promised slot that is being filled is still promised.
     assert_eq!(ready_and_pending(&mut index, &folder.directory, &[1]), (0, 1));
     put(&second, 1, record(SlotState::Free, BlockKey([0; 32]), 0));
@@ -226,7 +226,7 @@ fn a_cursor_never_counts_blocks_that_went_meanwhile() {
         commit(&segment, slot, key(slot), slot, 1);
     }
     assert_eq!(ready(&mut index, &mut cursor), 3);
-    segment.invalidate(1);
+    segment.invalidate(1).expect("it is ours");
     assert_eq!(ready(&mut index, &mut cursor), 1);
     commit(&segment, 5, key(1), 1, 1);
     commit(&segment, 6, key(3), 3, 1);

@@ -223,7 +223,7 @@ mod tests {
         put(&segment, 1, record(SlotState::Reserved, key(1), 1));
         commit(&segment, 2, key(2), 0, 0);
         for slot in [1, 2] {
-            segment.invalidate(slot);
+            segment.invalidate(slot).expect("it is ours");
         }
         let states = || {
             let found = explain(folder.path(), &[key(0), key(1), key(2)], &mut |_, _| {}).unwrap();

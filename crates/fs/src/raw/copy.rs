@@ -322,7 +322,7 @@ mod tests {
         const LEN_BYTES: usize = 8 * CHUNK_BYTES;
         let words: Vec<AtomicU64> = (0..LEN_BYTES / 8).map(|_| AtomicU64::new(0)).collect();
         let is_done = AtomicBool::new(false);
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(60);
         let mut mixes = Vec::new();
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, flock};
 
-use super::{OWNER_LOCK, SegmentView, is_foreign_host, is_linked_as, next_odd, read_header};
+use super::{OWNER_LOCK, SegmentView, is_foreign_host, is_linked_as, move_on, read_header};
 use crate::control::open_trusted;
 use crate::directory::Directory;
 use crate::error::{FsError, Result};
@@ -77,7 +77,7 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
 fn invalidate_all(file: &File, header: &SegmentHeader) -> std::io::Result<()> {
     let tables = WriteMapping::new(file, header.data_offset() as usize)?;
     for slot in 0..header.slot_count {
-        next_odd(tables.u64_at(header.sequence_offset(slot) as usize));
+        move_on(tables.u64_at(header.sequence_offset(slot) as usize));
     }
     tables
         .u64_at((header.counters_offset() + counters::CHANGES) as usize)

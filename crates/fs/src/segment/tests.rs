@@ -36,7 +36,7 @@ fn an_old_owner_stops_writing_once_another_one_has_taken_over() {
         (segment, name)
     };
     commit(&segment, 0, key(0), 0, 1);
-    let odd = segment.invalidate(1);
+    let odd = segment.invalidate(1).expect("it is ours");
     // As for a network file system that lost the lock of a client that did not answer.
     OWNER_LOCK.unlock(&segment.file).unwrap();
     let adopted = OwnedSegment::adopt(&folder.directory, &name, &geometry())
@@ -99,8 +99,8 @@ fn sequences_never_go_back() {
     let segment = folder.segment(1, 1);
     let mut last = 0;
     for round in 0..5 {
-        let odd = segment.invalidate(0);
-        let again = segment.invalidate(0);
+        let odd = segment.invalidate(0).expect("it is ours");
+        let again = segment.invalidate(0).expect("it is ours");
         assert!(
             odd > last && again > odd && odd % 2 == 1 && again % 2 == 1,
             "{round}: {last} {odd} {again}"
@@ -196,7 +196,7 @@ fn sequences_never_go_back_under_two_hands() {
             scope.spawn(|| {
                 let mut last = 0;
                 for _ in 0..100_000 {
-                    let odd = next_odd(&word);
+                    let odd = move_on(&word);
                     assert!(odd > last && odd % 2 == 1);
                     last = odd;
                 }
@@ -379,4 +379,50 @@ fn a_load_from_a_removed_segment_is_a_miss_and_takes_no_memory() {
         !has_payload(&view.file, segment.header()),
         "the load took pages of the hole"
     );
+}
+
+/// A process that was stopped between any two steps finds out that it has been replaced before it changes anything.
+#[test]
+fn what_a_new_owner_wrote_is_not_touched_by_the_old_one() {
+    let folder = Folder::new(8 << 20);
+    let old = folder.segment(1, 3);
+    let odd = old.invalidate(0).expect("it is ours");
+    assert!(old.publish(0, odd, &mut record(SlotState::Committed, key(1), 0)));
+    old.set_owner(old.start_id + 1);
+    let before: Vec<u64> = (0..3).map(|slot| old.view.sequence(slot)).collect();
+    assert_eq!(old.invalidate(0), None);
+    old.clear(1);
+    old.retire(&folder.directory);
+    let after: Vec<u64> = (0..3).map(|slot| old.view.sequence(slot)).collect();
+    assert_eq!(before, after);
+    assert!(old.view.path.exists());
+}
+
+/// Commits a block in slot 0 as the process would that takes the segment over.
+fn take_over(old: &OwnedSegment, uses_slot: bool) {
+    old.set_owner(old.start_id + 1);
+    if uses_slot {
+        let sequence = old.header().sequence_offset(0) as usize;
+        old.mapping().u64_at(sequence).fetch_add(2, Ordering::SeqCst);
+    }
+}
+
+/// The process stands still where `invalidate` looks at what it knows, and is replaced meanwhile.
+#[test]
+fn a_process_that_is_replaced_in_the_middle_of_a_step_does_not_move_a_slot_of_the_new_owner() {
+    for place in 0..2 {
+        let folder = Folder::new(8 << 20);
+        let old = folder.segment(1, 1);
+        let steps = std::cell::Cell::new(0);
+        let before = old.view.sequence(0);
+        let odd = old.invalidate_with(0, || {
+            if steps.replace(steps.get() + 1) == place {
+                // Who comes later sees the slot odd, and lets it rest.
+                take_over(&old, place == 0);
+            }
+        });
+        assert_eq!(odd, None, "{place}");
+        assert_eq!(steps.get(), place + 1);
+        assert_eq!(old.view.sequence(0), before + 2 - place, "{place}");
+    }
 }

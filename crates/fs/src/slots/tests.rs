@@ -135,7 +135,7 @@ fn only_whole_blocks_are_victims() {
     let mut slots = with_segment(&folder, |segment| {
         commit(segment, 0, key(0), 0, 1);
         put(segment, 1, record(SlotState::Reserved, key(1), 0));
-        segment.invalidate(2);
+        segment.invalidate(2).expect("it is ours");
     });
     let at = slots.take_free().unwrap();
     let until = Instant::now() + Duration::from_secs(9);
@@ -149,7 +149,7 @@ fn an_adopted_segment_brings_its_blocks_and_its_half_written_slots_rest() {
     let folder = Folder::new(8 << 20);
     let first = folder.segment(4, 1);
     commit(&first, 0, key(0), 3, 1);
-    first.invalidate(1);
+    first.invalidate(1).expect("it is ours");
     put(&first, 2, record(SlotState::Reserved, key(2), 0));
     let name = crate::directory::segment_name(first.header().segment_id);
     drop(first);
