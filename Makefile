@@ -126,6 +126,7 @@ lint: preflight-lint $(VENV)/.kvlane-wheel .tools/bin/cargo-deny ## formats, cli
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python benches/fs/readme.py --check
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy.stubtest --allowlist python/stubtest_allowlist.txt kvlane._native
 	.tools/bin/cargo-deny --locked check --hide-inclusion-graph licenses bans sources
@@ -149,6 +150,7 @@ bench: preflight-bench bench-fs ## micro-benchmarks and the side-by-side compari
 
 bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS)/.kvlane-ready ## the folder backend beside its peers
 	$(VENV)/bin/python benches/fs/run.py
+	$(VENV)/bin/python benches/fs/readme.py
 
 soak: preflight-test $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel ## full counts of the long campaigns (hours)
 	@rm -rf target/test tests/results/soak-*.json
