@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -80,6 +81,8 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         if self._options.sync_load:
             _refuse_tokens_that_nobody_drops(vllm_config)
         self._engine_id = str(transfer.engine_id)
+        #: No other worker has it, also where the operator gave engines or their restarts the same id.
+        self._own_name = uuid.uuid4().hex
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config, transfer)
         else:
@@ -146,12 +149,10 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         (pp_rank, pp_size), (tp_rank, tp_size) = _ranks(config.parallel_config)
         facts = identity.engine_facts(config, options.model_identity)
         facts += identity.rank_facts(layout.layer_names, layout.fingerprint, (pp_rank, pp_size), (tp_rank, tp_size))
-        if not identity.scales_are_portable(config.cache_config):
-            logger.warning(
-                "kvlane: calculate_kv_scales makes KV that no other engine can read, so nothing is shared; "
-                "use a checkpoint with scales"
-            )
-            facts.append(("engine", f"{self._engine_id} {id(self)}"))
+        reason = _reason_not_to_share(config, options)
+        if reason is not None:
+            logger.warning("kvlane: nothing is shared with other servers: %s", reason)
+            facts.append(("engine", f"{self._engine_id} {self._own_name}"))
         namespace = identity.namespace_of(facts)
         self._handshake = WorkerHandshake(namespace, pp_rank, tp_rank)
         owner = list(kv_caches.values())
@@ -389,6 +390,19 @@ def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
                     f"allowed: {', '.join(sorted(_FULL_ATTENTION))}; KVLANE_PLUGIN=0 in the environment leaves vLLM's "
                     "own connectors in place"
                 )
+
+
+def _reason_not_to_share(vllm_config: Any, options: Options) -> str | None:
+    """Why nobody else can name this worker's KV, None if others can."""
+    if not identity.scales_are_portable(vllm_config.cache_config):
+        return "calculate_kv_scales makes KV that no other engine can read; use a checkpoint with scales"
+    where = identity.unnamed_weights(vllm_config, options.model_identity)
+    if where is not None:
+        return (
+            f"weights that come from {where} cannot be told from others that were there before; servers that set the "
+            "same model_identity, a name of your own for just these weights, do share"
+        )
+    return None
 
 
 def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:
