@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from kvlane._native import ConfigError, FsReader, FsWorker, Layout
 from kvlane.vllm import identity
-from kvlane.vllm.descriptors import NamespaceSearch, write_descriptor
+from kvlane.vllm.descriptors import Descriptor, NamespaceSearch, remove_left_over, write_descriptor
 from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
@@ -75,6 +75,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._search: NamespaceSearch | None = None
         self._handshake: WorkerHandshake | None = None
+        self._descriptor: Descriptor | None = None
         transfer = vllm_config.kv_transfer_config
         self._options = parse_options(transfer.kv_connector_extra_config)
         _refuse_unsupported(vllm_config, kv_cache_config)
@@ -158,16 +159,31 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         owner = list(kv_caches.values())
         native = FsWorker(options.root, namespace, layout, owner, options.native(), can_store=transfer.is_kv_producer)
         worker.open(native, layout, compute_stream(kv_caches))
-        try:
-            write_descriptor(options.root, self._engine_id, self._handshake, facts, config.cache_config.block_size)
-        except OSError as error:
-            logger.info("kvlane: no descriptor was left in the folder (%s); it is only needed by some engines", error)
+        self._leave_descriptor(self._handshake, facts)
         logger.info(
             "kvlane: %d layers, %d bytes per block, namespace %s",
             layout.layer_count,
             layout.block_bytes,
             namespace.hex()[:16],
         )
+
+    def _leave_descriptor(self, worker: WorkerHandshake, facts: identity.Facts) -> None:
+        root, block_tokens = self._options.root, self._vllm_config.cache_config.block_size
+        self._remove_descriptor()
+        try:
+            self._descriptor = write_descriptor(root, self._engine_id, worker, facts, block_tokens)
+        except OSError as error:
+            logger.info("kvlane: no descriptor was left in the folder (%s); it is only needed by some engines", error)
+        remove_left_over(root)
+
+    def _remove_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        try:
+            descriptor.remove()
+        except OSError as error:
+            logger.info("kvlane: %s stays (%s); a later start removes it", descriptor.path, error)
 
     def get_handshake_metadata(self) -> WorkerHandshake | None:
         return self._handshake
@@ -305,6 +321,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         for half in (self._search, self._scheduler, self._worker):
             if half is not None:
                 half.close()
+        self._remove_descriptor()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvlaneStats:
