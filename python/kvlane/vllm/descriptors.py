@@ -26,6 +26,8 @@ logger = logging.getLogger("vllm.kvlane")
 
 FOLDER = "descriptors"
 _POLL_S = 0.25
+#: Opening the folder is tried again after a failure, at first soon, then after twice as long each time, at most this.
+_LONGEST_POLL_S = 30.0
 
 _STAGED = ".staged-"
 #: A descriptor holds a model configuration; more than this is none.
@@ -212,7 +214,7 @@ def _warn_once(problem: str) -> None:
 
 
 class NamespaceSearch:
-    """Collects the namespaces of all ranks and calls `found` once, with the list in rank order."""
+    """Collects the namespaces of all ranks and calls `found` with the list in rank order, until it succeeds once."""
 
     def __init__(
         self, root: str, engine_id: str, pp_size: int, tp_size: int, found: Callable[[list[bytes]], None]
@@ -224,13 +226,15 @@ class NamespaceSearch:
         self._found: Callable[[list[bytes]], None] | None = found
         #: A handshake and the thread may find the last rank at once.
         self._finding = threading.Lock()
+        self._has_failed = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     def add(self, worker: WorkerHandshake) -> None:
         """Takes what a worker said itself."""
         self._known[worker.pp_rank, worker.tp_rank] = worker.namespace
-        self._finish_if_complete()
+        if not self._finish_if_complete() and self._has_failed:
+            self.start_reading()
 
     def start_reading(self) -> None:
         """Looks for the missing ranks' files in the background, because the folder may not answer at once."""
@@ -243,6 +247,7 @@ class NamespaceSearch:
 
     def _read(self) -> None:
         logger.info("kvlane: looking for the workers' descriptors in %s", os.path.join(self._root, FOLDER))
+        pause_s = _POLL_S
         while not self._stop.is_set():
             for pp_rank, tp_rank in self._ranks:
                 if (pp_rank, tp_rank) not in self._known:
@@ -251,19 +256,34 @@ class NamespaceSearch:
                         self._known[pp_rank, tp_rank] = namespace
             if self._finish_if_complete():
                 return
-            self._stop.wait(_POLL_S)
+            self._stop.wait(pause_s)
+            if self._has_failed:
+                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
     def _finish_if_complete(self) -> bool:
+        """Whether `found` has succeeded, now or before."""
         if any(rank not in self._known for rank in self._ranks):
             return False
-        with self._finding:
-            found, self._found = self._found, None
-        if found is not None:
-            try:
-                found([self._known[rank] for rank in self._ranks])
-            except Exception:
-                logger.exception("kvlane: the shared folder cannot be read, so requests compute their prompts")
-        return True
+        if not self._finding.acquire(blocking=False):
+            return False  # the other thread is at it, and tries again if it fails
+        try:
+            if self._found is not None:
+                self._found([self._known[rank] for rank in self._ranks])
+                self._found = None
+                if self._has_failed:
+                    logger.info("kvlane: the shared folder can be read now")
+            return True
+        except Exception as error:
+            if self._has_failed:
+                logger.debug("kvlane: the shared folder still cannot be read: %s", error)
+            else:
+                logger.exception(
+                    "kvlane: the shared folder cannot be read, so requests compute their prompts; it is tried again"
+                )
+            self._has_failed = True
+            return False
+        finally:
+            self._finding.release()
 
 
 def _path(root: str, engine_id: str, pp_rank: int, tp_rank: int) -> str:

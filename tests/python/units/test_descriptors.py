@@ -2,12 +2,14 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
 
+from kvlane import StoreError
 from kvlane.vllm import connector, descriptors
-from kvlane.vllm.descriptors import read_descriptor, remove_left_over, write_descriptor
+from kvlane.vllm.descriptors import NamespaceSearch, read_descriptor, remove_left_over, write_descriptor
 from kvlane.vllm.metadata import WorkerHandshake
 
 NAMESPACE = bytes(range(32))
@@ -123,3 +125,78 @@ def test_a_file_that_is_no_descriptor_is_none(tmp_path, text):
     with open(descriptor.path, "w") as file:
         file.write(text)
     assert read_descriptor(str(tmp_path), "e", 0, 0) is None
+
+
+class Folder:
+    """Opens when a test lets it."""
+
+    def __init__(self, failures):
+        self.failures = failures
+        self.tries = 0
+        self.opened = threading.Event()
+
+    def open(self, namespaces):
+        self.tries += 1
+        if self.tries <= self.failures:
+            raise StoreError("the folder does not answer")
+        self.namespaces = namespaces
+        self.opened.set()
+
+
+def search(root, folder, tp_size=1):
+    return NamespaceSearch(str(root), "e", 1, tp_size, folder.open)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(descriptors, "_POLL_S", 0.01)
+    monkeypatch.setattr(descriptors, "_LONGEST_POLL_S", 0.04)
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_a_folder_that_cannot_be_opened_is_tried_again_until_it_can(tmp_path, short_pauses, from_files, caplog):
+    folder = Folder(failures=5)
+    searching = search(tmp_path, folder)
+    descriptor = write(tmp_path)
+    if from_files:
+        searching.start_reading()
+    else:
+        searching.add(WorkerHandshake(NAMESPACE, 0, 0))
+    assert folder.opened.wait(10), "after one failure nobody tried again"
+    assert (folder.tries, folder.namespaces) == (6, [NAMESPACE])
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    searching._thread.join(10)
+    searching.add(WorkerHandshake(NAMESPACE, 0, 0))
+    searching.start_reading()
+    assert folder.tries == 6
+    descriptor.remove()
+
+
+def test_pauses_between_tries_grow_to_a_bound(tmp_path, monkeypatch):
+    folder = Folder(failures=12)
+    searching = search(tmp_path, folder)
+    pauses_s = []
+    monkeypatch.setattr(searching._stop, "wait", pauses_s.append)
+    searching._known[0, 0] = NAMESPACE
+    searching._read()
+    assert pauses_s == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0, 30.0]
+
+
+def test_a_search_that_is_closed_tries_no_more(tmp_path, short_pauses):
+    folder = Folder(failures=1_000_000)
+    searching = search(tmp_path, folder)
+    searching.add(WorkerHandshake(NAMESPACE, 0, 0))
+    searching.close()
+    searching._thread.join(10)
+    assert not searching._thread.is_alive()
+
+
+def test_a_rank_that_is_missing_is_found_later_and_the_folder_opened_once(tmp_path, short_pauses):
+    folder = Folder(failures=0)
+    searching = search(tmp_path, folder, tp_size=2)
+    searching.add(WorkerHandshake(b"h" * 32, 0, 0))
+    assert folder.tries == 0
+    searching.start_reading()
+    write(tmp_path, tp_rank=1)
+    assert folder.opened.wait(10)
+    assert (folder.tries, folder.namespaces) == (1, [b"h" * 32, NAMESPACE])
