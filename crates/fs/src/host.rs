@@ -25,6 +25,12 @@ impl Host {
         Self::below(Path::new("/"))
     }
 
+    /// As where nothing can be read.
+    #[cfg(test)]
+    pub(crate) fn unnamed_for_test() -> Self {
+        Self::below(Path::new("/nonexistent"))
+    }
+
     fn below(root: &Path) -> Self {
         let read = |name: &str| {
             let text = std::fs::read_to_string(root.join(name)).unwrap_or_default();
@@ -47,6 +53,11 @@ impl Host {
             boot_id: id(&read(BOOT_ID)),
             machine_id,
         }
+    }
+
+    /// Whether `boot_id`, as the kernel writes it, is the one of the kernel that runs.
+    pub(crate) fn runs_since(&self, boot_id: &str) -> bool {
+        !boot_id.is_empty() && id(boot_id) == self.boot_id
     }
 
     /// Whether a segment was made on this machine, in this run of its kernel or before it.

@@ -147,6 +147,7 @@ impl Jobs {
     /// The completion of `job`, waiting for it until `deadline`. `Err`: there is no such job.
     pub(crate) fn wait(&self, job: JobId, deadline: Instant) -> Result<Option<Completion>, ()> {
         loop {
+            let now = Instant::now();
             self.expire();
             let own_deadline = self.get(job).map(|live| live.deadline());
             let mut done = lock(&self.done);
@@ -155,7 +156,6 @@ impl Jobs {
                 self.done_count.store(done.len(), Ordering::Release);
                 return Ok(Some(completion));
             }
-            let now = Instant::now();
             if now >= deadline {
                 return if own_deadline.is_some() { Ok(None) } else { Err(()) };
             }
@@ -164,7 +164,8 @@ impl Jobs {
                 return Err(());
             }
             let mut until = deadline;
-            if let Some(own) = own_deadline {
+            // Once it has passed, the job is closed, and only a thread that is still copying can end it.
+            if let Some(own) = own_deadline.filter(|own| *own > now) {
                 until = until.min(own);
             }
             // A little longer than the deadline, so that the next round sees it as passed.

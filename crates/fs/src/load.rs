@@ -114,6 +114,11 @@ impl LoadJob {
         self.request.deadline
     }
 
+    #[cfg(test)]
+    pub(crate) fn gate_for_test(&self) -> &Gate {
+        &self.gate
+    }
+
     pub(crate) fn block_count(&self) -> usize {
         self.found.len()
     }

@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from vllm.logger import init_logger
 
 from kvlane._native import ConfigError, FsReader, FsWorker, Layout
 from kvlane.vllm import identity
-from kvlane.vllm.descriptors import NamespaceSearch, write_descriptor
+from kvlane.vllm.descriptors import Descriptor, NamespaceSearch, remove_left_over, write_descriptor
 from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
@@ -74,12 +75,15 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._search: NamespaceSearch | None = None
         self._handshake: WorkerHandshake | None = None
+        self._descriptor: Descriptor | None = None
         transfer = vllm_config.kv_transfer_config
         self._options = parse_options(transfer.kv_connector_extra_config)
         _refuse_unsupported(vllm_config, kv_cache_config)
         if self._options.sync_load:
             _refuse_tokens_that_nobody_drops(vllm_config)
         self._engine_id = str(transfer.engine_id)
+        #: No other worker has it, also where the operator gave engines or their restarts the same id.
+        self._own_name = uuid.uuid4().hex
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config, transfer)
         else:
@@ -146,27 +150,40 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         (pp_rank, pp_size), (tp_rank, tp_size) = _ranks(config.parallel_config)
         facts = identity.engine_facts(config, options.model_identity)
         facts += identity.rank_facts(layout.layer_names, layout.fingerprint, (pp_rank, pp_size), (tp_rank, tp_size))
-        if not identity.scales_are_portable(config.cache_config):
-            logger.warning(
-                "kvlane: calculate_kv_scales makes KV that no other engine can read, so nothing is shared; "
-                "use a checkpoint with scales"
-            )
-            facts.append(("engine", f"{self._engine_id} {id(self)}"))
+        reason = _reason_not_to_share(config, options)
+        if reason is not None:
+            logger.warning("kvlane: nothing is shared with other servers: %s", reason)
+            facts.append(("engine", f"{self._engine_id} {self._own_name}"))
         namespace = identity.namespace_of(facts)
         self._handshake = WorkerHandshake(namespace, pp_rank, tp_rank)
         owner = list(kv_caches.values())
         native = FsWorker(options.root, namespace, layout, owner, options.native(), can_store=transfer.is_kv_producer)
         worker.open(native, layout, compute_stream(kv_caches))
-        try:
-            write_descriptor(options.root, self._engine_id, self._handshake, facts, config.cache_config.block_size)
-        except OSError as error:
-            logger.info("kvlane: no descriptor was left in the folder (%s); it is only needed by some engines", error)
+        self._leave_descriptor(self._handshake, facts)
         logger.info(
             "kvlane: %d layers, %d bytes per block, namespace %s",
             layout.layer_count,
             layout.block_bytes,
             namespace.hex()[:16],
         )
+
+    def _leave_descriptor(self, worker: WorkerHandshake, facts: identity.Facts) -> None:
+        root, block_tokens = self._options.root, self._vllm_config.cache_config.block_size
+        self._remove_descriptor()
+        try:
+            self._descriptor = write_descriptor(root, self._engine_id, worker, facts, block_tokens)
+        except OSError as error:
+            logger.info("kvlane: no descriptor was left in the folder (%s); it is only needed by some engines", error)
+        remove_left_over(root)
+
+    def _remove_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        try:
+            descriptor.remove()
+        except OSError as error:
+            logger.info("kvlane: %s stays (%s); a later start removes it", descriptor.path, error)
 
     def get_handshake_metadata(self) -> WorkerHandshake | None:
         return self._handshake
@@ -304,6 +321,7 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         for half in (self._search, self._scheduler, self._worker):
             if half is not None:
                 half.close()
+        self._remove_descriptor()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvlaneStats:
@@ -389,6 +407,19 @@ def _refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
                     f"allowed: {', '.join(sorted(_FULL_ATTENTION))}; KVLANE_PLUGIN=0 in the environment leaves vLLM's "
                     "own connectors in place"
                 )
+
+
+def _reason_not_to_share(vllm_config: Any, options: Options) -> str | None:
+    """Why nobody else can name this worker's KV, None if others can."""
+    if not identity.scales_are_portable(vllm_config.cache_config):
+        return "calculate_kv_scales makes KV that no other engine can read; use a checkpoint with scales"
+    where = identity.unnamed_weights(vllm_config, options.model_identity)
+    if where is not None:
+        return (
+            f"weights that come from {where} cannot be told from others that were there before; servers that set the "
+            "same model_identity, a name of your own for just these weights, do share"
+        )
+    return None
 
 
 def _worker_settings(vllm_config: Any, options: Options) -> WorkerSettings:

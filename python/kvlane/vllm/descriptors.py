@@ -5,13 +5,19 @@ first say, and MultiConnector passes on only one connector's words. So every wor
 scheduler half reads these where something is missing.
 """
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 from kvlane.vllm.identity import Facts
 from kvlane.vllm.metadata import WorkerHandshake
@@ -20,11 +26,42 @@ logger = logging.getLogger("vllm.kvlane")
 
 FOLDER = "descriptors"
 _POLL_S = 0.25
+#: Opening the folder is tried again after a failure, at first soon, then after twice as long each time, at most this.
+_LONGEST_POLL_S = 30.0
+
+_STAGED = ".staged-"
+#: A descriptor holds a model configuration; more than this is none.
+_DESCRIPTOR_BYTES_MAX = 4 << 20
+#: Whether a worker of another machine lives cannot be seen from here. After so long its descriptor has been read by
+#: whoever needs it to start.
+_DESCRIPTOR_AGE_MAX_S = 30 * 86_400
+#: Making a descriptor takes milliseconds.
+_STAGED_AGE_MAX_S = 3_600
+#: The longest time that a start spends on others' left-overs; the next one goes on.
+_CLEANING_S = 1.0
 
 
-def write_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: Facts, block_tokens: int) -> None:
+class Descriptor:
+    """A worker's file in the folder, locked while the worker lives."""
+
+    def __init__(self, path: str, handle: int) -> None:
+        self.path = path
+        self._handle: int | None = handle
+
+    def remove(self) -> None:
+        """Takes the file out of the folder, unless the next worker of this name has replaced it."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            _unlink(self.path, handle)
+        finally:
+            os.close(handle)
+
+
+def write_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: Facts, block_tokens: int) -> Descriptor:
     """Leaves a worker's namespace and the facts behind it in the folder. Raises OSError where that is not possible."""
-    content = {
+    content: dict[str, Any] = {
         "namespace": worker.namespace.hex(),
         "pp_rank": worker.pp_rank,
         "tp_rank": worker.tp_rank,
@@ -35,30 +72,149 @@ def write_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: 
     folder = os.path.join(root, FOLDER)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     # Renamed into place, so that a reader sees the whole file or none. The mode of temporary files is 0600.
-    handle, staged = tempfile.mkstemp(prefix=".staged-", dir=folder)
+    handle, staged = tempfile.mkstemp(prefix=_STAGED, dir=folder)
     try:
-        with os.fdopen(handle, "w") as file:
+        # The lock ends with the process, however that ends, and is seen by all processes of this kernel.
+        if _lock(handle) is True:
+            content["boot_id"] = _boot_id()
+        with open(handle, "w", closefd=False) as file:
             json.dump(content, file, indent=1)
-        os.replace(staged, _path(root, engine_id, worker.pp_rank, worker.tp_rank))
+        path = _path(root, engine_id, worker.pp_rank, worker.tp_rank)
+        os.replace(staged, path)
     except BaseException:
+        os.close(handle)
         os.unlink(staged)
         raise
+    return Descriptor(path, handle)
 
 
 def read_descriptor(root: str, engine_id: str, pp_rank: int, tp_rank: int) -> bytes | None:
-    """The namespace that a worker of this engine left, None if it is not there or not readable."""
+    """The namespace that a worker of this engine left, None if it is not there, not readable or not to be trusted."""
+    path = _path(root, engine_id, pp_rank, tp_rank)
     try:
-        with open(_path(root, engine_id, pp_rank, tp_rank)) as file:
-            content = json.load(file)
+        handle = _open_trusted(path, os.O_RDONLY)
+        try:
+            content = _content(handle)
+        finally:
+            os.close(handle)
         namespace = bytes.fromhex(content["namespace"])
+    except _Untrusted as refusal:
+        _warn_once(str(refusal))
+        return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     same = content.get("engine_id") == engine_id and len(namespace) == 32
     return namespace if same else None
 
 
+def remove_left_over(root: str) -> None:
+    """Removes what workers left that were killed: descriptors that nobody locks any more, and very old ones."""
+    folder = os.path.join(root, FOLDER)
+    end_s = time.monotonic() + _CLEANING_S
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if time.monotonic() > end_s:
+                    return
+                if entry.name.endswith(".json") or entry.name.startswith(_STAGED):
+                    with contextlib.suppress(OSError):
+                        _remove_if_left_over(entry.path)
+    except OSError as error:
+        logger.debug("kvlane: no left-overs were looked for in %s: %s", folder, error)
+
+
+def _remove_if_left_over(path: str) -> None:
+    handle = _open_trusted(path, os.O_RDWR)  # NFS gives this kind of lock only to who may write
+    try:
+        age_s = time.time() - os.fstat(handle).st_mtime
+        is_free = _lock(handle)
+        if is_free is False:
+            return
+        if os.path.basename(path).startswith(_STAGED):
+            is_left_over = age_s > _STAGED_AGE_MAX_S
+        elif age_s > _DESCRIPTOR_AGE_MAX_S:
+            is_left_over = True
+        else:
+            # Another machine's lock may be invisible here.
+            boot_id = _boot_id()
+            is_left_over = is_free is True and boot_id is not None and _content(handle).get("boot_id") == boot_id
+        if is_left_over:
+            _unlink(path, handle)
+    except ValueError:
+        pass  # no descriptor of ours; it goes when it is old
+    finally:
+        os.close(handle)
+
+
+class _Untrusted(OSError):
+    """A file that somebody else could have put there."""
+
+
+def _open_trusted(path: str, access: int) -> int:
+    """Opens a file without following a link, and refuses what another user made."""
+    if os.path.islink(path):
+        raise _Untrusted(f"{path} is a symbolic link, allowed: regular files")
+    handle = os.open(path, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    status, own = os.fstat(handle), os.geteuid()
+    problem = None
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is not a regular file, allowed: regular files"
+    elif status.st_uid != own:
+        problem = f"belongs to user {status.st_uid}, allowed: files of user {own}"
+    if problem is not None:
+        os.close(handle)
+        raise _Untrusted(f"{path} {problem}")
+    return handle
+
+
+def _content(handle: int) -> dict[str, Any]:
+    """What a descriptor says. Raises ValueError if it is none."""
+    with open(handle, "rb", closefd=False) as file:
+        text = file.read(_DESCRIPTOR_BYTES_MAX + 1)
+    if len(text) > _DESCRIPTOR_BYTES_MAX:
+        raise ValueError(f"more than {_DESCRIPTOR_BYTES_MAX} bytes")
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    return content
+
+
+def _lock(handle: int) -> bool | None:
+    """Locks a file without waiting. False: somebody else has the lock. None: this file system has no such locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _unlink(path: str, handle: int) -> None:
+    """Removes the name of an open file if the name is still that file's."""
+    if os.path.samestat(os.lstat(path), os.fstat(handle)):
+        os.unlink(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _boot_id() -> str | None:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip() or None
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(problem: str) -> None:
+    logger.warning("kvlane: a worker's descriptor is refused: %s", problem)
+
+
 class NamespaceSearch:
-    """Collects the namespaces of all ranks and calls `found` once, with the list in rank order."""
+    """Collects the namespaces of all ranks and calls `found` with the list in rank order, until it succeeds once."""
 
     def __init__(
         self, root: str, engine_id: str, pp_size: int, tp_size: int, found: Callable[[list[bytes]], None]
@@ -70,13 +226,15 @@ class NamespaceSearch:
         self._found: Callable[[list[bytes]], None] | None = found
         #: A handshake and the thread may find the last rank at once.
         self._finding = threading.Lock()
+        self._has_failed = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     def add(self, worker: WorkerHandshake) -> None:
         """Takes what a worker said itself."""
         self._known[worker.pp_rank, worker.tp_rank] = worker.namespace
-        self._finish_if_complete()
+        if not self._finish_if_complete() and self._has_failed:
+            self.start_reading()
 
     def start_reading(self) -> None:
         """Looks for the missing ranks' files in the background, because the folder may not answer at once."""
@@ -89,6 +247,7 @@ class NamespaceSearch:
 
     def _read(self) -> None:
         logger.info("kvlane: looking for the workers' descriptors in %s", os.path.join(self._root, FOLDER))
+        pause_s = _POLL_S
         while not self._stop.is_set():
             for pp_rank, tp_rank in self._ranks:
                 if (pp_rank, tp_rank) not in self._known:
@@ -97,19 +256,34 @@ class NamespaceSearch:
                         self._known[pp_rank, tp_rank] = namespace
             if self._finish_if_complete():
                 return
-            self._stop.wait(_POLL_S)
+            self._stop.wait(pause_s)
+            if self._has_failed:
+                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
     def _finish_if_complete(self) -> bool:
+        """Whether `found` has succeeded, now or before."""
         if any(rank not in self._known for rank in self._ranks):
             return False
-        with self._finding:
-            found, self._found = self._found, None
-        if found is not None:
-            try:
-                found([self._known[rank] for rank in self._ranks])
-            except Exception:
-                logger.exception("kvlane: the shared folder cannot be read, so requests compute their prompts")
-        return True
+        if not self._finding.acquire(blocking=False):
+            return False  # the other thread is at it, and tries again if it fails
+        try:
+            if self._found is not None:
+                self._found([self._known[rank] for rank in self._ranks])
+                self._found = None
+                if self._has_failed:
+                    logger.info("kvlane: the shared folder can be read now")
+            return True
+        except Exception as error:
+            if self._has_failed:
+                logger.debug("kvlane: the shared folder still cannot be read: %s", error)
+            else:
+                logger.exception(
+                    "kvlane: the shared folder cannot be read, so requests compute their prompts; it is tried again"
+                )
+            self._has_failed = True
+            return False
+        finally:
+            self._finding.release()
 
 
 def _path(root: str, engine_id: str, pp_rank: int, tp_rank: int) -> str:

@@ -4,6 +4,7 @@ All of it is read from vLLM's configuration objects by name, so nothing of vLLM 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,13 @@ Facts = list[tuple[str, str]]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # Parts of a model's configuration that say where it came from or how it is run, not what it computes.
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "_attn_implementation", "_commit_hash"}
+# Loaders that read the model's own files. Others read something else than the files that lie there: an archive with a
+# name of its own, another process, or whatever a plugin reads.
+_LOAD_FORMATS_OF_FILES = {
+    "auto", "bitsandbytes", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt",
+    "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
+}  # fmt: skip
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # A name in a hub cache's blob folder is a hash of the content.
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # With these the angle of a rotation depends on the longest sequence that the server allows.
@@ -58,16 +66,60 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
     if multimodal is not None:
         facts.append(("image processing", canonical_json(getattr(multimodal, "mm_processor_kwargs", None))))
     facts += _prefixed("weights", weight_facts(model, vllm_config.load_config, model_identity))
-    speculative: Any = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and getattr(speculative, "method", None) not in ("ngram", "suffix"):
+    draft = _draft_model(vllm_config)
+    if draft is not None:
         # The draft model has KV layers of its own in the same blocks.
         facts += [
-            ("draft method", str(speculative.method)),
+            ("draft method", str(vllm_config.speculative_config.method)),
             ("draft config", canonical_json(config_dict(draft.hf_config))),
         ]
-        facts += _prefixed("draft weights", weight_facts(draft, vllm_config.load_config, None))
+        facts += _prefixed("draft weights", weight_facts(draft, _draft_load_config(vllm_config), None))
     return facts
+
+
+def unnamed_weights(vllm_config: Any, model_identity: str | None) -> str | None:
+    """Where the engine has weights from that its facts do not tell from others, None if there are none.
+
+    What lies at an address may be replaced, and nothing of it is seen here. So only the operator can name such weights.
+    """
+    if model_identity is not None:
+        return None
+    model, draft = vllm_config.model_config, _draft_model(vllm_config)
+    where = _weights_elsewhere(model, vllm_config.load_config)
+    if where is None and draft is not None:
+        where = _weights_elsewhere(draft, _draft_load_config(vllm_config))
+    return where
+
+
+def _weights_elsewhere(model: Any, load_config: Any) -> str | None:
+    load_format = _load_format(load_config)
+    if load_format.endswith("dummy"):
+        return None
+    if load_format not in _LOAD_FORMATS_OF_FILES:
+        return f"the loader '{load_format}'"
+    name = _weights_name(model)
+    return f"'{name}'" if _ADDRESS.match(name) else None
+
+
+def _draft_model(vllm_config: Any) -> Any:
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if getattr(speculative, "method", None) in ("ngram", "suffix"):
+        return None
+    return getattr(speculative, "draft_model_config", None)
+
+
+def _draft_load_config(vllm_config: Any) -> Any:
+    return getattr(vllm_config.speculative_config, "draft_load_config", None) or vllm_config.load_config
+
+
+def _load_format(load_config: Any) -> str:
+    return str(getattr(load_config, "load_format", "auto"))
+
+
+def _weights_name(model: Any) -> str:
+    """The file, folder, hub name or address that weights are loaded from. For an address, `model` is a local copy of
+    the rest of the model."""
+    return str(getattr(model, "model_weights", None) or model.model)
 
 
 def attention_backends(vllm_config: Any) -> str:
@@ -107,12 +159,19 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
 
     In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
     hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
-    files in its folder, because weights may be in files of an unknown kind.
+    files in its folder, because weights may be in files of an unknown kind. Where that is not enough,
+    `unnamed_weights` says so.
     """
     if model_identity is not None:
         return [("identity", model_identity)]
-    load_format = str(getattr(load_config, "load_format", "auto"))
+    load_format = _load_format(load_config)
     facts = [("format", load_format)]
+    loader = getattr(load_config, "model_loader_extra_config", None)
+    if loader:
+        # May hold passwords of an object store, and facts are left in the folder as text.
+        facts.append(("loader config", hashlib.sha256(canonical_json(loader).encode()).hexdigest()))
+    if getattr(model, "model_weights", None):
+        facts.append(("address", str(model.model_weights)))
     if load_format.endswith("dummy"):
         return [*facts, ("random seed", str(getattr(model, "seed", None)))]
     path = model_path(model, load_config)
@@ -125,7 +184,7 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
 
 def model_path(model: Any, load_config: Any) -> str | None:
     """The local file or folder that a model is loaded from, None if there is none."""
-    name = str(getattr(model, "model_weights", None) or model.model)
+    name = _weights_name(model)
     if os.path.exists(name):
         return name
     try:
@@ -348,6 +407,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(item) for item in value), key=repr)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     if hasattr(value, "to_dict"):

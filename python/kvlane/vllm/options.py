@@ -1,9 +1,11 @@
 """The options in ``kv_connector_extra_config``, parsed into a typed value."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from kvlane._native import ConfigError
@@ -69,7 +71,7 @@ def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
     unknown = sorted(set(given) - set(_READERS))
     if unknown:
         raise ConfigError(
-            f"kv_connector_extra_config has an unknown option '{unknown[0]}' = {given[unknown[0]]!r}, "
+            f"kv_connector_extra_config has an unknown option '{unknown[0]}' = {_shown(given[unknown[0]])}, "
             f"allowed: {', '.join(sorted(_READERS))}"
         )
     options = Options(**{name: _READERS[name](name, value) for name, value in given.items()})
@@ -80,26 +82,39 @@ def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
     return options
 
 
-def parse_bytes(name: str, value: Any) -> int:
+def parse_bytes(name: str, value: Any, low: int = 1, high: int = (1 << 63) - 1) -> int:
     """Reads a number of bytes: 500000000, "500MB", "64GiB" (and the short forms "500M", "64Gi")."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str):
+    total = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        total = value
+    elif isinstance(value, str) and len(value) <= _BYTES_TEXT_MAX:
         match = _BYTES.fullmatch(value.strip())
         if match:
             amount, unit, binary = match.groups()
             scale = (1024 if binary else 1000) ** ("KMGTP".index(unit.upper()) + 1) if unit else 1
-            total = round(float(amount) * scale)
-            if total > 0:
-                return total
-    raise _refused(name, value, 'a positive number of bytes such as 500000000, "500MB" or "64GiB"')
+            total = round(Decimal(amount) * scale)
+    if total is None or not low <= total <= high:
+        raise _refused(name, value, f'{low} to {high} bytes, as a whole number or a text such as "500MB" or "64GiB"')
+    return total
 
 
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGTP])(i?))?B?")
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kKMGTP])(i?))?B?")
+#: Every number of bytes that a machine can have is shorter.
+_BYTES_TEXT_MAX = 64
+#: An option's value in a message; what is longer is cut.
+_SHOWN_MAX = 200
 
 
 def _refused(name: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"option '{name}' is {value!r}, allowed: {allowed}")
+    return ConfigError(f"option '{name}' is {_shown(value)}, allowed: {allowed}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"a value of type {type(value).__name__} that cannot be written out"
+    return shown if len(shown) <= _SHOWN_MAX else f"{shown[:_SHOWN_MAX]}..."
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -134,7 +149,7 @@ def _choice(*allowed: str) -> Callable[[str, Any], str]:
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "shared_storage_path": _text,
-    "capacity_bytes": parse_bytes,
+    "capacity_bytes": functools.partial(parse_bytes, low=1 << 20),
     "load_timeout_ms": _number(1, 600_000),
     "prefill_grace_ms": _number(0, 60_000),
     "store_timeout_ms": _number(1, 600_000),
@@ -143,7 +158,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "sync_load": _flag,
     "layerwise_load": _flag,
     "medium": _choice(*MEDIA),
-    "segment_bytes": parse_bytes,
+    "segment_bytes": functools.partial(parse_bytes, low=1 << 16, high=1 << 40),
     "load_failure_policy": _choice(*LOAD_FAILURE_POLICIES),
     "model_identity": _text,
     "block_outermost_layout": _flag,

@@ -24,8 +24,10 @@ STORE_DEADLINE_MS = 600_000
 FIRST_STORE_PAUSE = 4
 LONGEST_STORE_PAUSE = 100
 
-#: How much longer than its own deadline a load is waited for: it ends only when no thread can write any more.
+#: A synchronous load that is late is waited for in pieces of this length until it has ended, because only then no
+#: thread writes to its blocks any more. Every so many pieces that is said again.
 FENCE_MS = 5_000
+PIECES_PER_WARNING = 12
 
 #: vLLM 0.15 frees the blocks of an aborted load when we say so, and may stop stepping: so it is worth a short wait.
 ABORT_WAIT_MS = 50
@@ -346,17 +348,34 @@ class WorkerHalf:
             self._finish_load(job, load)
 
     def _finish_load(self, job: int, load: _Load) -> None:
-        assert self._store is not None
+        """Returns when the load has ended, however long that takes: a thread that stands still inside a copy writes
+        when the folder answers again, and vLLM gives blocks that we report as bad to others at once."""
         self.step_loads.pop(job, None)
         remaining_ms = max(int((load.deadline_s - self._clock()) * 1000), 0)
-        ended = self._try("wait", self._store.wait, job, remaining_ms)
-        if ended is None:
-            self._try("cancel", self._store.cancel, job)
-            ended = self._try("wait", self._store.wait, job, FENCE_MS)
-        if ended is None:
-            self._forgotten.add(job)
-            ended = (list(range(len(load.block_ids))), "timed out")
+        ended = self._wait_for_load(job, load, remaining_ms)
+        pieces = 0
+        while ended is None:
+            if pieces == 0:
+                assert self._store is not None
+                self._try("cancel", self._store.cancel, job)
+            elif pieces % PIECES_PER_WARNING == 1:
+                logger.warning(
+                    "kvlane: the folder holds up a copy into %d blocks of request %s, and this step with it, for %d s "
+                    "past load_timeout_ms (%d)",
+                    len(load.block_ids), load.request_id, pieces * FENCE_MS // 1000, self._options.load_timeout_ms,
+                )  # fmt: skip
+            ended = self._wait_for_load(job, load, FENCE_MS)
+            pieces += 1
         self._load_ended(load, *ended)
+
+    def _wait_for_load(self, job: int, load: _Load, timeout_ms: int) -> tuple[Sequence[int], str] | None:
+        assert self._store is not None
+        try:
+            return self._store.wait(job, timeout_ms)
+        except Exception as error:
+            # The store does not know this job, so it has ended; what became of it is not known.
+            _log_once("wait", error)
+            return range(len(load.block_ids)), "lost"
 
     def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Calls into the native module; an error there means miss or no store, never a dead engine."""

@@ -56,6 +56,24 @@ def test_the_block_pool_is_found_also_where_vllm_does_not_hand_it_over():
     assert connector._block_pool_finder(True)() is None
 
 
+def reason(model, model_identity=None, scales=False):
+    config = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(model=model),
+        load_config=types.SimpleNamespace(load_format="auto"),
+        cache_config=types.SimpleNamespace(calculate_kv_scales=scales, cache_dtype="fp8"),
+    )
+    options = parse_options({} if model_identity is None else {"model_identity": model_identity})
+    return connector._reason_not_to_share(config, options)
+
+
+def test_an_engine_keeps_kv_to_itself_whose_weights_or_scales_nobody_else_can_name():
+    assert reason("org/name") is None
+    assert "calculate_kv_scales" in reason("org/name", "build 7", scales=True)
+    assert "'s3://models/llama'" in reason("s3://models/llama")
+    assert "same model_identity" in reason("s3://models/llama")
+    assert reason("s3://models/llama", "build 7") is None
+
+
 def start(marks, stages, asynchronous, monkeypatch):
     monkeypatch.setattr(connector, "_marks_of_stale_tokens", lambda: set(marks))
     config = types.SimpleNamespace(

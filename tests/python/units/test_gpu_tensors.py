@@ -1,7 +1,9 @@
 """KV on a GPU, as far as it goes without one. Risk: KV of a step that has not run yet is taken for computed; an engine
 dies where no CUDA driver is."""
 
-import ctypes
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -34,25 +36,39 @@ def tensor(index=0, address=0x7F00_0000_0000):
     )
 
 
-def has_driver():
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def test_tensors_on_a_gpu_are_described_with_their_device():
     described = describe_tensors({"l.0": tensor(index=3)})
     assert described == [("l.0", 0x7F00_0000_0000, "cuda:3", 2, [4, 128], [128, 1])]
 
 
+OPENING = """
+import ctypes, sys
+from kvlane._native import ConfigError, FsWorker, Layout
+layout = Layout([("l.0", 0x7F00_0000_0000, "cuda:0", 2, [4, 128], [128, 1])], 4)
+try:
+    FsWorker(sys.argv[1], bytes(32), layout, None, {})
+except ConfigError as refusal:
+    print(refusal)
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError as error:
+    print(error)
+"""
+
+
 def test_without_a_driver_opening_names_the_library_and_creates_nothing(tmp_path):
-    if has_driver():
-        pytest.skip("NOT RUN: this machine has a CUDA driver")
-    layout = Layout(describe_tensors({"l.0": tensor()}), 4)
-    with pytest.raises(ConfigError, match=r"libcuda\.so\.1"):
-        FsWorker(str(tmp_path / "kv"), bytes(32), layout, None, {})
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("libcuda.so.1", "libcuda.so"):
+        # The loader takes the first file of a name, and this one is no library: as if the machine had no driver.
+        (hidden / name).write_bytes(b"no library" * 1000)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(hidden)}
+    refusal, premise = subprocess.run(
+        [sys.executable, "-c", OPENING, str(tmp_path / "kv")],
+        check=True, capture_output=True, text=True, timeout=60, env=environment,
+    ).stdout.splitlines()  # fmt: skip
+    assert "libcuda.so.1" in refusal
+    assert str(hidden) in premise, "the loader took the machine's own driver"
     assert not (tmp_path / "kv").exists()
 
 

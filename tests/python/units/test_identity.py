@@ -153,6 +153,70 @@ def test_a_changed_fact_is_another_namespace(folder, changes):
     assert namespace(engine(folder, **changes)) != namespace(engine(folder))
 
 
+FROM_ADDRESS = {"model_config__model_weights": "s3://models/llama", "load_config__load_format": "runai_streamer"}
+FROM_ARCHIVE = {"load_config__load_format": "tensorizer"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        FROM_ADDRESS,
+        {"model_config__model": "gs://models/llama"},
+        {"model_config__model": "https://models.example/llama.gguf", "load_config__load_format": "gguf"},
+        FROM_ARCHIVE,
+        {"load_config__load_format": "modelexpress"},
+        {"load_config__load_format": "a plugin's"},
+    ],
+)
+def test_weights_at_an_address_have_only_the_name_that_the_operator_gives_them(folder, changes):
+    """Files in the model's folder say nothing about them, and what is at the address may be replaced."""
+    config = engine(folder, **changes)
+    assert identity.unnamed_weights(config, None) is not None
+    assert identity.unnamed_weights(config, "build 7") is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model_config__model": "org/name"},
+        {"model_config__model": "org/name", "load_config__load_format": "runai_streamer"},
+        {"load_config__load_format": "safetensors"},
+        {"model_config__model": "s3://models/llama", "load_config__load_format": "dummy"},
+    ],
+)
+def test_weights_in_files_and_of_a_hub_name_need_no_name_from_the_operator(folder, changes):
+    assert identity.unnamed_weights(engine(folder, **changes), None) is None
+
+
+def test_a_draft_models_weights_at_an_address_count_too(folder):
+    def drafting(method):
+        draft = types.SimpleNamespace(model="s3://drafts/one", hf_config=ModelConfig())
+        config = engine(folder)
+        config.speculative_config = types.SimpleNamespace(method=method, draft_model_config=draft)
+        return identity.unnamed_weights(config, None)
+
+    assert drafting("eagle") == "'s3://drafts/one'"
+    assert drafting("ngram") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        (FROM_ADDRESS, {"model_config__model_weights": "s3://models/other"}),
+        (
+            {**FROM_ARCHIVE, "load_config__model_loader_extra_config": {"tensorizer_uri": "s3://a", "key": "secret"}},
+            {"load_config__model_loader_extra_config": {"tensorizer_uri": "s3://b", "key": "secret"}},
+        ),
+    ],
+)
+def test_where_a_loader_reads_is_a_fact_and_its_passwords_stay_secret(folder, changes, other):
+    first = engine(folder, **changes)
+    assert namespace(first) == namespace(engine(folder, **changes))
+    assert namespace(first) != namespace(engine(folder, **{**changes, **other}))
+    assert "secret" not in str(identity.engine_facts(first, None))
+
+
 def test_the_place_of_a_layers_attention_backend_matters(folder):
     one = {"compilation_config__static_forward_context": layers("FLASH_ATTN", "FLASHINFER")}
     other = {"compilation_config__static_forward_context": layers("FLASHINFER", "FLASH_ATTN")}

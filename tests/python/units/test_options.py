@@ -73,6 +73,27 @@ def test_a_value_of_a_wrong_kind_is_refused_by_name(name, value):
     assert f"'{name}' is {value!r}, allowed: " in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["100000PiB", 10**30, "9" * 400, pytest.param(10**5000, id="long"), 1 << 63, 1, "64KB"]
+)
+@pytest.mark.parametrize("name", ["capacity_bytes", "segment_bytes"])
+def test_a_number_of_bytes_out_of_range_is_refused_with_the_range_and_in_few_words(name, value):
+    with pytest.raises(ConfigError) as refusal:
+        parse_options({name: value})
+    text = str(refusal.value)
+    assert text.startswith(f"option '{name}' is ")
+    low, high = {"capacity_bytes": (1 << 20, (1 << 63) - 1), "segment_bytes": (1 << 16, 1 << 40)}[name]
+    assert f", allowed: {low} to {high} bytes" in text
+    assert len(text) < 500
+
+
+def test_the_largest_and_smallest_numbers_of_bytes_are_exact():
+    assert parse_options({"capacity_bytes": str((1 << 63) - 1)}).capacity_bytes == (1 << 63) - 1
+    assert parse_options({"capacity_bytes": "1MiB"}).capacity_bytes == 1 << 20
+    assert parse_options({"segment_bytes": "1TiB"}).segment_bytes == 1 << 40
+    assert parse_options({"segment_bytes": "64KiB"}).segment_bytes == 1 << 16
+
+
 def test_layerwise_loading_needs_synchronous_loading():
     with pytest.raises(ConfigError, match="layerwise_load"):
         parse_options({"layerwise_load": True})

@@ -211,10 +211,38 @@ def test_synchronous_loads_end_before_the_forward_pass():
     assert (half.finished(), half.bad_blocks()) == ((None, None), {5})
 
 
-def test_a_synchronous_load_that_never_ends_is_cancelled_and_fails():
-    half, store = make(sync_load=True, load_timeout_ms=1)
+class Hanging(ScriptedStore):
+    """Cancelled loads end after so many waits, as if a copy stood still in the file system until then."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def wait(self, job, timeout_ms):
+        self.waits -= 1
+        if self.waits == 0:
+            self.end(job, [0, 2], "cancelled")
+        return super().wait(job, timeout_ms)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_synchronous_load_that_is_late_is_waited_for_until_no_thread_can_write_its_blocks(layerwise, caplog):
+    """Blocks that are reported belong to others at once: a copy that stood still would write into their KV."""
+    settings = WorkerSettings(layerwise_load=layerwise)
+    half, store = make(Hanging(30), settings, sync_load=True, layerwise_load=layerwise, load_timeout_ms=1)
+    assert run(half, load_step("a")) == ((None, None), {4, 6})
+    assert [call[0] for call in store.calls] == ["load", "wait", "cancel", *["wait"] * 29]
+    held_up = [record.args[2] for record in caplog.records if "holds up" in record.message]
+    assert held_up == [5, 65, 125]
+
+
+def test_a_synchronous_load_that_the_store_does_not_know_fails_and_is_not_waited_for():
+    class Forgetful(ScriptedStore):
+        def wait(self, job, timeout_ms):
+            raise StoreError("there is no job 1")
+
+    half, _ = make(Forgetful(), sync_load=True)
     assert run(half, load_step("a")) == ((None, None), {4, 5, 6})
-    assert [call[0] for call in store.calls] == ["load", "wait", "cancel", "wait"]
 
 
 def test_layers_are_waited_for_one_by_one():

@@ -1,5 +1,7 @@
 //! Removing what no server owns and nobody has used for a while.
 
+mod descriptors;
+
 use std::path::Path;
 
 use serde::Serialize;
@@ -50,8 +52,8 @@ pub struct KeptFile {
     pub reason: String,
 }
 
-/// Removes segments that nobody owns and that were not used for `unused_ms`, and left-overs of interrupted work that are as
-/// old. A running writer's files are never touched. A dry run decides the same and removes nothing.
+/// Removes segments that nobody owns and that were not used for `unused_ms`, and left-overs of interrupted work and of
+/// workers that are as old. A running writer's files are never touched. A dry run decides the same and removes nothing.
 ///
 /// # Errors
 /// There is no store at `path`, or it is read-only. What cannot be removed is in the report.
@@ -96,6 +98,7 @@ fn collect(directory: &Directory, unused_ms: u64, dry_run: bool, progress: Progr
             Err(fate) => report.not_removed(name, fate),
         }
     }
+    descriptors::collect(directory, unused_ms, dry_run, &mut report)?;
     Ok(report)
 }
 

@@ -86,6 +86,43 @@ fn a_job_ends_at_its_deadline_without_any_thread_of_the_backend() {
     assert!((20..5000).contains(&started.elapsed().as_millis()));
 }
 
+/// How often this thread has slept.
+fn sleeps() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_job_whose_copy_stands_still_past_its_deadline_is_waited_for_asleep() {
+    let folder = Folder::new(1 << 20);
+    let shared = shared(folder.open_again(), 1);
+    let (id, job) = idle_load(&shared, Duration::from_millis(10));
+    let Job::Load(load) = job.clone() else {
+        panic!("{job:?}")
+    };
+    let left = || {};
+    let inside = load.gate_for_test().enter(&left);
+    assert!(inside.is_some() && shared.jobs.admit(id, job));
+    let before = sleeps();
+    let started = Instant::now();
+    let waited = shared.jobs.wait(id, started + Duration::from_millis(500));
+    assert_eq!(waited, Ok(None));
+    assert!(started.elapsed().as_millis() >= 500);
+    let slept = sleeps() - before;
+    assert!(slept < 50, "it looked {slept} times");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            shared.jobs.finish(id, Outcome::Done);
+        });
+        let waited = shared.jobs.wait(id, Instant::now() + Duration::from_secs(60));
+        assert!(matches!(waited, Ok(Some(_))));
+    });
+}
+
 #[test]
 fn no_more_jobs_are_admitted_than_the_limit_and_none_after_closing() {
     let folder = Folder::new(1 << 20);
