@@ -12,7 +12,8 @@ import time
 import httpx
 
 from support.client import MODEL_NAME
-from support.places import log_path
+from support.places import log_path, make_temporary, remove_temporary
+from support.processes import end_session
 from support.vllm_environment import vllm_environment
 
 VLLM_READY_LIMIT_S = 300
@@ -37,6 +38,8 @@ class Server:
         self._health_url = self.url + health_path
         self._started = time.monotonic()
         self._ready_limit_s = ready_limit_s
+        self._temporary = make_temporary(name)
+        environment = {**environment, "TMPDIR": str(self._temporary)}
         with open(self.log_path, "w") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -77,11 +80,8 @@ class Server:
                 self._process.wait(STOP_LIMIT_S)
             except subprocess.TimeoutExpired:
                 pass
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        end_session(self._process)
+        remove_temporary(self._temporary)
 
 
 def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None):
