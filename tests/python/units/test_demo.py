@@ -1,4 +1,4 @@
-"""Risk: the demo ends well although an answer is wrong or nothing came over the folder: it is what a newcomer believes."""
+"""Risk: the demo ends well although an answer is wrong or nothing came over the folder, and a newcomer believes it."""
 
 import runpy
 from pathlib import Path
