@@ -15,7 +15,7 @@ from settings import BLOCK_TOKENS, MODEL_LEN_TOKENS
 from support import cpus
 from support.client import complete
 from support.connector import OWN_NAME, transfer_config
-from support.metrics import external_hits, scrape
+from support.metrics import by_label, external_hits, scrape
 from support.outcome import assert_same, full_blocks_tokens
 from support.places import make_store, remove_store
 from support.prompts import Prompts
@@ -122,10 +122,48 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(servers, prompts, chunks):
     assert_like_single(servers, complete(servers[3].url, prompt, OUTPUT_TOKENS), prompt, OUTPUT_TOKENS)
 
 
-def test_kvlanes_own_counters_are_exported(servers, prompts):
-    """Decode only loads, so what it moved is what it took from the store."""
-    decode = servers[1]
-    before = scrape(decode.url).get("vllm:kvlane_transfer_bytes", 0)
-    complete(servers[3].url, prompts.tokens(6 * BLOCK_TOKENS + 1), OUTPUT_TOKENS)
-    # 8 layers, keys and values, 2 heads of 64, 4 bytes each.
-    assert scrape(decode.url)["vllm:kvlane_transfer_bytes"] - before == 6 * BLOCK_TOKENS * 8 * 2 * 2 * 64 * 4
+# 8 layers, keys and values, 2 heads of 64, 4 bytes each.
+BLOCK_BYTES = BLOCK_TOKENS * 8 * 2 * 2 * 64 * 4
+
+
+def kvlane_figures(url):
+    """kvlane's counters of a server, by metric and label."""
+    labels = {"transfer_bytes": "direction", "transfer_seconds": "direction", "lookup_blocks": "outcome"}
+    return {
+        (name, value): amount
+        for name, label in labels.items()
+        for value, amount in by_label(url, f"vllm:kvlane_{name}", label).items()
+    }
+
+
+def changes(before, after):
+    """What was counted in between, without what stayed."""
+    return {key: value - before.get(key, 0) for key, value in after.items() if value != before.get(key, 0)}
+
+
+def test_kvlanes_own_counters_tell_hits_from_misses_and_stores_from_loads(servers, prompts):
+    prefill, decode, _, proxy = servers
+    before = kvlane_figures(prefill.url), kvlane_figures(decode.url)
+    # Never stored, and asked for by nobody who says that a prefill is on its way. Comes first, because vLLM before 0.24
+    # takes such a count only along with one of a worker.
+    complete(decode.url, prompts.tokens(3 * BLOCK_TOKENS + 1), OUTPUT_TOKENS)
+    complete(proxy.url, prompts.tokens(6 * BLOCK_TOKENS + 1), OUTPUT_TOKENS)
+    stored, loaded = changes(before[0], kvlane_figures(prefill.url)), changes(before[1], kvlane_figures(decode.url))
+    assert stored.pop(("transfer_seconds", "store")) > 0
+    assert loaded.pop(("transfer_seconds", "load")) > 0
+    # Each server counts its own direction only, and prefill, which only stores, looks nothing up.
+    assert stored == {("transfer_bytes", "store"): 6 * BLOCK_BYTES}
+    assert loaded == {
+        ("transfer_bytes", "load"): 6 * BLOCK_BYTES,
+        ("lookup_blocks", "hit"): 6,
+        ("lookup_blocks", "absent"): 3,
+    }
+
+
+def test_both_servers_show_what_the_folder_takes_and_may_take(servers, prompts):
+    complete(servers[3].url, prompts.tokens(2 * BLOCK_TOKENS + 1), OUTPUT_TOKENS)
+    for server in servers[:2]:
+        figures = scrape(server.url)
+        assert figures["vllm:kvlane_limit_bytes"] == 512 << 20
+        assert 2 * BLOCK_BYTES < figures["vllm:kvlane_used_bytes"] <= figures["vllm:kvlane_limit_bytes"]
+        assert figures["vllm:kvlane_segments"] >= 1
