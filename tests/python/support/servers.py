@@ -1,5 +1,6 @@
 """Real processes behind HTTP: `vllm serve` and `kvlane proxy`, each in a session of its own, ended on exit."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -71,6 +72,15 @@ class Server:
         tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
         state = "did not become ready in time" if self.is_running() else f"ended with {self._process.returncode}"
         raise RuntimeError(f"server '{self.name}' {state}; end of {self.log_path}:\n{tail}")
+
+    @contextlib.contextmanager
+    def suspended(self):
+        """Inside the block no process of the server runs, as if its machine had been taken away (SIGSTOP)."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def stop(self):
         """Asks the server to end, then kills what is left in its session. Nothing outside the session is touched."""
