@@ -66,7 +66,7 @@ def test_a_complete_machine_is_told_the_size_and_the_time(checkout: Path) -> Non
 
 
 def test_the_sizes_that_a_newcomer_reads_are_those_that_are_asked_for(checkout: Path) -> None:
-    """In the README and the demo as in the message itself: a disk of the size in the README must do."""
+    """In the README, in CONTRIBUTING and the demo as in the message itself: a disk of the size there must do."""
     provide_everything(checkout)
 
     def asked_gb(target: str) -> str:
@@ -77,6 +77,7 @@ def test_the_sizes_that_a_newcomer_reads_are_those_that_are_asked_for(checkout: 
 
     assert f"about {asked_gb('test')} GB" in (ROOT / "README.md").read_text()
     assert f"about {asked_gb('demo')} GB" in (ROOT / "README.md").read_text()
+    assert f"about {asked_gb('test')} GB" in (ROOT / "CONTRIBUTING.md").read_text()
     assert f"about {asked_gb('test')} GB" in preflight(checkout).stdout
     assert f"Disk: about {asked_gb('demo')} GB" in (ROOT / "examples/demo.py").read_text()
 

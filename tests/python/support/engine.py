@@ -11,7 +11,8 @@ import threading
 import time
 
 from support.cpus import omp_binding
-from support.places import log_path
+from support.places import log_path, make_temporary, remove_temporary
+from support.processes import end_session
 from support.vllm_environment import vllm_environment
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -32,6 +33,7 @@ class Engine:
         self.name = name
         self._log_path = log_path(f"engine-{name}")
         self._cpus = cpus
+        self._temporary = make_temporary(name)
         self._start()
 
     def _start(self):
@@ -40,6 +42,7 @@ class Engine:
         # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["PYTHONPATH"] = str(HERE.parent)
+        environment["TMPDIR"] = str(self._temporary)
         read_end, write_end = os.pipe()
         with open(self._log_path, "a") as log:
             self._process = subprocess.Popen(
@@ -62,6 +65,7 @@ class Engine:
 
     def __exit__(self, *_):
         self.stop()
+        remove_temporary(self._temporary)
 
     @property
     def pid(self):
@@ -131,11 +135,7 @@ class Engine:
             self._process.wait(20)
         except (OSError, subprocess.TimeoutExpired):
             pass
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        end_session(self._process)
 
     def _call(self, job, **arguments):
         self._send(job, **arguments)

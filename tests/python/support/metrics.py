@@ -17,6 +17,18 @@ def scrape(url):
     return values
 
 
+def by_label(url, name, label):
+    """The samples of one metric, without `_total`, by the value of one of its labels; summed over the others. A metric
+    whose samples lack the label has the key ""."""
+    values = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+        for sample in family.samples:
+            if sample.name.removesuffix("_total") == name:
+                key = sample.labels.get(label, "")
+                values[key] = values.get(key, 0) + sample.value
+    return values
+
+
 def external_hits(url):
     """Prompt tokens whose KV this server took from its connector since it started, by vLLM's own count."""
     return int(scrape(url)[EXTERNAL_HITS])

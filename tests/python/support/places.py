@@ -35,6 +35,17 @@ def remove_store(path):
     shutil.rmtree(path, ignore_errors=True)
 
 
+def make_temporary(name):
+    """A folder for what a process calls temporary; whoever ends the process removes it. vLLM leaves sockets and
+    rendezvous files there when it is killed. Its path is short, because a socket's path has 107 characters at most."""
+    return pathlib.Path(tempfile.mkdtemp(prefix=f"kvlane-{name}-"))
+
+
+def remove_temporary(path):
+    """Removes a folder that make_temporary made."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _executable():
     import sys
 

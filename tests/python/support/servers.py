@@ -1,5 +1,6 @@
 """Real processes behind HTTP: `vllm serve` and `kvlane proxy`, each in a session of its own, ended on exit."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,8 @@ import time
 import httpx
 
 from support.client import MODEL_NAME
-from support.places import log_path
+from support.places import log_path, make_temporary, remove_temporary
+from support.processes import end_session
 from support.vllm_environment import vllm_environment
 
 VLLM_READY_LIMIT_S = 300
@@ -37,6 +39,8 @@ class Server:
         self._health_url = self.url + health_path
         self._started = time.monotonic()
         self._ready_limit_s = ready_limit_s
+        self._temporary = make_temporary(name)
+        environment = {**environment, "TMPDIR": str(self._temporary)}
         with open(self.log_path, "w") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -69,6 +73,15 @@ class Server:
         state = "did not become ready in time" if self.is_running() else f"ended with {self._process.returncode}"
         raise RuntimeError(f"server '{self.name}' {state}; end of {self.log_path}:\n{tail}")
 
+    @contextlib.contextmanager
+    def suspended(self):
+        """Inside the block no process of the server runs, as if its machine had been taken away (SIGSTOP)."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
+
     def stop(self):
         """Asks the server to end, then kills what is left in its session. Nothing outside the session is touched."""
         if self.is_running():
@@ -77,11 +90,8 @@ class Server:
                 self._process.wait(STOP_LIMIT_S)
             except subprocess.TimeoutExpired:
                 pass
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        end_session(self._process)
+        remove_temporary(self._temporary)
 
 
 def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None):
