@@ -26,12 +26,19 @@ pub const SLOTS_MAX: u32 = 1 << 20;
 /// Largest segment file.
 pub const SEGMENT_BYTES_MAX: u64 = 1 << 40;
 
+/// Last-used mark of a slot whose bytes turned out not to be those of its block. Such a slot counts as absent, and its
+/// owner uses it again.
+pub const BAD_MARK: u32 = u32::MAX;
+
 /// Offsets inside the counter page of a segment.
 pub mod counters {
     /// u64, grows with every change of any slot: readers look here first.
     pub const CHANGES: u64 = 0;
     /// u64, start id of the process that owns the segment.
     pub const OWNER: u64 = 8;
+    /// u64, another number whenever somebody has written [`BAD_MARK`](super::BAD_MARK): readers and the owner look at the
+    /// marks then.
+    pub const BAD_SLOTS: u64 = 16;
     /// Size of the area.
     pub const BYTES: u64 = super::PAGE_BYTES;
 }

@@ -73,6 +73,7 @@ pub(crate) struct Found {
 struct Tracked {
     view: Arc<SegmentView>,
     changes: u64,
+    bad_slots_word: u64,
     sequences: Vec<u64>,
     /// What each slot stands for in the maps.
     entries: Vec<Option<(u32, BlockKey)>>,
@@ -284,6 +285,7 @@ impl Index {
             tracked.entries.fill(None);
             tracked.sequences.fill(0);
             tracked.changes = u64::MAX;
+            tracked.bad_slots_word = 0;
         }
         self.changes = None;
         self.removals += 1;
@@ -295,6 +297,7 @@ impl Index {
             owner: view.owner(),
             view,
             changes: u64::MAX,
+            bad_slots_word: 0,
             sequences: vec![0; slots],
             entries: vec![None; slots],
             owner_lives,
@@ -321,11 +324,13 @@ impl Index {
         let Some(tracked) = &mut self.segments[number as usize] else {
             return;
         };
-        let changes = tracked.view.changes();
-        if changes == tracked.changes {
+        let (changes, bad_slots_word) = (tracked.view.changes(), tracked.view.bad_slots_word());
+        let has_new_bad = bad_slots_word != tracked.bad_slots_word;
+        if changes == tracked.changes && !has_new_bad {
             return;
         }
         tracked.changes = changes;
+        tracked.bad_slots_word = bad_slots_word;
         let view = Arc::clone(&tracked.view);
         let changed: Vec<(u32, u64)> = (0..view.header.slot_count)
             .filter_map(|slot| {
@@ -335,6 +340,13 @@ impl Index {
             .collect();
         for (slot, sequence) in changed {
             self.take_up(number, &view, slot, sequence);
+        }
+        if has_new_bad {
+            for slot in (0..view.header.slot_count).filter(|&slot| view.is_bad(slot)) {
+                if self.entry_of(number, slot).is_some_and(|entry| entry.committed()) {
+                    self.remove(number, slot);
+                }
+            }
         }
     }
 

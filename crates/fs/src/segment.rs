@@ -14,8 +14,8 @@ use crate::control::open_trusted;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
 use crate::format::{
-    self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
-    counters,
+    self, BAD_MARK, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord,
+    SlotState, counters,
 };
 use crate::host::Host;
 use crate::options::Medium;
@@ -111,9 +111,21 @@ impl SegmentView {
         self.mapping.load_u64(self.header.sequence_offset(slot) as usize)
     }
 
-    /// The slot's last-used mark.
+    /// The slot's last-used mark; a block that turned out to be bad was never used.
     pub(crate) fn mark(&self, slot: u32) -> u32 {
-        self.mapping.load_u32(self.header.mark_offset(slot) as usize)
+        let mark = self.mapping.load_u32(self.header.mark_offset(slot) as usize);
+        if mark == BAD_MARK { 0 } else { mark }
+    }
+
+    /// Whether somebody found out that the slot's bytes are not those of its block.
+    pub(crate) fn is_bad(&self, slot: u32) -> bool {
+        self.mapping.load_u32(self.header.mark_offset(slot) as usize) == BAD_MARK
+    }
+
+    /// Becomes another number whenever somebody has marked a slot bad.
+    pub(crate) fn bad_slots_word(&self) -> u64 {
+        self.mapping
+            .load_u64((self.header.counters_offset() + counters::BAD_SLOTS) as usize)
     }
 
     /// Start id of the owner.
@@ -383,6 +395,9 @@ impl OwnedSegment {
         if !self.is_ours() {
             return None;
         }
+        // What was found out about the block in it does not hold for the next one.
+        let mark = self.mapping.u32_at(self.header().mark_offset(slot) as usize);
+        let _ = mark.compare_exchange(BAD_MARK, 0, Ordering::Relaxed, Ordering::Relaxed);
         // Payload stores, non-temporal ones too, must not overtake the invalidation.
         store_fence();
         self.bump_changes();

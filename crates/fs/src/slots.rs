@@ -39,6 +39,8 @@ pub(crate) enum Slot {
 struct Owned {
     segment: Arc<OwnedSegment>,
     slots: Vec<Slot>,
+    /// When it was last looked for slots that somebody has marked bad.
+    bad_slots_word: u64,
 }
 
 /// All slots of one writer.
@@ -125,6 +127,7 @@ impl Slots {
             .position(Option::is_none)
             .unwrap_or(self.segments.len());
         let count = segment.header().slot_count;
+        let bad_slots_word = segment.view.bad_slots_word();
         let mut slots = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
@@ -134,7 +137,9 @@ impl Slots {
                 }
             } else if sequence == 0 {
                 Slot::Free
-            } else if let Some((key, depth)) = block_in(&segment, slot, sequence) {
+            } else if !segment.view.is_bad(slot)
+                && let Some((key, depth)) = block_in(&segment, slot, sequence)
+            {
                 Slot::Committed { key, depth }
             } else {
                 // Free already, a promise of a writer that is gone, or damaged: nobody shall find it.
@@ -160,7 +165,11 @@ impl Slots {
                 });
             }
         }
-        let owned = Some(Owned { segment, slots });
+        let owned = Some(Owned {
+            segment,
+            slots,
+            bad_slots_word,
+        });
         if number == self.segments.len() {
             self.segments.push(owned);
         } else {
@@ -307,6 +316,29 @@ impl Slots {
             )
         };
         waiting.copied().filter(over).collect()
+    }
+
+    /// Slots whose block somebody has marked bad since the last call.
+    pub(crate) fn new_bad(&mut self) -> Vec<SlotRef> {
+        let mut bad = Vec::new();
+        for (number, owned) in self.segments.iter_mut().enumerate() {
+            let Some(owned) = owned else { continue };
+            let word = owned.segment.view.bad_slots_word();
+            if word == owned.bad_slots_word {
+                continue;
+            }
+            owned.bad_slots_word = word;
+            for (slot, state) in owned.slots.iter().enumerate() {
+                let slot = slot as u32;
+                if matches!(state, Slot::Committed { .. }) && owned.segment.view.is_bad(slot) {
+                    bad.push(SlotRef {
+                        segment: number,
+                        slot,
+                    });
+                }
+            }
+        }
+        bad
     }
 
     /// What became of a slot that was half written at adoption: its old writer, only stopped, may have finished it.

@@ -179,8 +179,16 @@ impl Writer {
         self.shared.directory.give_back_payloads();
         self.let_go_of_lost();
         let overdue = self.slots.overdue(now);
-        if !overdue.is_empty() {
+        let bad = self.slots.new_bad();
+        if !overdue.is_empty() || !bad.is_empty() {
             self.shared.directory.wait_until_writable();
+        }
+        for &at in &bad {
+            self.free(at);
+        }
+        if !bad.is_empty() {
+            tracing::info!(slots = bad.len(), "slots with bad blocks are used again");
+            self.shared.directory.control.bump_changes();
         }
         for at in overdue {
             let rested = matches!(self.slots.state(at), Some(Slot::Quarantined { .. }));
