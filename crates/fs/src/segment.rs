@@ -469,13 +469,18 @@ impl OwnedSegment {
         if (0..self.header().slot_count).any(|slot| self.invalidate(slot).is_none()) {
             return;
         }
-        let _ = rustix::fs::unlinkat(
-            &directory.folder,
-            segment_name(self.header().segment_id),
-            AtFlags::empty(),
-        );
+        let name = segment_name(self.header().segment_id);
+        let unlinked = rustix::fs::unlinkat(&directory.folder, name, AtFlags::empty());
         directory.control.bump_generation();
         directory.control.bump_changes();
+        if let Err(errno) = unlinked
+            && errno != rustix::io::Errno::NOENT
+        {
+            // It still has a name and will be adopted: its slots must keep their blocks of the disk, or a store through
+            // the mapping could meet a full file system.
+            tracing::warn!(path = %self.view.path.display(), %errno, "cannot remove a segment");
+            return;
+        }
         match self.file.try_clone() {
             Ok(file) => directory.give_back_payload(Removed::new(file, self.header())),
             Err(error) => tracing::debug!(%error, "a removed segment keeps its memory until nobody maps it"),
