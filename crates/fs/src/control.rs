@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{FsError, Result};
 use crate::format::{self, control};
+use crate::medium;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping};
 
 /// Name of the control file.
@@ -367,7 +368,10 @@ fn create(folder: &File, path: &Path, capacity_bytes: u64) -> Result<()> {
     let file = rustix::fs::openat(folder, &temporary, flags, mode)
         .map(File::from)
         .map_err(|errno| FsError::io("create", path)(errno.into()))?;
-    let written = std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0)
+    let written = medium::keep_places(&file)
+        .and_then(|()| {
+            std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0)
+        })
         .and_then(|()| {
             match rustix::fs::linkat(
                 folder,

@@ -270,7 +270,10 @@ impl OwnedSegment {
         let name = segment_name(header.segment_id);
         let path = directory.path.join(&name);
         let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
-        let filled = allocate(directory, &file, header, &path)
+        let placed = directory.choice.keep_places(&file);
+        let filled = placed
+            .map_err(FsError::io("turn copy-on-write off for", &path))
+            .and_then(|()| allocate(directory, &file, header, &path))
             .and_then(|()| fill(&file, header, layer_bytes, &path, start_id));
         let filled = filled.and_then(|()| {
             create::publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path))
@@ -295,7 +298,10 @@ impl OwnedSegment {
             return Ok(None);
         };
         let header = read_header(&file, &path, name)?;
-        if !geometry.fits(&header) || is_foreign_host(directory, &header) {
+        if !geometry.fits(&header)
+            || is_foreign_host(directory, &header)
+            || !directory.choice.keeps_places(&file)
+        {
             return Ok(None);
         }
         if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {

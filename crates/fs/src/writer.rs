@@ -71,7 +71,7 @@ pub(crate) struct Writer {
     wished: Option<Instant>,
     generosity: Generosity,
     marks_written: Instant,
-    complained: HashSet<String>,
+    complained: HashSet<&'static str>,
 }
 
 struct Begun {

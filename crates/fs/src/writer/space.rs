@@ -73,14 +73,19 @@ impl Writer {
                 self.grow_after = now + GROWTH_PAUSE;
                 false
             }
-            Growth::Refused(reason) => {
-                if self.complained.insert(reason.clone()) {
+            Growth::Refused { cause, reason } => {
+                if self.is_new_cause(cause) {
                     tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
                 }
                 self.grow_after = now + REFUSED_PAUSE;
                 false
             }
         }
+    }
+
+    /// Whether nobody has been told yet. It is tried again every few seconds, for days.
+    pub(super) fn is_new_cause(&mut self, cause: &'static str) -> bool {
+        self.complained.insert(cause)
     }
 }
 

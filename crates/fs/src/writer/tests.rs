@@ -106,3 +106,11 @@ fn a_wish_for_space_ends_when_nothing_was_needed_for_a_while() {
     alone.writer.tick();
     assert_eq!(wants(), 0);
 }
+
+#[test]
+fn a_cause_for_which_no_segment_comes_is_said_once_however_often_its_numbers_change() {
+    let mut alone = Alone::new();
+    assert!(alone.writer.is_new_cause("memory limit"));
+    assert!(!alone.writer.is_new_cause("memory limit"));
+    assert!(alone.writer.is_new_cause("full"));
+}
