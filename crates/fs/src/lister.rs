@@ -251,9 +251,10 @@ impl Wanted {
     }
 }
 
-/// Whether the same file may be opened a moment later: this process or machine has run out of something.
+/// Whether the same file may be opened a moment later: whatever the system says of it, it may say something else then.
+/// What a file's content or owner is does not change.
 fn is_transient(error: &FsError) -> bool {
-    matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+    matches!(error, FsError::Io { .. })
 }
 
 /// One round: whatever asks the kernel is done while the index is free. `false`: no listing was due.

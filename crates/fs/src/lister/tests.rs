@@ -165,3 +165,29 @@ fn a_segment_that_cannot_be_opened_for_now_is_complained_about_once() {
     assert!(listed(&[]).is_empty());
     assert_eq!(listed(&["no descriptors"]), ["no descriptors"], "again");
 }
+
+#[test]
+fn a_segment_that_the_system_did_not_give_is_tried_again_and_rubbish_is_not() {
+    for code in [
+        libc::EIO,
+        libc::EACCES,
+        libc::ESTALE,
+        libc::ETIMEDOUT,
+        libc::EMFILE,
+    ] {
+        let error = FsError::io("open", "segment")(std::io::Error::from_raw_os_error(code));
+        assert!(is_transient(&error), "{error}");
+    }
+    let folder = Folder::new(8 << 20);
+    std::fs::write(folder.path().join(crate::directory::segment_name(1)), b"rubbish").unwrap();
+    let mut index = Index::new(&[NAMESPACE]);
+    let listing = index
+        .wanted_listing(&folder.directory)
+        .unwrap()
+        .list(&folder.directory);
+    assert!(
+        listing.complete && listing.rejected == [1],
+        "{:?}",
+        listing.problems
+    );
+}
