@@ -245,16 +245,28 @@ fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     }
     let mut order: Vec<(u32, String)> = ages.into_iter().map(|(name, used)| (used, name)).collect();
     order.sort();
+    Ok(remove_first(&order, |name| {
+        segment::remove_orphan(directory, name)
+    }))
+}
+
+/// Removes the first segment that can be removed.
+fn remove_first(order: &[(u32, String)], remove: impl Fn(&str) -> Result<bool, FsError>) -> bool {
     for (_, name) in order {
-        if segment::remove_orphan(directory, &name)? {
-            tracing::info!(
-                segment = name,
-                "removed a segment of another model that nobody owns"
-            );
-            return Ok(true);
+        match remove(name) {
+            Ok(true) => {
+                tracing::info!(
+                    segment = name,
+                    "removed a segment of another model that nobody owns"
+                );
+                return true;
+            }
+            Ok(false) => {}
+            // The next one may make room.
+            Err(error) => tracing::debug!(%error, "a segment cannot be removed"),
         }
     }
-    Ok(false)
+    false
 }
 
 #[cfg(test)]

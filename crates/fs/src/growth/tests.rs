@@ -260,3 +260,21 @@ fn on_btrfs_a_file_that_would_be_copied_on_write_is_neither_made_nor_adopted() {
     let adopted = OwnedSegment::adopt(&directory, &name, &geometry()).unwrap();
     assert_eq!(adopted.is_some(), is_btrfs);
 }
+
+#[test]
+fn an_orphan_that_cannot_be_removed_does_not_keep_the_next_one() {
+    let order = ["first", "second", "third"].map(|name| (0, name.to_owned()));
+    let removed = std::cell::RefCell::new(Vec::new());
+    let remove = |name: &str| {
+        removed.borrow_mut().push(name.to_owned());
+        match name {
+            "first" => Err(FsError::io("remove", name)(
+                std::io::ErrorKind::PermissionDenied.into(),
+            )),
+            _ => Ok(name == "third"),
+        }
+    };
+    assert!(remove_first(&order, remove));
+    assert_eq!(*removed.borrow(), ["first", "second", "third"]);
+    assert!(!remove_first(&order[..2], remove));
+}
