@@ -284,11 +284,15 @@ impl OwnedSegment {
             }
             return Err(error);
         }
-        let Some(segment) = Self::finish_open(directory, file, &name, start_id)? else {
-            return Err(FsError::io("open", path)(std::io::ErrorKind::NotFound.into()));
-        };
+        let opened = Self::finish_open(directory, file, &name, start_id).and_then(|segment| {
+            segment.ok_or_else(|| FsError::io("open", &path)(std::io::ErrorKind::NotFound.into()))
+        });
+        if opened.is_err() {
+            // Nobody would own it, though it counts against the capacity.
+            let _ = rustix::fs::unlinkat(&directory.folder, &name, AtFlags::empty());
+        }
         directory.control.bump_generation();
-        Ok(segment)
+        opened
     }
 
     /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
