@@ -11,6 +11,7 @@ use kvlane_core::{BlockKey, JobId, NamespaceId};
 
 use crate::control::WriterPlace;
 use crate::counters::Counters;
+use crate::descriptors;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
 use crate::growth::Generosity;
@@ -72,6 +73,8 @@ pub(crate) struct Writer {
     generosity: Generosity,
     marks_written: Instant,
     complained: HashSet<&'static str>,
+    /// That segments may take.
+    descriptors_max: u64,
 }
 
 struct Begun {
@@ -101,6 +104,7 @@ impl Writer {
             generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
+            descriptors_max: descriptors::max_for_segments(),
         }
     }
 

@@ -191,3 +191,25 @@ fn a_segment_that_the_system_did_not_give_is_tried_again_and_rubbish_is_not() {
         listing.problems
     );
 }
+
+#[test]
+fn no_more_segments_are_opened_than_half_of_the_file_descriptors() {
+    let folder = Folder::new(8 << 20);
+    let segments = [(); 3].map(|()| folder.segment(1, 1));
+    let mut index = Index::new(&[NAMESPACE]);
+    let round = |index: &mut Index, descriptors_max| {
+        folder.directory.control.bump_generation();
+        let wanted = index.wanted_listing(&folder.directory).unwrap();
+        let listing = wanted.list_some(&folder.directory, descriptors_max);
+        let complete = listing.complete;
+        (
+            complete,
+            index.take_listing(listing).news.len(),
+            index.segment_count(),
+        )
+    };
+    assert_eq!(round(&mut index, 2), (false, 1, 2));
+    assert_eq!(round(&mut index, 2), (false, 0, 2), "it is said once");
+    assert_eq!(round(&mut index, 3), (true, 0, 3));
+    drop(segments);
+}

@@ -8,7 +8,9 @@ use kvlane_core::BlockKey;
 
 use super::Writer;
 use crate::counters::Counters;
+use crate::descriptors;
 use crate::growth::{self, Growth};
+use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::slots::SlotRef;
@@ -61,7 +63,17 @@ impl Writer {
         }
         self.shared.directory.wait_until_writable();
         let own_bytes = self.slots.bytes();
-        match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
+        let known = lock(&self.shared.index).segment_count();
+        let taken = descriptors::taken_by(self.slots.segments().count(), known);
+        let wish = if taken >= self.descriptors_max {
+            Growth::Refused {
+                cause: "descriptors",
+                reason: descriptors::complaint(self.descriptors_max),
+            }
+        } else {
+            growth::grow(&self.shared, self.place, self.target_bytes, own_bytes)
+        };
+        match wish {
             Growth::Grown(segment) => {
                 let segment = Arc::from(segment);
                 populate(&self.shared, &segment);
