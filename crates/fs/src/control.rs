@@ -201,6 +201,17 @@ impl Control {
         self.bump(control::CHANGES);
     }
 
+    /// How often somebody has marked a slot bad.
+    pub(crate) fn bad_slots(&self) -> u64 {
+        self.read().load_u64(control::BAD_SLOTS as usize)
+    }
+
+    /// Sends everybody to look at the marks.
+    pub(crate) fn bump_bad_slots(&self) {
+        self.bump(control::BAD_SLOTS);
+        self.bump_changes();
+    }
+
     /// Starts a new epoch: for this process at once, for all others when the file system takes the write, for which
     /// this waits a bounded time.
     pub(crate) fn start_epoch(self: &Arc<Self>) -> Result<()> {

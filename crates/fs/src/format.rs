@@ -36,9 +36,6 @@ pub mod counters {
     pub const CHANGES: u64 = 0;
     /// u64, start id of the process that owns the segment.
     pub const OWNER: u64 = 8;
-    /// u64, another number whenever somebody has written [`BAD_MARK`](super::BAD_MARK): readers and the owner look at the
-    /// marks then.
-    pub const BAD_SLOTS: u64 = 16;
     /// Size of the area.
     pub const BYTES: u64 = super::PAGE_BYTES;
 }
@@ -350,6 +347,8 @@ pub mod control {
     pub const CHANGES: u64 = 80;
     /// u64, written as zero by whoever wants to know whether the file system accepts writes.
     pub const SCRATCH: u64 = 88;
+    /// u64, grows whenever somebody has written [`BAD_MARK`](super::BAD_MARK): indexes and owners look at the marks then.
+    pub const BAD_SLOTS: u64 = 96;
     /// First writer entry.
     pub const WRITERS: u64 = super::PAGE_BYTES;
     /// Bytes of a writer entry.

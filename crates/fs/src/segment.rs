@@ -122,12 +122,6 @@ impl SegmentView {
         self.mapping.load_u32(self.header.mark_offset(slot) as usize) == BAD_MARK
     }
 
-    /// Becomes another number whenever somebody has marked a slot bad.
-    pub(crate) fn bad_slots_word(&self) -> u64 {
-        self.mapping
-            .load_u64((self.header.counters_offset() + counters::BAD_SLOTS) as usize)
-    }
-
     /// Start id of the owner.
     pub(crate) fn owner(&self) -> u64 {
         self.mapping

@@ -12,8 +12,8 @@ use kvlane_core::{BlockKey, NamespaceId};
 use crate::cache::Cache;
 use crate::control::open_trusted;
 use crate::counters::{Counters, FsStats};
-use crate::directory::{Directory, random_u64, segment_name, unix_ms};
-use crate::format::{BAD_MARK, counters};
+use crate::directory::{Directory, segment_name, unix_ms};
+use crate::format::BAD_MARK;
 use crate::index::{Found, Index};
 use crate::jobs::{Jobs, lock};
 use crate::lister::Lister;
@@ -192,15 +192,10 @@ impl Shared {
         if !self.directory.writable || found.view.sequence(found.slot) != found.sequence {
             return;
         }
-        let header = &found.view.header;
-        let word = header.counters_offset() + counters::BAD_SLOTS;
-        let condemned = self.open_to_mark(found).map(|file| {
-            // The mark before the word that sends everybody to look for it.
-            file.write_all_at(&BAD_MARK.to_le_bytes(), header.mark_offset(found.slot))
-                .and_then(|()| file.write_all_at(&random_u64().to_le_bytes(), word))
-        });
-        match condemned {
-            Some(Ok(())) => self.directory.control.bump_changes(),
+        let offset = found.view.header.mark_offset(found.slot);
+        let file = self.open_to_mark(found);
+        match file.map(|file| file.write_all_at(&BAD_MARK.to_le_bytes(), offset)) {
+            Some(Ok(())) => self.directory.control.bump_bad_slots(),
             Some(Err(error)) => {
                 tracing::debug!(path = %found.view.path.display(), %error, "cannot mark a bad block");
             }

@@ -39,8 +39,6 @@ pub(crate) enum Slot {
 struct Owned {
     segment: Arc<OwnedSegment>,
     slots: Vec<Slot>,
-    /// When it was last looked for slots that somebody has marked bad.
-    bad_slots_word: u64,
 }
 
 /// All slots of one writer.
@@ -127,7 +125,6 @@ impl Slots {
             .position(Option::is_none)
             .unwrap_or(self.segments.len());
         let count = segment.header().slot_count;
-        let bad_slots_word = segment.view.bad_slots_word();
         let mut slots = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
@@ -165,11 +162,7 @@ impl Slots {
                 });
             }
         }
-        let owned = Some(Owned {
-            segment,
-            slots,
-            bad_slots_word,
-        });
+        let owned = Some(Owned { segment, slots });
         if number == self.segments.len() {
             self.segments.push(owned);
         } else {
@@ -318,16 +311,11 @@ impl Slots {
         waiting.copied().filter(over).collect()
     }
 
-    /// Slots whose block somebody has marked bad since the last call.
-    pub(crate) fn new_bad(&mut self) -> Vec<SlotRef> {
+    /// Slots whose block somebody has marked bad. Looks at all of them.
+    pub(crate) fn bad(&self) -> Vec<SlotRef> {
         let mut bad = Vec::new();
-        for (number, owned) in self.segments.iter_mut().enumerate() {
+        for (number, owned) in self.segments.iter().enumerate() {
             let Some(owned) = owned else { continue };
-            let word = owned.segment.view.bad_slots_word();
-            if word == owned.bad_slots_word {
-                continue;
-            }
-            owned.bad_slots_word = word;
             for (slot, state) in owned.slots.iter().enumerate() {
                 let slot = slot as u32;
                 if matches!(state, Slot::Committed { .. }) && owned.segment.view.is_bad(slot) {

@@ -73,6 +73,8 @@ pub(crate) struct Writer {
     generosity: Generosity,
     marks_written: Instant,
     complained: HashSet<&'static str>,
+    /// How many had been marked bad when it was last looked for them; an adopted segment brings none along.
+    bad_slots: u64,
     /// That segments may take.
     descriptors_max: u64,
 }
@@ -104,6 +106,7 @@ impl Writer {
             generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
+            bad_slots: 0,
             descriptors_max: descriptors::max_for_segments(),
         }
     }
@@ -183,7 +186,13 @@ impl Writer {
         self.shared.directory.give_back_payloads();
         self.let_go_of_lost();
         let overdue = self.slots.overdue(now);
-        let bad = self.slots.new_bad();
+        let bad_slots = self.shared.directory.control.bad_slots();
+        let bad = if bad_slots == self.bad_slots {
+            Vec::new()
+        } else {
+            self.slots.bad()
+        };
+        self.bad_slots = bad_slots;
         if !overdue.is_empty() || !bad.is_empty() {
             self.shared.directory.wait_until_writable();
         }
