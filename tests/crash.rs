@@ -397,6 +397,7 @@ fn stop_writers(
         counts.add("chains_looked_for", compared);
         counts.add("chains_evicted", missing.len() as u64);
         counts.add("stopped_and_nothing_evicted", u64::from(!room_was_made));
+        counts.add("stopped_calmly_and_continued", u64::from(calm));
         watched.check_readers();
         old.kill();
         watched.check_space();
@@ -469,6 +470,11 @@ fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_i
     let killed_with_the_lock = counts.get("stopped_with_the_budget_locked_and_killed");
     let stopped = counts.get("stopped_and_continued") + killed_with_the_lock;
     assert!(refused.is_some() || stopped == 2 * rounds as u64, "{stopped}");
+    // Else what is left was compared with what was committed in no round at all.
+    assert!(
+        counts.get("stopped_calmly_and_continued") == 0 || counts.get("stopped_and_nothing_evicted") > 0,
+        "room was made in every round, also where there was enough"
+    );
     assert!(counts.get("chains_committed") > 0 && counts.get("blocks_loaded_and_compared") > 0);
     if soak {
         let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");

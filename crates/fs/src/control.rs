@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{FsError, Result};
 use crate::format::{self, control};
+use crate::medium;
 use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping};
 
 /// Name of the control file.
@@ -200,6 +201,17 @@ impl Control {
         self.bump(control::CHANGES);
     }
 
+    /// How often somebody has marked a slot bad.
+    pub(crate) fn bad_slots(&self) -> u64 {
+        self.read().load_u64(control::BAD_SLOTS as usize)
+    }
+
+    /// Sends everybody to look at the marks.
+    pub(crate) fn bump_bad_slots(&self) {
+        self.bump(control::BAD_SLOTS);
+        self.bump_changes();
+    }
+
     /// Starts a new epoch: for this process at once, for all others when the file system takes the write, for which
     /// this waits a bounded time.
     pub(crate) fn start_epoch(self: &Arc<Self>) -> Result<()> {
@@ -367,7 +379,10 @@ fn create(folder: &File, path: &Path, capacity_bytes: u64) -> Result<()> {
     let file = rustix::fs::openat(folder, &temporary, flags, mode)
         .map(File::from)
         .map_err(|errno| FsError::io("create", path)(errno.into()))?;
-    let written = std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0)
+    let written = medium::keep_places(&file)
+        .and_then(|()| {
+            std::os::unix::fs::FileExt::write_all_at(&file, &format::encode_control(capacity_bytes), 0)
+        })
         .and_then(|()| {
             match rustix::fs::linkat(
                 folder,

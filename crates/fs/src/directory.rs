@@ -64,12 +64,6 @@ impl Directory {
                 problem,
             });
         }
-        if meta.mode() & 0o022 != 0 {
-            tracing::warn!(
-                path = %path.display(),
-                "the folder is writable for others: who can write it can plant KV"
-            );
-        }
         let writable = rustix::fs::accessat(
             &folder,
             ".",
@@ -83,6 +77,13 @@ impl Directory {
         else {
             return Ok(None);
         };
+        // Not earlier: a reader comes here again and again until there is a store.
+        if is_writable_for_others(meta.mode()) {
+            tracing::warn!(
+                path = %path.display(),
+                "the folder is writable for others: who can write it can plant KV"
+            );
+        }
         tracing::info!(
             path = %path.display(),
             file_system = choice.file_system,
@@ -165,6 +166,12 @@ impl Directory {
     pub(crate) fn mapped_payload(&self) -> bool {
         self.choice.medium == Medium::Memory
     }
+}
+
+/// Whether users besides the owner may replace files of a folder with this mode. With the sticky bit, they can add files
+/// but not replace ours.
+pub(crate) fn is_writable_for_others(mode: u32) -> bool {
+    mode & 0o022 != 0 && mode & 0o1000 == 0
 }
 
 /// Half of what is left, so that a folder that nobody configured does not fill a machine.

@@ -26,6 +26,10 @@ pub const SLOTS_MAX: u32 = 1 << 20;
 /// Largest segment file.
 pub const SEGMENT_BYTES_MAX: u64 = 1 << 40;
 
+/// Last-used mark of a slot whose bytes turned out not to be those of its block. Such a slot counts as absent, and its
+/// owner uses it again.
+pub const BAD_MARK: u32 = u32::MAX;
+
 /// Offsets inside the counter page of a segment.
 pub mod counters {
     /// u64, grows with every change of any slot: readers look here first.
@@ -343,6 +347,8 @@ pub mod control {
     pub const CHANGES: u64 = 80;
     /// u64, written as zero by whoever wants to know whether the file system accepts writes.
     pub const SCRATCH: u64 = 88;
+    /// u64, grows whenever somebody has written [`BAD_MARK`](super::BAD_MARK): indexes and owners look at the marks then.
+    pub const BAD_SLOTS: u64 = 96;
     /// First writer entry.
     pub const WRITERS: u64 = super::PAGE_BYTES;
     /// Bytes of a writer entry.

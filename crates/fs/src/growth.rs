@@ -24,8 +24,8 @@ pub(crate) enum Growth {
     Asked,
     /// No room, and we have our share: recycle our own.
     Full,
-    /// It cannot work: said once, with the reason.
-    Refused(String),
+    /// It cannot work: said once for each cause. The reason has numbers in it that change.
+    Refused { cause: &'static str, reason: String },
 }
 
 /// Tries to get one more segment for the writer at `place`, which owns `own_bytes`.
@@ -33,7 +33,13 @@ pub(crate) fn grow(shared: &Shared, place: WriterPlace, target_bytes: u64, own_b
     let attempt = || grow_locked(shared, place, target_bytes, own_bytes);
     match shared.directory.control.with_budget_lock(LOCK_PATIENCE, attempt) {
         Some(Ok(growth)) => growth,
-        Some(Err(error)) => Growth::Refused(error.to_string()),
+        Some(Err(error)) => Growth::Refused {
+            cause: match &error {
+                FsError::Io { action, .. } => action,
+                _ => "other",
+            },
+            reason: error.to_string(),
+        },
         None => Growth::Full,
     }
 }
@@ -45,6 +51,16 @@ fn grow_locked(
     own_bytes: u64,
 ) -> Result<Growth, FsError> {
     let directory = &shared.directory;
+    if directory.choice.always_copies_on_write() {
+        return Ok(Growth::Refused {
+            cause: "copy-on-write",
+            reason: format!(
+                "{} copies on write: once it is full, a store through a mapping would end the process. \
+                 Allowed: tmpfs, ext4, xfs, btrfs",
+                directory.choice.file_system
+            ),
+        });
+    }
     let control = &directory.control;
     let capacity = control.capacity_bytes();
     let writers = control.live_writers(Some(place));
@@ -60,10 +76,13 @@ fn grow_locked(
     loop {
         let left = capacity.saturating_sub(directory.used_bytes()?);
         let Some(header) = shared.geometry.header(target_bytes, capacity, directory.host) else {
-            return Ok(Growth::Refused(format!(
-                "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
-                shared.geometry.slot_bytes
-            )));
+            return Ok(Growth::Refused {
+                cause: "capacity",
+                reason: format!(
+                    "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
+                    shared.geometry.slot_bytes
+                ),
+            });
         };
         if header.file_bytes() <= left {
             match create(shared, &header)? {
@@ -73,10 +92,10 @@ fn grow_locked(
                     return Ok(Growth::Grown(Box::new(segment)));
                 }
                 // What is there can still be used, or make room.
-                Err(refusal) => match make_room(shared, place, own_bytes)? {
+                Err((cause, reason)) => match make_room(shared, place, own_bytes)? {
                     Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
                     Room::Removed => continue,
-                    Room::None => return Ok(Growth::Refused(refusal)),
+                    Room::None => return Ok(Growth::Refused { cause, reason }),
                 },
             }
         }
@@ -95,25 +114,29 @@ fn grow_locked(
     Ok(Growth::Full)
 }
 
+/// Why there is no segment: the kind of cause, and the reason in words.
+type Refusal = (&'static str, String);
+
 /// Makes a segment, if memory and file system allow; the inner error says why not.
-fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment, String>, FsError> {
+fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment, Refusal>, FsError> {
     let directory = &shared.directory;
     if (directory.lives_in_memory() || directory.mapped_payload())
         && let Some(headroom) = memory_limit::headroom_bytes()
         && headroom < header.file_bytes()
     {
-        return Ok(Err(format!(
+        let reason = format!(
             "the container has {headroom} bytes of memory left for a segment of {}; \
              a tmpfs segment counts against its memory limit",
             header.file_bytes()
-        )));
+        );
+        return Ok(Err(("memory limit", reason)));
     }
     match OwnedSegment::create(directory, header, &shared.geometry.layer_bytes, shared.start_id) {
         Ok(segment) => Ok(Ok(segment)),
         Err(FsError::Io { source, .. })
             if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
         {
-            Ok(Err(format!("the file system is full: {source}")))
+            Ok(Err(("full", format!("the file system is full: {source}"))))
         }
         Err(error) => Err(error),
     }
@@ -222,16 +245,28 @@ fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     }
     let mut order: Vec<(u32, String)> = ages.into_iter().map(|(name, used)| (used, name)).collect();
     order.sort();
+    Ok(remove_first(&order, |name| {
+        segment::remove_orphan(directory, name)
+    }))
+}
+
+/// Removes the first segment that can be removed.
+fn remove_first(order: &[(u32, String)], remove: impl Fn(&str) -> Result<bool, FsError>) -> bool {
     for (_, name) in order {
-        if segment::remove_orphan(directory, &name)? {
-            tracing::info!(
-                segment = name,
-                "removed a segment of another model that nobody owns"
-            );
-            return Ok(true);
+        match remove(name) {
+            Ok(true) => {
+                tracing::info!(
+                    segment = name,
+                    "removed a segment of another model that nobody owns"
+                );
+                return true;
+            }
+            Ok(false) => {}
+            // The next one may make room.
+            Err(error) => tracing::debug!(%error, "a segment cannot be removed"),
         }
     }
-    Ok(false)
+    false
 }
 
 #[cfg(test)]

@@ -73,6 +73,8 @@ pub(crate) struct Found {
 struct Tracked {
     view: Arc<SegmentView>,
     changes: u64,
+    /// Nobody has looked for slots that are marked bad.
+    is_new: bool,
     sequences: Vec<u64>,
     /// What each slot stands for in the maps.
     entries: Vec<Option<(u32, BlockKey)>>,
@@ -110,6 +112,8 @@ pub(crate) struct Index {
     incomplete: Option<u64>,
     /// Somebody is listing the folder now.
     listing: bool,
+    /// How many slots had been marked bad when all marks were last looked at.
+    bad_slots: u64,
     /// Grows when anything that was found may be gone.
     removals: u64,
 }
@@ -156,6 +160,7 @@ impl Index {
             listed: None,
             incomplete: None,
             listing: false,
+            bad_slots: 0,
             removals: 1,
         }
     }
@@ -189,9 +194,11 @@ impl Index {
         if self.changes == Some(changes) && !due {
             return;
         }
+        let bad_slots = control.bad_slots();
         for number in 0..self.segments.len() {
-            self.rescan(number as u32);
+            self.rescan(number as u32, bad_slots != self.bad_slots);
         }
+        self.bad_slots = bad_slots;
         self.changes = Some(changes);
         self.checked = Some(Instant::now());
     }
@@ -284,6 +291,7 @@ impl Index {
             tracked.entries.fill(None);
             tracked.sequences.fill(0);
             tracked.changes = u64::MAX;
+            tracked.is_new = true;
         }
         self.changes = None;
         self.removals += 1;
@@ -295,6 +303,7 @@ impl Index {
             owner: view.owner(),
             view,
             changes: u64::MAX,
+            is_new: true,
             sequences: vec![0; slots],
             entries: vec![None; slots],
             owner_lives,
@@ -317,15 +326,17 @@ impl Index {
         self.segments[number as usize].take().map(|tracked| tracked.view)
     }
 
-    fn rescan(&mut self, number: u32) {
+    fn rescan(&mut self, number: u32, has_new_bad: bool) {
         let Some(tracked) = &mut self.segments[number as usize] else {
             return;
         };
         let changes = tracked.view.changes();
-        if changes == tracked.changes {
+        let has_new_bad = has_new_bad || tracked.is_new;
+        if changes == tracked.changes && !has_new_bad {
             return;
         }
         tracked.changes = changes;
+        tracked.is_new = false;
         let view = Arc::clone(&tracked.view);
         let changed: Vec<(u32, u64)> = (0..view.header.slot_count)
             .filter_map(|slot| {
@@ -335,6 +346,13 @@ impl Index {
             .collect();
         for (slot, sequence) in changed {
             self.take_up(number, &view, slot, sequence);
+        }
+        if has_new_bad {
+            for slot in (0..view.header.slot_count).filter(|&slot| view.is_bad(slot)) {
+                if self.entry_of(number, slot).is_some_and(|entry| entry.committed()) {
+                    self.remove(number, slot);
+                }
+            }
         }
     }
 

@@ -15,6 +15,7 @@ mod cold;
 mod complaints;
 mod control;
 mod counters;
+mod descriptors;
 mod directory;
 mod error;
 #[cfg(test)]

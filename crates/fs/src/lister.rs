@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::descriptors;
 use crate::directory::Directory;
 use crate::error::FsError;
 use crate::index::Index;
@@ -205,6 +206,11 @@ pub(crate) struct Listing {
 impl Wanted {
     /// Asks the file system. May block: not for an engine's thread, and not with the index locked.
     pub(crate) fn list(self, directory: &Directory) -> Listing {
+        self.list_some(directory, descriptors::max_for_segments())
+    }
+
+    /// As many segments as may be open at once.
+    fn list_some(self, directory: &Directory, descriptors_max: u64) -> Listing {
         let mut listing = Listing {
             generation: self.generation,
             linked: None,
@@ -223,10 +229,20 @@ impl Wanted {
                 return listing;
             }
         };
+        let known = names.iter().filter(|(id, _)| self.known.contains(id)).count();
         listing.linked = Some(names.iter().map(|(id, _)| *id).collect());
         for (id, name) in names {
             if self.known.contains(&id) || self.rejected.contains(&id) {
                 continue;
+            }
+            if (known + listing.opened.len()) as u64 >= descriptors_max {
+                let complaint = descriptors::complaint(descriptors_max);
+                listing
+                    .problems
+                    .push(format!("segments are left out: {complaint}"));
+                // There is room again once others are gone.
+                listing.complete = false;
+                break;
             }
             match SegmentView::open(directory, &name) {
                 Ok(Some(view)) => {
@@ -251,9 +267,10 @@ impl Wanted {
     }
 }
 
-/// Whether the same file may be opened a moment later: this process or machine has run out of something.
+/// Whether the same file may be opened a moment later: whatever the system says of it, it may say something else then.
+/// What a file's content or owner is does not change.
 fn is_transient(error: &FsError) -> bool {
-    matches!(error.errno(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+    matches!(error, FsError::Io { .. })
 }
 
 /// One round: whatever asks the kernel is done while the index is free. `false`: no listing was due.

@@ -264,10 +264,10 @@ impl LoadJob {
                 self.layers_left[position].fetch_sub(span.len() as u32, Ordering::AcqRel);
             }
             Err(reason) => {
-                if matches!(reason, MissReason::Corrupt | MissReason::Recycled)
-                    && let Some(found) = self.found[position].get()
-                {
-                    lock(&shared.index).forget(found);
+                match (reason, self.found[position].get()) {
+                    (MissReason::Corrupt, Some(found)) => shared.condemn(found),
+                    (MissReason::Recycled, Some(found)) => lock(&shared.index).forget(found),
+                    _ => {}
                 }
                 lock(&self.bad).entry(position).or_insert(reason);
             }

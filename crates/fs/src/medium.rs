@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::path::Path;
 
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+
 use crate::error::{FsError, Result};
 use crate::options::Medium;
 
@@ -42,6 +44,28 @@ impl MediumChoice {
     /// Whether the files are memory, whatever way the bytes take to them.
     pub(crate) fn lives_in_memory(&self) -> bool {
         self.file_system == "tmpfs"
+    }
+
+    /// Whether a page that has its place may need another one when it is written again. A store through a mapping would be
+    /// answered with SIGBUS then, once the file system is full.
+    pub(crate) fn always_copies_on_write(&self) -> bool {
+        matches!(self.file_system.as_str(), "zfs" | "f2fs")
+    }
+
+    /// Makes the pages of `file`, which must be empty, keep their places where that is a property of each file.
+    pub(crate) fn keep_places(&self, file: &File) -> std::io::Result<()> {
+        if self.file_system != "btrfs" {
+            return Ok(());
+        }
+        turn_copy_on_write_off(file)
+    }
+
+    /// Whether the pages of `file` keep their places.
+    pub(crate) fn keeps_places(&self, file: &File) -> bool {
+        match self.file_system.as_str() {
+            "btrfs" => ioctl_getflags(file).is_ok_and(|flags| flags.contains(IFlags::NOCOW)),
+            _ => !self.always_copies_on_write(),
+        }
     }
 
     /// Whether other machines may have files open here whose locks nobody sees.
@@ -105,6 +129,26 @@ pub(crate) fn choose(folder: &File, path: &Path, forced: Medium) -> Result<Mediu
         free_bytes,
         shared_by_machines,
     })
+}
+
+/// [`MediumChoice::keep_places`] for a file from before the medium is known.
+pub(crate) fn keep_places(file: &File) -> std::io::Result<()> {
+    let stat = rustix::fs::fstatfs(file)?;
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "the type of f_type differs between targets"
+    )]
+    let magic = (stat.f_type as u64) & 0xffff_ffff;
+    if magic == BTRFS {
+        turn_copy_on_write_off(file)
+    } else {
+        Ok(())
+    }
+}
+
+fn turn_copy_on_write_off(file: &File) -> std::io::Result<()> {
+    let flags = ioctl_getflags(file)?;
+    Ok(ioctl_setflags(file, flags | IFlags::NOCOW)?)
 }
 
 fn refused(file_system: &str, path: &Path) -> FsError {

@@ -14,8 +14,8 @@ use crate::control::open_trusted;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
 use crate::format::{
-    self, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord, SlotState,
-    counters,
+    self, BAD_MARK, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord,
+    SlotState, counters,
 };
 use crate::host::Host;
 use crate::options::Medium;
@@ -111,9 +111,15 @@ impl SegmentView {
         self.mapping.load_u64(self.header.sequence_offset(slot) as usize)
     }
 
-    /// The slot's last-used mark.
+    /// The slot's last-used mark; a block that turned out to be bad was never used.
     pub(crate) fn mark(&self, slot: u32) -> u32 {
-        self.mapping.load_u32(self.header.mark_offset(slot) as usize)
+        let mark = self.mapping.load_u32(self.header.mark_offset(slot) as usize);
+        if mark == BAD_MARK { 0 } else { mark }
+    }
+
+    /// Whether somebody found out that the slot's bytes are not those of its block.
+    pub(crate) fn is_bad(&self, slot: u32) -> bool {
+        self.mapping.load_u32(self.header.mark_offset(slot) as usize) == BAD_MARK
     }
 
     /// Start id of the owner.
@@ -258,7 +264,10 @@ impl OwnedSegment {
         let name = segment_name(header.segment_id);
         let path = directory.path.join(&name);
         let (file, temporary) = create_unnamed(directory, &name).map_err(FsError::io("create", &path))?;
-        let filled = allocate(directory, &file, header, &path)
+        let placed = directory.choice.keep_places(&file);
+        let filled = placed
+            .map_err(FsError::io("turn copy-on-write off for", &path))
+            .and_then(|()| allocate(directory, &file, header, &path))
             .and_then(|()| fill(&file, header, layer_bytes, &path, start_id));
         let filled = filled.and_then(|()| {
             create::publish(directory, &file, temporary.as_deref(), &name).map_err(FsError::io("link", &path))
@@ -269,11 +278,15 @@ impl OwnedSegment {
             }
             return Err(error);
         }
-        let Some(segment) = Self::finish_open(directory, file, &name, start_id)? else {
-            return Err(FsError::io("open", path)(std::io::ErrorKind::NotFound.into()));
-        };
+        let opened = Self::finish_open(directory, file, &name, start_id).and_then(|segment| {
+            segment.ok_or_else(|| FsError::io("open", &path)(std::io::ErrorKind::NotFound.into()))
+        });
+        if opened.is_err() {
+            // Nobody would own it, though it counts against the capacity.
+            let _ = rustix::fs::unlinkat(&directory.folder, &name, AtFlags::empty());
+        }
         directory.control.bump_generation();
-        Ok(segment)
+        opened
     }
 
     /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
@@ -283,7 +296,10 @@ impl OwnedSegment {
             return Ok(None);
         };
         let header = read_header(&file, &path, name)?;
-        if !geometry.fits(&header) || is_foreign_host(directory, &header) {
+        if !geometry.fits(&header)
+            || is_foreign_host(directory, &header)
+            || !directory.choice.keeps_places(&file)
+        {
             return Ok(None);
         }
         if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
@@ -383,6 +399,9 @@ impl OwnedSegment {
         if !self.is_ours() {
             return None;
         }
+        // What was found out about the block in it does not hold for the next one.
+        let mark = self.mapping.u32_at(self.header().mark_offset(slot) as usize);
+        let _ = mark.compare_exchange(BAD_MARK, 0, Ordering::Relaxed, Ordering::Relaxed);
         // Payload stores, non-temporal ones too, must not overtake the invalidation.
         store_fence();
         self.bump_changes();
@@ -454,13 +473,18 @@ impl OwnedSegment {
         if (0..self.header().slot_count).any(|slot| self.invalidate(slot).is_none()) {
             return;
         }
-        let _ = rustix::fs::unlinkat(
-            &directory.folder,
-            segment_name(self.header().segment_id),
-            AtFlags::empty(),
-        );
+        let name = segment_name(self.header().segment_id);
+        let unlinked = rustix::fs::unlinkat(&directory.folder, name, AtFlags::empty());
         directory.control.bump_generation();
         directory.control.bump_changes();
+        if let Err(errno) = unlinked
+            && errno != rustix::io::Errno::NOENT
+        {
+            // It still has a name and will be adopted: its slots must keep their blocks of the disk, or a store through
+            // the mapping could meet a full file system.
+            tracing::warn!(path = %self.view.path.display(), %errno, "cannot remove a segment");
+            return;
+        }
         match self.file.try_clone() {
             Ok(file) => directory.give_back_payload(Removed::new(file, self.header())),
             Err(error) => tracing::debug!(%error, "a removed segment keeps its memory until nobody maps it"),

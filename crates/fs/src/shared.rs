@@ -1,6 +1,8 @@
 //! What the threads of one transfer have in common.
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -8,8 +10,10 @@ use crossbeam::channel::Sender;
 use kvlane_core::{BlockKey, NamespaceId};
 
 use crate::cache::Cache;
+use crate::control::open_trusted;
 use crate::counters::{Counters, FsStats};
-use crate::directory::{Directory, unix_ms};
+use crate::directory::{Directory, segment_name, unix_ms};
+use crate::format::BAD_MARK;
 use crate::index::{Found, Index};
 use crate::jobs::{Jobs, lock};
 use crate::lister::Lister;
@@ -165,23 +169,46 @@ impl Shared {
             return;
         }
         let mark = mark_now();
-        let mut opened: Option<(u64, Option<std::fs::File>)> = None;
+        let mut opened: Option<(u64, Option<File>)> = None;
         for found in touched.found {
             let id = found.view.header.segment_id;
-            if found.view.mark(found.slot) >= mark {
+            if found.view.mark(found.slot) >= mark || found.view.is_bad(found.slot) {
                 continue;
             }
             if opened.as_ref().is_none_or(|(open, _)| *open != id) {
-                let name = crate::directory::segment_name(id);
-                let file =
-                    crate::control::open_trusted(&self.directory.folder, &name, &found.view.path, true);
-                opened = Some((id, file.ok().flatten()));
+                opened = Some((id, self.open_to_mark(&found)));
             }
             if let Some((_, Some(file))) = &opened {
-                use std::os::unix::fs::FileExt;
                 let _ = file.write_all_at(&mark.to_le_bytes(), found.view.header.mark_offset(found.slot));
             }
         }
+    }
+
+    /// Tells everybody that a block's bytes are bad: nobody shall count on it, and its owner shall use the slot again.
+    /// Where the folder cannot be written, only this index forgets it. May block: not for an engine's thread.
+    pub(crate) fn condemn(&self, found: &Found) {
+        lock(&self.index).forget(found);
+        // Another block in the slot by now is none of our business. If it comes just now, it costs a recompute.
+        if !self.directory.writable || found.view.sequence(found.slot) != found.sequence {
+            return;
+        }
+        let offset = found.view.header.mark_offset(found.slot);
+        let file = self.open_to_mark(found);
+        match file.map(|file| file.write_all_at(&BAD_MARK.to_le_bytes(), offset)) {
+            Some(Ok(())) => self.directory.control.bump_bad_slots(),
+            Some(Err(error)) => {
+                tracing::debug!(path = %found.view.path.display(), %error, "cannot mark a bad block");
+            }
+            None => {}
+        }
+    }
+
+    /// The segment of a block, to write a mark into; `None`: it was removed, or must not be written.
+    fn open_to_mark(&self, found: &Found) -> Option<File> {
+        let name = segment_name(found.view.header.segment_id);
+        open_trusted(&self.directory.folder, &name, &found.view.path, true)
+            .ok()
+            .flatten()
     }
 
     /// Looks at the folder for the gauges. May block: not for an engine's thread.

@@ -134,7 +134,9 @@ impl Slots {
                 }
             } else if sequence == 0 {
                 Slot::Free
-            } else if let Some((key, depth)) = block_in(&segment, slot, sequence) {
+            } else if !segment.view.is_bad(slot)
+                && let Some((key, depth)) = block_in(&segment, slot, sequence)
+            {
                 Slot::Committed { key, depth }
             } else {
                 // Free already, a promise of a writer that is gone, or damaged: nobody shall find it.
@@ -307,6 +309,24 @@ impl Slots {
             )
         };
         waiting.copied().filter(over).collect()
+    }
+
+    /// Slots whose block somebody has marked bad. Looks at all of them.
+    pub(crate) fn bad(&self) -> Vec<SlotRef> {
+        let mut bad = Vec::new();
+        for (number, owned) in self.segments.iter().enumerate() {
+            let Some(owned) = owned else { continue };
+            for (slot, state) in owned.slots.iter().enumerate() {
+                let slot = slot as u32;
+                if matches!(state, Slot::Committed { .. }) && owned.segment.view.is_bad(slot) {
+                    bad.push(SlotRef {
+                        segment: number,
+                        slot,
+                    });
+                }
+            }
+        }
+        bad
     }
 
     /// What became of a slot that was half written at adoption: its old writer, only stopped, may have finished it.

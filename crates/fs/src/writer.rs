@@ -11,6 +11,7 @@ use kvlane_core::{BlockKey, JobId, NamespaceId};
 
 use crate::control::WriterPlace;
 use crate::counters::Counters;
+use crate::descriptors;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
 use crate::growth::Generosity;
@@ -71,7 +72,11 @@ pub(crate) struct Writer {
     wished: Option<Instant>,
     generosity: Generosity,
     marks_written: Instant,
-    complained: HashSet<String>,
+    complained: HashSet<&'static str>,
+    /// How many had been marked bad when it was last looked for them; an adopted segment brings none along.
+    bad_slots: u64,
+    /// That segments may take.
+    descriptors_max: u64,
 }
 
 struct Begun {
@@ -101,6 +106,8 @@ impl Writer {
             generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
+            bad_slots: 0,
+            descriptors_max: descriptors::max_for_segments(),
         }
     }
 
@@ -179,8 +186,22 @@ impl Writer {
         self.shared.directory.give_back_payloads();
         self.let_go_of_lost();
         let overdue = self.slots.overdue(now);
-        if !overdue.is_empty() {
+        let bad_slots = self.shared.directory.control.bad_slots();
+        let bad = if bad_slots == self.bad_slots {
+            Vec::new()
+        } else {
+            self.slots.bad()
+        };
+        self.bad_slots = bad_slots;
+        if !overdue.is_empty() || !bad.is_empty() {
             self.shared.directory.wait_until_writable();
+        }
+        for &at in &bad {
+            self.free(at);
+        }
+        if !bad.is_empty() {
+            tracing::info!(slots = bad.len(), "slots with bad blocks are used again");
+            self.shared.directory.control.bump_changes();
         }
         for at in overdue {
             let rested = matches!(self.slots.state(at), Some(Slot::Quarantined { .. }));

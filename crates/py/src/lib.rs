@@ -1,6 +1,7 @@
 //! `kvlane._native`: conversion between Python and kvlane's crates. No logic lives here.
 //!
-//! Three rules hold for every function: arguments are checked while the interpreter lock is held; whatever copies,
+//! Three rules hold for every function but those that only read or make a value in memory (getters, `Chain.keys` and the
+//! like), where a panic is PyO3's `PanicException`: arguments are checked while the interpreter lock is held; whatever copies,
 //! waits or touches a file runs without it; and a panic becomes an exception that names itself an internal error.
 
 mod chain;

@@ -40,7 +40,7 @@ impl Process {
             }
             Growth::Asked => "asked",
             Growth::Full => "full",
-            Growth::Refused(reason) => panic!("{reason}"),
+            Growth::Refused { reason, .. } => panic!("{reason}"),
         }
     }
 
@@ -214,4 +214,67 @@ fn a_full_file_system_is_no_reason_to_leave_orphans_alone() {
         assert!(adopted <= 3);
     }
     assert_eq!(adopted, 3);
+}
+
+/// Why a writer in a folder on `file_system` gets no segment.
+fn refusal_on(file_system: &str) -> Option<(&'static str, String)> {
+    let folder = Folder::new(4 << 20);
+    let mut directory = folder.open_again();
+    directory.choice.file_system = file_system.to_owned();
+    let shared = shared(directory, 1);
+    let place = shared.directory.control.register_writer(1).unwrap();
+    match grow(&shared, place, TARGET, 0) {
+        Growth::Refused { cause, reason } => Some((cause, reason)),
+        _ => None,
+    }
+}
+
+#[test]
+fn where_a_written_page_may_need_another_place_nothing_is_stored() {
+    assert_eq!(refusal_on("ext4"), None);
+    for file_system in ["zfs", "f2fs"] {
+        let (cause, reason) = refusal_on(file_system).expect("it is refused");
+        assert_eq!(cause, "copy-on-write");
+        assert!(
+            reason.contains(file_system) && reason.contains("ext4"),
+            "{reason}"
+        );
+    }
+}
+
+#[test]
+fn on_btrfs_a_file_that_would_be_copied_on_write_is_neither_made_nor_adopted() {
+    let folder = Folder::new(4 << 20);
+    // The flag is btrfs' own: what is below this test does not take it, or does not keep it.
+    let orphan = folder.segment(1, 1);
+    let name = crate::directory::segment_name(orphan.header().segment_id);
+    drop(orphan);
+    let mut directory = folder.open_again();
+    directory.choice.file_system = "btrfs".to_owned();
+    let file = std::fs::File::create(folder.path().join("empty")).unwrap();
+    let is_btrfs = folder.directory.choice.file_system == "btrfs";
+    assert_eq!(
+        directory.choice.keep_places(&file).is_ok() && directory.choice.keeps_places(&file),
+        is_btrfs
+    );
+    let adopted = OwnedSegment::adopt(&directory, &name, &geometry()).unwrap();
+    assert_eq!(adopted.is_some(), is_btrfs);
+}
+
+#[test]
+fn an_orphan_that_cannot_be_removed_does_not_keep_the_next_one() {
+    let order = ["first", "second", "third"].map(|name| (0, name.to_owned()));
+    let removed = std::cell::RefCell::new(Vec::new());
+    let remove = |name: &str| {
+        removed.borrow_mut().push(name.to_owned());
+        match name {
+            "first" => Err(FsError::io("remove", name)(
+                std::io::ErrorKind::PermissionDenied.into(),
+            )),
+            _ => Ok(name == "third"),
+        }
+    };
+    assert!(remove_first(&order, remove));
+    assert_eq!(*removed.borrow(), ["first", "second", "third"]);
+    assert!(!remove_first(&order[..2], remove));
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{Access, AtFlags, FallocateFlags, Mode, OFlags};
 use serde::Serialize;
 
-use crate::directory::{default_capacity_bytes, random_u64};
+use crate::directory::{default_capacity_bytes, is_writable_for_others, random_u64};
 use crate::error::{FsError, Result};
 use crate::medium;
 use crate::options::Medium;
@@ -61,8 +61,7 @@ pub fn folder(path: &Path) -> Result<FolderInfo> {
         reason: choice.reason.to_owned(),
         free_bytes: choice.free_bytes,
         writable,
-        // With the sticky bit, others can add files but not replace ours.
-        writable_for_others: meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0,
+        writable_for_others: is_writable_for_others(meta.mode()),
         owner: meta.uid(),
         user: rustix::process::geteuid().as_raw(),
         unfit: writable.then(|| try_out(path).err()).flatten(),

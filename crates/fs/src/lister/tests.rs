@@ -165,3 +165,51 @@ fn a_segment_that_cannot_be_opened_for_now_is_complained_about_once() {
     assert!(listed(&[]).is_empty());
     assert_eq!(listed(&["no descriptors"]), ["no descriptors"], "again");
 }
+
+#[test]
+fn a_segment_that_the_system_did_not_give_is_tried_again_and_rubbish_is_not() {
+    for code in [
+        libc::EIO,
+        libc::EACCES,
+        libc::ESTALE,
+        libc::ETIMEDOUT,
+        libc::EMFILE,
+    ] {
+        let error = FsError::io("open", "segment")(std::io::Error::from_raw_os_error(code));
+        assert!(is_transient(&error), "{error}");
+    }
+    let folder = Folder::new(8 << 20);
+    std::fs::write(folder.path().join(crate::directory::segment_name(1)), b"rubbish").unwrap();
+    let mut index = Index::new(&[NAMESPACE]);
+    let listing = index
+        .wanted_listing(&folder.directory)
+        .unwrap()
+        .list(&folder.directory);
+    assert!(
+        listing.complete && listing.rejected == [1],
+        "{:?}",
+        listing.problems
+    );
+}
+
+#[test]
+fn no_more_segments_are_opened_than_half_of_the_file_descriptors() {
+    let folder = Folder::new(8 << 20);
+    let segments = [(); 3].map(|()| folder.segment(1, 1));
+    let mut index = Index::new(&[NAMESPACE]);
+    let round = |index: &mut Index, descriptors_max| {
+        folder.directory.control.bump_generation();
+        let wanted = index.wanted_listing(&folder.directory).unwrap();
+        let listing = wanted.list_some(&folder.directory, descriptors_max);
+        let complete = listing.complete;
+        (
+            complete,
+            index.take_listing(listing).news.len(),
+            index.segment_count(),
+        )
+    };
+    assert_eq!(round(&mut index, 2), (false, 1, 2));
+    assert_eq!(round(&mut index, 2), (false, 0, 2), "it is said once");
+    assert_eq!(round(&mut index, 3), (true, 0, 3));
+    drop(segments);
+}

@@ -72,10 +72,7 @@ impl LoadJob {
         let bytes: u64 = sizes[part.layers.clone()].iter().sum();
         let offset = part.layer_offset(part.layers.start);
         let read = bounce.read(&part.found.view.file, direct.as_ref(), offset, bytes as usize);
-        let bytes = read.map_err(|error| {
-            tracing::warn!(path = %part.found.view.path.display(), %error, "cannot read a block");
-            MissReason::Io
-        })?;
+        let bytes = read.map_err(|error| part.cannot_read(&error))?;
         self.enter(|| {
             let mut at = 0;
             let mut whole = true;
@@ -259,10 +256,7 @@ impl Part<'_> {
         if !mapped {
             let whole = sizes.iter().sum::<u64>() as usize;
             let read = self.found.view.file.read_exact_at(&mut staging[..whole], offset);
-            if let Err(error) = read {
-                tracing::warn!(path = %self.found.view.path.display(), %error, "cannot read a block");
-                return Err(MissReason::Io);
-            }
+            read.map_err(|error| self.cannot_read(&error))?;
         }
         let mut at = 0;
         let mut whole = true;
@@ -284,6 +278,15 @@ impl Part<'_> {
         }
         store_fence();
         if whole { Ok(()) } else { Err(MissReason::Corrupt) }
+    }
+
+    fn cannot_read(&self, error: &std::io::Error) -> MissReason {
+        tracing::warn!(path = %self.found.view.path.display(), %error, "cannot read a block");
+        // The device has lost these bytes. Any other error says something about this process or machine.
+        if error.raw_os_error() == Some(libc::EIO) {
+            self.shared.condemn(self.found);
+        }
+        MissReason::Io
     }
 
     fn matches(&self, layer: usize, crc: Option<LayerCrc>) -> bool {

@@ -167,3 +167,61 @@ fn what_waits_for_a_writer_that_stands_still_has_a_bound() {
     }
     assert!(transfer.shared.commands_waiting() <= crate::shared::COMMANDS_MAX);
 }
+
+#[test]
+fn a_block_with_wrong_bytes_is_absent_for_everybody_and_can_be_stored_again() {
+    use std::os::unix::fs::FileExt;
+
+    use crate::index::LookupCursor;
+
+    let folder = Folder::new(8 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let open = |can_store| FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, can_store).unwrap();
+    let (producer, consumer) = (open(true), open(false));
+    let scheduler = crate::reader::FsReader::open(folder.path(), vec![NAMESPACE], &options).unwrap();
+    let (keys, soon) = (vec![key(1)], || Instant::now() + Duration::from_secs(10));
+    let mut cursor = LookupCursor::default();
+    let mut ready = || scheduler.lookup(&keys, &mut cursor).ready_blocks;
+    let store = || {
+        let request = StoreRequest {
+            keys: keys.clone(),
+            blocks: vec![0],
+            first_depth: 0,
+            deadline: soon(),
+        };
+        let job = producer.begin_store(request).unwrap();
+        producer.finish_store(job).unwrap();
+        producer.wait(job, soon()).unwrap().unwrap().outcome
+    };
+    let load = || {
+        let request = LoadRequest {
+            keys: keys.clone(),
+            blocks: vec![1],
+            deadline: soon(),
+            order: LoadOrder::BlockMajor,
+        };
+        let job = consumer.load(request).unwrap();
+        consumer.wait(job, soon()).unwrap().unwrap().outcome
+    };
+    let reason = |outcome: &Outcome| match outcome {
+        Outcome::Miss { reason, .. } => Some(*reason),
+        _ => None,
+    };
+    assert_eq!((store(), load(), ready()), (Outcome::Done, Outcome::Done, 1));
+    let found = producer.shared.look().find(0, &keys[0]).unwrap();
+    let file = std::fs::File::options()
+        .write(true)
+        .open(&found.view.path)
+        .unwrap();
+    let offset = found.view.header.slot_offset(found.slot);
+    file.write_all_at(&[0xa5; 64], offset).unwrap();
+    assert_eq!(reason(&load()), Some(MissReason::Corrupt));
+    assert_eq!(ready(), 0, "the same cursor had counted it");
+    assert_eq!((store(), load(), ready()), (Outcome::Done, Outcome::Done, 1));
+    assert_eq!(producer.stats().stored_blocks, 2);
+    let end = soon();
+    while found.view.sequence(found.slot) == found.sequence || found.view.is_bad(found.slot) {
+        assert!(Instant::now() < end, "the owner does not use the slot again");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -8,7 +8,9 @@ use kvlane_core::BlockKey;
 
 use super::Writer;
 use crate::counters::Counters;
+use crate::descriptors;
 use crate::growth::{self, Growth};
+use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::slots::SlotRef;
@@ -61,7 +63,17 @@ impl Writer {
         }
         self.shared.directory.wait_until_writable();
         let own_bytes = self.slots.bytes();
-        match growth::grow(&self.shared, self.place, self.target_bytes, own_bytes) {
+        let known = lock(&self.shared.index).segment_count();
+        let taken = descriptors::taken_by(self.slots.segments().count(), known);
+        let wish = if taken >= self.descriptors_max {
+            Growth::Refused {
+                cause: "descriptors",
+                reason: descriptors::complaint(self.descriptors_max),
+            }
+        } else {
+            growth::grow(&self.shared, self.place, self.target_bytes, own_bytes)
+        };
+        match wish {
             Growth::Grown(segment) => {
                 let segment = Arc::from(segment);
                 populate(&self.shared, &segment);
@@ -73,14 +85,19 @@ impl Writer {
                 self.grow_after = now + GROWTH_PAUSE;
                 false
             }
-            Growth::Refused(reason) => {
-                if self.complained.insert(reason.clone()) {
+            Growth::Refused { cause, reason } => {
+                if self.is_new_cause(cause) {
                     tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
                 }
                 self.grow_after = now + REFUSED_PAUSE;
                 false
             }
         }
+    }
+
+    /// Whether nobody has been told yet. It is tried again every few seconds, for days.
+    pub(super) fn is_new_cause(&mut self, cause: &'static str) -> bool {
+        self.complained.insert(cause)
     }
 }
 

@@ -106,3 +106,26 @@ fn a_wish_for_space_ends_when_nothing_was_needed_for_a_while() {
     alone.writer.tick();
     assert_eq!(wants(), 0);
 }
+
+#[test]
+fn a_cause_for_which_no_segment_comes_is_said_once_however_often_its_numbers_change() {
+    let mut alone = Alone::new();
+    assert!(alone.writer.is_new_cause("memory limit"));
+    assert!(!alone.writer.is_new_cause("memory limit"));
+    assert!(alone.writer.is_new_cause("full"));
+}
+
+#[test]
+fn a_writer_whose_segments_take_half_of_the_file_descriptors_gets_no_further_one() {
+    let mut alone = Alone::new();
+    let segments = |alone: &Alone| alone.writer.slots.segments().count();
+    assert_eq!(segments(&alone), 1);
+    alone.writer.descriptors_max = 3;
+    assert!(!alone.writer.grow());
+    assert_eq!(segments(&alone), 1);
+    assert!(!alone.writer.is_new_cause("descriptors"), "it was said");
+    alone.writer.grow_after = Instant::now();
+    alone.writer.descriptors_max = 4;
+    assert!(alone.writer.grow());
+    assert_eq!(segments(&alone), 2);
+}
