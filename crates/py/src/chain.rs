@@ -159,7 +159,7 @@ pub(crate) struct RecentChains(kvlane_core::RecentChains<Py<Chain>>);
 #[pymethods]
 impl RecentChains {
     #[new]
-    #[pyo3(signature = (limit_chains = 64, limit_blocks = 1 << 19))]
+    #[pyo3(signature = (limit_chains = 64, limit_blocks = 524_288))]
     fn new(limit_chains: usize, limit_blocks: usize) -> Self {
         Self(kvlane_core::RecentChains::new(limit_chains, limit_blocks))
     }
