@@ -165,6 +165,16 @@ pub(crate) fn load_of(
     found: Found,
     cold: Option<ColdQueue>,
 ) -> (kvlane_core::JobId, Arc<LoadJob>) {
+    load_after(shared, key, search_of(Some(found)), cold)
+}
+
+/// A load of one block with what a search for it found, which nobody works on yet.
+pub(crate) fn load_after(
+    shared: &Arc<Shared>,
+    key: BlockKey,
+    search: Search,
+    cold: Option<ColdQueue>,
+) -> (kvlane_core::JobId, Arc<LoadJob>) {
     let id = shared.jobs.next_id();
     let request = LoadRequest {
         keys: vec![key],
@@ -172,7 +182,7 @@ pub(crate) fn load_of(
         deadline: Instant::now() + Duration::from_secs(10),
         order: LoadOrder::BlockMajor,
     };
-    let job = LoadJob::new(shared, id, request, search_of(Some(found)), None, cold);
+    let job = LoadJob::new(shared, id, request, search, None, cold);
     assert!(shared.jobs.admit(id, Job::Load(Arc::clone(&job))));
     (id, job)
 }

@@ -27,10 +27,10 @@ pub(crate) fn u32_items(sequence: &Bound<'_, PyAny>, start: usize) -> PyResult<V
 fn list_items(list: &Bound<'_, PyList>, start: usize) -> PyResult<Vec<u32>> {
     let mut items = Vec::with_capacity(list.len().saturating_sub(start));
     for index in start..list.len() {
+        // Nobody runs Python code in here, so a borrowed reference stays valid: reading a type does not, nor does the
+        // conversion of an exact int, which reports what fits no C long by -1 and `overflow`, without an exception.
         // SAFETY: `list` is a list and `index` is not negative; PyList_GetItem checks the upper bound and returns null
-        // with an exception set, or a borrowed reference. It stays valid until Python code runs, and none runs before
-        // its last use: reading the type of an object does not, nor does PyLong_AsLongAndOverflow of an exact int,
-        // which reports a number that does not fit a C long by -1 and `overflow`, without an exception.
+        // with an exception set, or a reference that is valid until Python code runs.
         let value = unsafe {
             let item = ffi::PyList_GetItem(list.as_ptr(), index as ffi::Py_ssize_t);
             if item.is_null() {

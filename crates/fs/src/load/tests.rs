@@ -1,21 +1,12 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::fixture::{Folder, NAMESPACE, commit, key, put, record, shared};
+use crate::fixture::{Folder, NAMESPACE, commit, key, load_after, put, record, shared};
 use crate::lister;
 
 fn begin(shared: &Arc<Shared>, key: kvlane_core::BlockKey) -> (JobId, Arc<LoadJob>) {
-    let id = shared.jobs.next_id();
-    let request = LoadRequest {
-        keys: vec![key],
-        blocks: vec![0],
-        deadline: Instant::now() + Duration::from_secs(10),
-        order: LoadOrder::BlockMajor,
-    };
-    let search = shared.search(&request.keys);
-    let job = LoadJob::new(shared, id, request, search, None, None);
-    assert!(shared.jobs.admit(id, crate::jobs::Job::Load(Arc::clone(&job))));
-    (id, job)
+    let search = shared.search(&[key]);
+    load_after(shared, key, search, None)
 }
 
 /// A load of a block in a segment that nobody has listed yet; `meanwhile` runs between its begin and its work.
