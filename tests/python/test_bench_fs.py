@@ -116,6 +116,20 @@ def test_a_bar_is_missed_below_a_floor_and_above_a_ceiling():
     assert verdicts["tmpfs load, 1 thread: share of memcpy"] is None
 
 
+def test_a_cold_case_is_not_run_where_a_block_stays_in_the_page_cache(tmp_path, monkeypatch):
+    import files
+    from turns import NotRun
+    from workload import BLOCK_BYTES
+
+    with open(tmp_path / "segment", "wb") as segment:
+        segment.truncate(256 << 20)
+    monkeypatch.setattr(files, "resident_bytes", lambda path: 64 << 10)
+    files.drop(tmp_path)
+    monkeypatch.setattr(files, "resident_bytes", lambda path: BLOCK_BYTES)
+    with pytest.raises(NotRun, match=r"1\.5 MiB stayed"):
+        files.drop(tmp_path)
+
+
 WORKER = """
 import sys
 sys.path.insert(0, {bench!r})
