@@ -1,7 +1,9 @@
 """The side-by-side benchmark must notice wrong bytes and keep its row format."""
 
 import json
+import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,28 @@ def test_the_run_fails_for_wrong_bytes_and_broken_workers_only(tmp_path, monkeyp
         assert written["machine"]["not_run"] == ["kvlane load tmpfs 1: no disk"]
     else:
         assert not result.exists()
+
+
+def test_the_cases_of_calls_run_in_any_order(tmp_path, monkeypatch):
+    """An idle engine makes its folder first; the stored prompt still finds a place."""
+    import worker_kvlane_calls as calls
+
+    class IdleEngine:
+        def __init__(self, folder):
+            (folder / "store").mkdir(parents=True)
+
+        def step(self):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "idle_engine", types.SimpleNamespace(IdleEngine=IdleEngine))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(calls, "CALLS", dict.fromkeys(calls.CALLS, 1))
+    system = calls.System([0], {"tmpfs": str(tmp_path)})
+    try:
+        for case in ("idle-step", "lookup", "keys-first", "keys-grown"):
+            assert system.turn(case, "memory", 1, 0).seconds > 0
+    finally:
+        system.close()
