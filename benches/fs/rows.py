@@ -7,8 +7,12 @@ from workload import REQUEST_BYTES, Sample
 
 MOVES = "of_memcpy is the median over all rounds of (mean of the memcpy before and the memcpy after) / (the case)"
 
+# Reading threads of kvlane on a disk, whatever the row's threads: COLD_READS in crates/fs/src/cold.rs.
+COLD_READS = 4
+
 # Names of floors beside memcpy.
 DIRECT_READ = "one O_DIRECT read of a file of that size"
+DIRECT_READS = f"{COLD_READS} O_DIRECT reads at a time of a file of that size"
 BARE_WRITE = "pwritev of the same runs, no checksum"
 TWO_MEMCPYS = "memcpy by two threads, half each"
 

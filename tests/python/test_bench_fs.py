@@ -132,6 +132,29 @@ def test_a_cold_case_is_not_run_where_a_block_stays_in_the_page_cache(tmp_path, 
         files.drop(tmp_path)
 
 
+@pytest.mark.parametrize("reads_at_a_time", [1, 4])
+def test_the_direct_read_floor_reads_the_whole_file(tmp_path, monkeypatch, reads_at_a_time):
+    import files
+    from turns import NotRun
+
+    size_bytes, offsets, preadv = 4 * files.DirectRead.CALL_BYTES, [], files.os.preadv
+    try:
+        floor = files.DirectRead(tmp_path, size_bytes)
+    except NotRun as reason:
+        pytest.skip(f"NOT RUN: direct reads: {reason}")
+    floor.seconds(reads_at_a_time)
+
+    def noted(file, buffers, offset):
+        read = preadv(file, buffers, offset)
+        offsets.append((offset, read))
+        return read
+
+    monkeypatch.setattr(files.os, "preadv", noted)
+    assert floor.seconds(reads_at_a_time) > 0
+    assert sum(read for _, read in offsets) == size_bytes
+    assert len({offset for offset, _ in offsets}) == len(offsets)
+
+
 WORKER = """
 import sys
 sys.path.insert(0, {bench!r})
