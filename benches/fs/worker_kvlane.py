@@ -19,7 +19,7 @@ from kvlane import _native
 from kvlane_side import REQUESTS_TO_FILL, keys_of, open_worker, store
 from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, TWO_MEMCPYS
 from turns import Worker, serve
-from workload import BLOCK_BYTES, BLOCKS, REQUEST_BYTES, Floor, PagedCache, Sample, scattered
+from workload import BLOCK_BYTES, BLOCKS, REQUEST_BYTES, Floor, PagedCache, Sample, scattered, touch
 
 THREADS = (1, 2)
 
@@ -28,8 +28,11 @@ class System:
     def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
         os.sched_setaffinity(0, cores[:1])
         self._cores, self._folders, self._floor = cores, folders, Floor()
-        self._source = PagedCache().fill_with_noise()
+        self._source = PagedCache()
+        touch([*self._floor.buffers, *self._source.buffers])
+        self._source.fill_with_noise()
         self._reader = Worker(sys.executable, "worker_kvlane_reader.py", cores=cores)
+        self._reader.call("has_memory")
         self._writers: dict[str, _native.FsWorker] = {}
         self._serial = 0
         self._direct_read: DirectRead | None = None
@@ -93,16 +96,17 @@ class System:
         empty(folder)
         serial = self._next_serial()
         writer = open_worker(folder, self._source, self._cores, threads, can_store=True)
-        sample = self._timed_store(writer, serial)
+        # No memcpy after it: on tmpfs the rest of the new segment is populated then, on the same core.
+        sample = self._timed_store(writer, serial, is_timed_after=False)
         self._read("load", folder, threads, serial)
         self._reader.call("forget", folder=folder)
         writer.close()
         empty(folder)
         return sample
 
-    def _timed_store(self, writer: _native.FsWorker, serial: int) -> Sample:
+    def _timed_store(self, writer: _native.FsWorker, serial: int, is_timed_after: bool = True) -> Sample:
         keys, blocks = keys_of(serial), scattered("source", serial)
-        return self._floor.around(lambda: store(writer, keys, blocks))
+        return self._floor.around(lambda: store(writer, keys, blocks), is_timed_after)
 
     def _read(self, method: str, folder: str, threads: int, serial: int) -> Sample:
         return Sample(**self._reader.call(method, folder=folder, threads=threads, serial=serial))
