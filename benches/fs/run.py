@@ -41,7 +41,7 @@ from workload import Sample, WrongBytes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benches" / "results" / "fs.json"
-SETS, ROUNDS = 4, 3
+SETS, ROUNDS = 5, 3
 QUICK_SETS, QUICK_ROUNDS = 1, 3
 
 # Worker scripts of each system, with the environment whose Python runs them.
