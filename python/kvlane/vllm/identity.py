@@ -64,7 +64,8 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
 def unnamed_weights(vllm_config: Any, model_identity: str | None) -> str | None:
     """Where the engine has weights from that its facts do not tell from others, None if there are none.
 
-    What lies at an address may be replaced, and nothing of it is seen here. So only the operator can name such weights.
+    What lies at an address, or at a hub, may be replaced, and only files that are here can be looked at. So only the
+    operator can name such weights.
     """
     if model_identity is not None:
         return None

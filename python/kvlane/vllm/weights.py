@@ -23,13 +23,22 @@ _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def weights_elsewhere(model: Any, load_config: Any) -> str | None:
+    """Where weights come from that `weight_facts` does not tell from others, None if it does."""
     load_format = _load_format(load_config)
     if load_format.endswith("dummy"):
         return None
     if load_format not in _LOAD_FORMATS_OF_FILES:
         return f"the loader '{load_format}'"
     name = _weights_name(model)
-    return f"'{name}'" if _ADDRESS.match(name) else None
+    if _ADDRESS.match(name):
+        return f"'{name}'"
+    path = model_path(model, load_config)
+    if path is None or not file_facts(path, _WEIGHT_SUFFIXES):
+        return f"'{name}', of which no weight files were found here,"
+    if path != name and _config_commit(model) not in (None, os.path.basename(path)):
+        # The hub's branch moved on between the start and now, so nobody knows which of the two was loaded.
+        return f"'{name}', which another download replaced meanwhile,"
+    return None
 
 
 def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Facts:
@@ -37,8 +46,8 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
 
     In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
     hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
-    files in its folder, because weights may be in files of an unknown kind. Where that is not enough,
-    `unnamed_weights` says so.
+    files in its folder, because weights may be in files of an unknown kind. That last is not enough to share, and
+    `weights_elsewhere` says so.
     """
     if model_identity is not None:
         return [("identity", model_identity)]
@@ -61,22 +70,25 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
 
 
 def model_path(model: Any, load_config: Any) -> str | None:
-    """The local file or folder that a model is loaded from, None if there is none."""
+    """The local file or folder that a model's weights are loaded from, None if there is none."""
     name = _weights_name(model)
     if os.path.exists(name):
         return name
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true"):
+        return None  # a cache of another kind; what a hub's cache has under this name was not loaded
     try:
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import snapshot_download
 
-        cached = try_to_load_from_cache(
+        # Asks nothing but the local cache, the one that vLLM puts weights into; no file is required to be in it.
+        return snapshot_download(
             name,
-            "config.json",
-            cache_dir=getattr(load_config, "download_dir", None),
             revision=getattr(model, "revision", None),
+            cache_dir=getattr(load_config, "download_dir", None),
+            local_files_only=True,
+            ignore_patterns="*",
         )
-    except (ImportError, ValueError, OSError):  # not a hub name, or no hub client
+    except (ImportError, ValueError, OSError):  # no hub client, not a hub name, not there
         return None
-    return os.path.dirname(cached) if isinstance(cached, str) else None
 
 
 def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
@@ -109,3 +121,10 @@ def _weights_name(model: Any) -> str:
     """The file, folder, hub name or address that weights are loaded from. For an address, `model` is a local copy of
     the rest of the model."""
     return str(getattr(model, "model_weights", None) or model.model)
+
+
+def _config_commit(model: Any) -> str | None:
+    """The commit of the hub that a model's configuration was read from, if it is the weights' own and known."""
+    if getattr(model, "hf_config_path", None):
+        return None
+    return getattr(getattr(model, "hf_config", None), "_commit_hash", None)

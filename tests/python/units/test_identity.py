@@ -179,13 +179,12 @@ def test_weights_at_an_address_have_only_the_name_that_the_operator_gives_them(f
     "changes",
     [
         {},
-        {"model_config__model": "org/name"},
-        {"model_config__model": "org/name", "load_config__load_format": "runai_streamer"},
+        {"load_config__load_format": "runai_streamer"},
         {"load_config__load_format": "safetensors"},
         {"model_config__model": "s3://models/llama", "load_config__load_format": "dummy"},
     ],
 )
-def test_weights_in_files_and_of_a_hub_name_need_no_name_from_the_operator(folder, changes):
+def test_weights_in_files_need_no_name_from_the_operator(folder, changes):
     assert identity.unnamed_weights(engine(folder, **changes), None) is None
 
 
