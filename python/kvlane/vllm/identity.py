@@ -38,7 +38,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ("model dtype", str(model.dtype)),
         ("kv dtype", kv_dtype(cache.cache_dtype, model.dtype)),
         ("kv skipped layers", canonical_json(getattr(cache, "kv_cache_dtype_skip_layers", None) or [])),
-        ("quantization", str(getattr(model, "quantization", None))),
+        *quantization_facts(model),
         ("hf overrides", canonical_json(getattr(model, "hf_overrides", None))),
         ("runner", str(getattr(model, "runner_type", None))),
         ("block tokens", str(cache.block_size)),
@@ -57,8 +57,17 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
             ("draft method", str(vllm_config.speculative_config.method)),
             ("draft config", canonical_json(config_dict(draft.hf_config))),
         ]
+        facts += _prefixed("draft", quantization_facts(draft))
         facts += _prefixed("draft weights", weight_facts(draft, _draft_load_config(vllm_config), None))
     return facts
+
+
+def quantization_facts(model: Any) -> Facts:
+    """How weights are quantized: the method, and for one that quantizes while it loads also what it does."""
+    return [
+        ("quantization", str(getattr(model, "quantization", None))),
+        ("quantization config", canonical_json(getattr(model, "quantization_config", None))),
+    ]
 
 
 def unnamed_weights(vllm_config: Any, model_identity: str | None) -> str | None:

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import pydantic
 import pytest
 
 from kvlane._native import Chain, RecentChains
@@ -139,6 +140,7 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
     [
         {"model_config__dtype": "torch.float16"},
         {"model_config__quantization": "awq"},
+        {"model_config__quantization_config": {"linear": "fp8_per_tensor"}},
         {"model_config__hf_overrides": {"rope_theta": 1}},
         {"cache_config__cache_dtype": "fp8_e4m3"},
         {"cache_config__block_size": 32},
@@ -151,6 +153,41 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
 )
 def test_a_changed_fact_is_another_namespace(folder, changes):
     assert namespace(engine(folder, **changes)) != namespace(engine(folder))
+
+
+def test_what_a_server_quantizes_while_it_loads_is_a_fact_whatever_object_says_it(folder):
+    """vLLM 0.32 has a class for it, and only the word "online" in the method's name."""
+
+    class Arguments(pydantic.BaseModel):
+        linear: str
+        targets: dict[str, str]
+
+    def quantized(**arguments):
+        return namespace(engine(folder, model_config__quantization_config=Arguments(**arguments)))
+
+    one = {"linear": "fp8_per_tensor", "targets": {"a": "b", "c": "d"}}
+    assert quantized(**one) == quantized(**{**one, "targets": {"c": "d", "a": "b"}})
+    assert quantized(**one) != quantized(**{**one, "targets": {"a": "b"}})
+    draft = types.SimpleNamespace(model=str(folder), hf_config=ModelConfig(), quantization_config=None)
+    speculative = types.SimpleNamespace(method="eagle", draft_model_config=draft)
+    config = engine(folder, model_config__quantization_config=None)
+    config.speculative_config = speculative
+    before = namespace(config)
+    draft.quantization_config = {"linear": "fp8_per_tensor"}
+    assert namespace(config) != before
+
+
+def test_vllms_own_quantization_arguments_are_compared_by_value(folder):
+    quantization = pytest.importorskip("vllm.config.quantization", reason="vLLM 0.15 has no such arguments")
+
+    def quantized(**arguments):
+        arguments = quantization.QuantizationConfigArgs(**arguments)
+        return namespace(engine(folder, model_config__quantization_config=arguments))
+
+    assert quantized(linear="fp8_per_tensor") == quantized(linear="fp8_per_tensor")
+    ways = {quantized(linear="fp8_per_tensor"), quantized(linear="fp8_per_block"), quantized(moe="fp8_per_tensor")}
+    ways.add(quantized(linear="fp8_per_tensor", ignore=["lm_head"]))
+    assert len(ways) == 4
 
 
 FROM_ADDRESS = {"model_config__model_weights": "s3://models/llama", "load_config__load_format": "runai_streamer"}
