@@ -17,6 +17,9 @@ from kvlane.vllm.weights import Facts, file_facts, weight_facts, weights_elsewhe
 # With these the angle of a rotation depends on the longest sequence that the server allows.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
 
+# Ways to speculate that add no KV layers. vLLM gives some of them the target model's own configuration.
+_DRAFTS_WITHOUT_KV = {"ngram", "ngram_gpu", "custom_class", "suffix", "medusa", "mlp_speculator"}
+
 #: How long a request waits for the state of its adapter's files. A local disk answers in a fraction of it; a file
 #: system that does not is not waited for again.
 ADAPTER_WAIT_S = 0.02
@@ -86,10 +89,12 @@ def unnamed_weights(vllm_config: Any, model_identity: str | None) -> str | None:
 
 
 def _draft_model(vllm_config: Any) -> Any:
+    """The configuration of a draft model that has KV layers, None if there is none."""
     speculative = getattr(vllm_config, "speculative_config", None)
-    if getattr(speculative, "method", None) in ("ngram", "suffix"):
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is vllm_config.model_config or getattr(speculative, "method", None) in _DRAFTS_WITHOUT_KV:
         return None
-    return getattr(speculative, "draft_model_config", None)
+    return draft
 
 
 def _draft_load_config(vllm_config: Any) -> Any:

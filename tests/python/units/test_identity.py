@@ -225,6 +225,31 @@ def test_weights_in_files_need_no_name_from_the_operator(folder, changes):
     assert identity.unnamed_weights(engine(folder, **changes), None) is None
 
 
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "custom_class", "medusa", "mlp_speculator"])
+@pytest.mark.parametrize("drafts", ["itself", "another"])
+def test_a_server_that_speculates_without_kv_of_a_draft_shares_with_one_that_does_not_speculate(folder, method, drafts):
+    """Decode servers speculate and prefill servers do not: with other namespaces nothing would ever be found."""
+    config = engine(folder)
+    another = types.SimpleNamespace(model="org/heads", hf_config=ModelConfig())
+    draft = config.model_config if drafts == "itself" else another
+    config.speculative_config = types.SimpleNamespace(method=method, draft_model_config=draft)
+    assert namespace(config) == namespace(engine(folder))
+    assert identity.unnamed_weights(config, None) is None
+
+
+def test_a_method_of_a_newer_vllm_that_drafts_with_the_model_itself_adds_no_kv(folder):
+    config = engine(folder)
+    config.speculative_config = types.SimpleNamespace(method="new", draft_model_config=config.model_config)
+    assert namespace(config) == namespace(engine(folder))
+
+
+def test_a_draft_model_with_kv_layers_is_another_namespace(folder):
+    config = engine(folder)
+    draft = types.SimpleNamespace(model=str(folder), hf_config=ModelConfig())
+    config.speculative_config = types.SimpleNamespace(method="eagle", draft_model_config=draft)
+    assert namespace(config) != namespace(engine(folder))
+
+
 def test_a_draft_models_weights_at_an_address_count_too(folder):
     def drafting(method):
         draft = types.SimpleNamespace(model="s3://drafts/one", hf_config=ModelConfig())
