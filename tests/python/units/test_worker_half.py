@@ -233,8 +233,10 @@ def test_a_synchronous_load_that_is_late_is_waited_for_until_no_thread_can_write
     half, store = make(Hanging(30), settings, sync_load=True, layerwise_load=layerwise, load_timeout_ms=1)
     assert run(half, load_step("a")) == ((None, None), {4, 6})
     assert [call[0] for call in store.calls] == ["load", "wait", "cancel", *["wait"] * 29]
-    held_up = [record.args[2] for record in caplog.records if "holds up" in record.message]
-    assert held_up == [5, 65, 125]
+    held_up = [record for record in caplog.records if "holds up" in record.message]
+    assert [record.args[2] for record in held_up] == [5, 65, 125]
+    # Whoever reads this has some minutes to act, or the setting to choose.
+    assert all("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in record.message for record in held_up)
 
 
 def test_a_synchronous_load_that_the_store_does_not_know_fails_and_is_not_waited_for():
