@@ -314,11 +314,11 @@ class WorkerHalf:
     # ---- loads
 
     def _start_load(self, load: LoadJob) -> None:
-        entry = _Load(load.request_id, load.block_ids, self._clock() + self._options.load_timeout_ms / 1000)
+        timeout_ms = self._options.load_timeout_ms if load.timeout_ms is None else load.timeout_ms
+        entry = _Load(load.request_id, load.block_ids, self._clock() + timeout_ms / 1000)
         job = None
         if self._store is not None and len(load.keys) == 32 * len(load.block_ids):
             layer_major = self._options.sync_load and self._settings.layerwise_load
-            timeout_ms = self._options.load_timeout_ms
             job = self._try(
                 "load", self._store.load, load.keys, load.block_ids, timeout_ms, layer_major, *self._stream()
             )
