@@ -7,6 +7,7 @@ mod support;
 
 use std::time::Duration;
 
+use kvlane_core::MissReason;
 use support::{LAYER_BYTES, LAYERS, Store, json, kvlane, kvlane_with, text};
 
 fn prompt(blocks: u32) -> Vec<u32> {
@@ -223,6 +224,41 @@ fn explain_names_the_first_miss_and_its_reason() {
         shown.contains("blocks 0 to 1: there\n  block 2: not there\n  block 3: there"),
         "{shown}"
     );
+}
+
+#[test]
+fn a_block_that_a_load_found_bad_is_a_miss_for_explain_and_damaged_for_ls_and_stat() {
+    let mut store = Store::new();
+    let tokens = prompt(4);
+    store.store(&tokens, 0..4);
+    store.describe(16);
+    let (segment, slot) = place_of(&store, &tokens, 1);
+    store.flip(&segment, store.header(&segment).slot_offset(slot) + 7);
+    // A living owner uses the slot again at once.
+    store.stop_writer();
+    assert_eq!(store.load(&tokens), Some((vec![1], MissReason::Corrupt)));
+
+    let explained = explain(&store, &tokens, &[]);
+    let namespace = &explained["namespaces"][0];
+    assert_eq!(
+        (&namespace["ready_blocks"], &namespace["present_blocks"]),
+        (&1.into(), &3.into())
+    );
+    assert_eq!(namespace["blocks"][1]["state"], "bad");
+    assert_eq!(
+        namespace["first_miss"],
+        "block 1 is damaged: its bytes did not match, it will be recomputed"
+    );
+    let path = Some(store.shared.path());
+    let shown = text(&kvlane_with(&["store", "explain", "--tokens", "-"], path, &[], &words(&tokens)).stdout);
+    assert!(shown.contains("  block 1: damaged\n"), "{shown}");
+    let stat = json(&kvlane(&["store", "stat"], path, &["--json"]));
+    assert_eq!(
+        (&stat["slots"]["committed"], &stat["slots"]["damaged"]),
+        (&3.into(), &1.into())
+    );
+    let listed = json(&kvlane(&["store", "ls"], path, &["--json"]));
+    assert_eq!(listed["segments"][0]["damaged"], 1);
 }
 
 #[test]

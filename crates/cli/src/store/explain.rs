@@ -263,6 +263,7 @@ fn state_text(state: Presence) -> &'static str {
         Presence::Promised => "promised",
         Presence::Overdue => "promised too long ago",
         Presence::Orphaned => "promised by a writer that is gone",
+        Presence::Bad => "damaged",
         Presence::Absent => "not there",
         _ => "unknown",
     }

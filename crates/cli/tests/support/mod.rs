@@ -8,8 +8,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{
-    BlockKey, BlockMap, Chain, ChainRoot, Device, KvTransfer, NamespaceId, NamespaceParts, Outcome,
-    StoreRequest, TensorView,
+    BlockKey, BlockMap, Chain, ChainRoot, Device, KvTransfer, LoadOrder, LoadRequest, MissReason,
+    NamespaceId, NamespaceParts, Outcome, StoreRequest, TensorView,
 };
 use kvlane_fs::{FsOptions, FsTransfer, HostCache};
 
@@ -83,6 +83,31 @@ impl Store {
         let writer = FsTransfer::open(&self.folder(), namespace, cache(), &options, true).unwrap();
         store(&writer, tokens, positions);
         self.describe_rank(namespace, 0, BLOCK_TOKENS);
+    }
+
+    /// Loads all blocks of `tokens` as a server that only loads does, and answers which were missed, and why.
+    pub(crate) fn load(&self, tokens: &[u32]) -> Option<(Vec<usize>, MissReason)> {
+        let options = FsOptions::default().with_io_threads(1);
+        let reader = FsTransfer::open(&self.folder(), self.namespace, cache(), &options, false).unwrap();
+        let keys = keys(tokens);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let job = reader
+            .load(LoadRequest {
+                blocks: (0..keys.len() as u32).collect(),
+                keys,
+                deadline,
+                order: LoadOrder::BlockMajor,
+            })
+            .unwrap();
+        match reader
+            .wait(job, deadline)
+            .unwrap()
+            .expect("within the deadline")
+            .outcome
+        {
+            Outcome::Done => None,
+            Outcome::Miss { positions, reason } => Some((positions, reason)),
+        }
     }
 
     /// Leaves a descriptor as a worker does.

@@ -81,6 +81,8 @@ pub enum Presence {
     Overdue,
     /// It was promised, or being filled, by a writer that is gone.
     Orphaned,
+    /// It is there, but somebody found that its bytes are not its own: nobody is served it.
+    Bad,
     /// Nothing is known of it.
     Absent,
 }
@@ -99,14 +101,18 @@ pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Resul
         let Ok(view) = view else { return };
         let alive = view.owner_lives();
         for slot in 0..view.header.slot_count {
-            let (record, writing) = match state(&view, slot) {
-                SlotView::Whole(record) => (record, false),
+            let (record, is_bad, writing) = match state(&view, slot) {
+                SlotView::Whole(record) => (record, false, false),
+                SlotView::Bad(record) => (record, true, false),
                 // A promise is filled in its own slot. Other slots say nothing of what they will hold.
-                SlotView::Writing(Some(before)) if before.state == SlotState::Reserved => (before, true),
+                SlotView::Writing(Some(before)) if before.state == SlotState::Reserved => {
+                    (before, false, true)
+                }
                 _ => continue,
             };
             let state = match record.state {
                 SlotState::Free => continue,
+                SlotState::Committed if is_bad => Presence::Bad,
                 SlotState::Committed => Presence::Ready,
                 SlotState::Reserved if record.deadline_unix_ms < now_ms => Presence::Overdue,
                 SlotState::Reserved if !alive => Presence::Orphaned,
@@ -149,6 +155,7 @@ fn first_miss(blocks: &[BlockInfo], at: usize) -> Option<String> {
         Presence::Orphaned => "was promised by a writer that is gone",
         Presence::Writing => "is being written",
         Presence::Promised => "is promised and not there yet",
+        Presence::Bad => "is damaged: its bytes did not match, it will be recomputed",
         Presence::Ready => return None,
     };
     Some(format!("block {at} {reason}"))
@@ -158,9 +165,10 @@ impl Presence {
     /// Whether a record in this state says more about a block than one in the other.
     fn beats(self, other: Self) -> bool {
         let rank = |state| match state {
-            Presence::Ready => 5,
-            Presence::Writing => 4,
-            Presence::Promised => 3,
+            Presence::Ready => 6,
+            Presence::Writing => 5,
+            Presence::Promised => 4,
+            Presence::Bad => 3,
             Presence::Overdue => 2,
             Presence::Orphaned => 1,
             Presence::Absent => 0,
@@ -173,6 +181,7 @@ impl Presence {
 mod tests {
     use super::*;
     use crate::fixture::{Folder, commit, key, put, record};
+    use crate::format::BAD_MARK;
 
     fn reason(states: &[Presence]) -> Option<String> {
         let block = |&state: &Presence| BlockInfo {
@@ -184,13 +193,14 @@ mod tests {
 
     #[test]
     fn each_state_of_the_first_missing_block_has_a_reason_of_its_own() {
-        use Presence::{Absent, Orphaned, Overdue, Promised, Ready, Writing};
+        use Presence::{Absent, Bad, Orphaned, Overdue, Promised, Ready, Writing};
         let reasons: Vec<String> = [
             &[Ready, Absent, Ready][..],
             &[Ready, Promised],
             &[Ready, Writing],
             &[Ready, Overdue],
             &[Ready, Orphaned],
+            &[Ready, Bad],
         ]
         .iter()
         .map(|states| reason(states).unwrap())
@@ -213,6 +223,28 @@ mod tests {
         assert!(Presence::Ready.beats(Presence::Promised));
         assert!(Presence::Promised.beats(Presence::Overdue));
         assert!(!Presence::Orphaned.beats(Presence::Orphaned));
+        assert!(Presence::Promised.beats(Presence::Bad) && Presence::Bad.beats(Presence::Overdue));
+    }
+
+    #[test]
+    fn a_block_that_was_marked_bad_is_a_miss_unless_another_slot_has_it() {
+        let folder = Folder::new(1 << 30);
+        let segment = folder.segment(4, 1);
+        for slot in 0..2 {
+            commit(&segment, slot, key(slot), slot, 0);
+        }
+        segment.set_mark(1, BAD_MARK);
+        let found = || {
+            explain(folder.path(), &[key(0), key(1)], &mut |_, _| {})
+                .unwrap()
+                .remove(0)
+        };
+        let one = found();
+        assert_eq!((one.ready_blocks, one.present_blocks), (1, 1));
+        assert_eq!(one.blocks[1].state, Presence::Bad);
+        assert!(one.first_miss.unwrap().starts_with("block 1 is damaged"));
+        commit(&segment, 2, key(1), 1, 0);
+        assert_eq!(found().first_miss, None);
     }
 
     #[test]
