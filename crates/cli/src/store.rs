@@ -64,8 +64,8 @@ enum StoreError {
         source: tokens::TokensError,
     },
     #[error(
-        "no server left a descriptor in {0} that says how many tokens a block has: give --block-tokens (the \
-         servers' --block-size)"
+        "no descriptor in {0} says how many tokens a block has (a server takes its own away when it stops): give \
+         --block-tokens (the servers' --block-size)"
     )]
     BlockTokensUnknown(PathBuf),
     #[error("the tokens cannot be cut into blocks: {0}")]

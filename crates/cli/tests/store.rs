@@ -337,6 +337,42 @@ fn explain_tells_promises_and_resets_apart() {
 }
 
 #[test]
+fn explain_of_an_idle_folder_that_was_reset_never_says_that_there_is_no_miss() {
+    let mut store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    // As servers leave it: one takes its descriptor away when it stops.
+    store.stop_writer();
+    let path = store.shared.path().to_owned();
+    let shown = |tokens: &[u32]| {
+        let arguments = ["store", "explain", "--tokens", "-", "--block-tokens", "16"];
+        text(&kvlane_with(&arguments, Some(&path), &[], &words(tokens)).stdout)
+    };
+    assert!(shown(&tokens).contains("no miss"), "{}", shown(&tokens));
+
+    store.start_writer();
+    store.reset();
+    store.stop_writer();
+    let after = shown(&tokens);
+    assert!(
+        !after.contains("no miss")
+            && after.contains("first miss: block 0 if all of this is of before a reset"),
+        "{after}"
+    );
+    let explained = explain(&store, &tokens, &["--block-tokens", "16"]);
+    let namespace = &explained["namespaces"][0];
+    assert_eq!(namespace["ready_blocks"], serde_json::Value::Null);
+    assert_eq!(namespace["present_blocks"], 2);
+    // What is missing in any case is said without an if.
+    let other: Vec<u32> = tokens.iter().map(|token| token + 1).collect();
+    let other = explain(&store, &other, &["--block-tokens", "16"]);
+    let namespace = &other["namespaces"][0];
+    assert_eq!(namespace["ready_blocks"], 0);
+    let reason = namespace["first_miss"].as_str().unwrap();
+    assert!(reason.starts_with("block 0 is not there"), "{reason}");
+}
+
+#[test]
 fn explain_takes_the_block_size_from_the_servers_or_asks_for_it() {
     let store = Store::new();
     let tokens = prompt(2);

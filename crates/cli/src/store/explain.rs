@@ -26,7 +26,7 @@ pub(super) struct ExplainArguments {
     /// numbers with space between.
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
-    /// Tokens per block: the servers' --block-size [default: what the servers left in the folder].
+    /// Tokens per block: the servers' --block-size [default: what running servers say in the folder; needed if none runs].
     #[arg(long, value_name = "COUNT")]
     block_tokens: Option<u32>,
     /// The request's cache_salt.
@@ -36,7 +36,8 @@ pub(super) struct ExplainArguments {
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.folder.path)?;
-    let names = Names::read(&folder, inspect::epoch(&folder)?);
+    let epoch = inspect::epoch(&folder)?;
+    let names = Names::read(&folder, epoch);
     let sizes: BTreeSet<u32> = match arguments.block_tokens {
         Some(given) => [given].into(),
         None => names.current().map(|(_, name)| name.block_tokens).collect(),
@@ -55,7 +56,7 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
             explain(&folder, &chain, &names, progress)
         })?;
         for explanation in found {
-            let report = NamespaceReport::new(explanation, &chain, &names, block_tokens);
+            let report = NamespaceReport::new(explanation, &chain, &names, epoch, block_tokens);
             if arguments.block_tokens.is_none() && report.is_of_another_size() {
                 continue;
             }
@@ -126,12 +127,15 @@ struct ServerReport {
 impl ServerReport {
     fn new(ranks: &BTreeSet<String>, found: &BTreeMap<String, NamespaceReport>) -> Option<Self> {
         let reports: Option<Vec<&NamespaceReport>> = ranks.iter().map(|rank| found.get(rank)).collect();
-        let worst = reports?.into_iter().min_by_key(|report| report.ready_blocks)?;
+        let (ready_blocks, worst) = reports?
+            .into_iter()
+            .filter_map(|report| Some((report.ready_blocks?, report)))
+            .min_by_key(|(ready_blocks, _)| *ready_blocks)?;
         let name = worst.name.as_ref()?;
         Some(Self {
             model: name.model.clone(),
             namespaces: ranks.iter().cloned().collect(),
-            ready_blocks: worst.ready_blocks,
+            ready_blocks,
             first_miss: worst
                 .first_miss
                 .as_ref()
@@ -161,24 +165,35 @@ struct NamespaceReport {
     block_tokens: u32,
     /// Tokens behind the last full block: they are never stored.
     rest_tokens: u64,
-    ready_blocks: usize,
+    /// Leading blocks that can be had; null where nothing tells whether they are from before a reset.
+    ready_blocks: Option<usize>,
     present_blocks: usize,
     first_miss: Option<String>,
     blocks: Vec<BlockInfo>,
 }
 
 impl NamespaceReport {
-    fn new(explanation: Explanation, chain: &Chain, names: &Names, block_tokens: u32) -> Self {
+    fn new(explanation: Explanation, chain: &Chain, names: &Names, epoch: u64, block_tokens: u32) -> Self {
         let name = names.get(&explanation.namespace).cloned();
-        let is_current = name.as_ref().is_none_or(|name| name.is_current);
-        let first_miss = if is_current {
-            explanation.first_miss
-        } else {
-            Some("the cache was reset since: nothing of this namespace is found any more".to_owned())
+        let (ready_blocks, first_miss) = match &name {
+            Some(name) if !name.is_current => {
+                let reason = "the cache was reset since: nothing of this namespace is found any more";
+                (Some(0), Some(reason.to_owned()))
+            }
+            // A namespace is a hash, also of the epoch: only a descriptor tells which epoch that is.
+            None if epoch > 0 && explanation.ready_blocks > 0 => {
+                let otherwise = explanation.first_miss.as_deref().unwrap_or("there is none");
+                let reason = format!(
+                    "block 0 if all of this is of before a reset (the cache was reset, and no descriptor tells); \
+                     else {otherwise}"
+                );
+                (None, Some(reason))
+            }
+            _ => (Some(explanation.ready_blocks), explanation.first_miss),
         };
         Self {
             rest_tokens: chain.token_count() - chain.block_count() as u64 * u64::from(block_tokens),
-            ready_blocks: if is_current { explanation.ready_blocks } else { 0 },
+            ready_blocks,
             namespace: explanation.namespace,
             name,
             block_tokens,
