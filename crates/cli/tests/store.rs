@@ -373,6 +373,29 @@ fn explain_of_an_idle_folder_that_was_reset_never_says_that_there_is_no_miss() {
 }
 
 #[test]
+fn what_else_lies_among_the_descriptors_is_left_out_and_not_waited_for() {
+    let store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    store.describe(16);
+    let folder = store.folder().join("descriptors");
+    let pipe = folder.join("pipe.json");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    std::os::unix::fs::symlink("e-pp0-tp1.json", folder.join("link.json")).unwrap();
+    let stat = kvlane(&["store", "stat"], Some(store.shared.path()), &["--json"]);
+    assert_eq!(json(&stat)["namespaces"][0]["name"]["model"], "org/model");
+    let complaints = text(&stat.stderr);
+    assert!(
+        complaints.contains("pipe.json is not a regular file")
+            && complaints.contains("link.json is a symbolic"),
+        "{complaints}"
+    );
+    let explained = explain(&store, &tokens, &[]);
+    assert_eq!(explained["namespaces"][0]["ready_blocks"], 2);
+}
+
+#[test]
 fn explain_takes_the_block_size_from_the_servers_or_asks_for_it() {
     let store = Store::new();
     let tokens = prompt(2);

@@ -1,5 +1,6 @@
 //! Looking into a folder from outside: what `kvlane store` shows. Works on live and on idle folders, and creates nothing.
 
+mod descriptors;
 mod explain;
 mod folder;
 mod gc;
@@ -18,6 +19,7 @@ use crate::options::FsOptions;
 use crate::segment::SegmentView;
 use crate::shared::MARK_MS;
 
+pub use descriptors::descriptors;
 pub use explain::{BlockInfo, Explanation, Presence, explain};
 pub use folder::{FolderInfo, folder};
 pub use gc::{GcReport, KeptFile, gc};
