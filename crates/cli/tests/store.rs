@@ -373,6 +373,31 @@ fn explain_of_an_idle_folder_that_was_reset_never_says_that_there_is_no_miss() {
 }
 
 #[test]
+fn explain_mentions_files_of_which_it_knows_nothing() {
+    let mut store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    let (segment, _) = place_of(&store, &tokens, 0);
+    store.stop_writer();
+    let shown = || {
+        let arguments = ["store", "explain", "--tokens", "-", "--block-tokens", "16"];
+        text(&kvlane_with(&arguments, Some(store.shared.path()), &[], &words(&tokens)).stdout)
+    };
+    assert!(!shown().contains("not usable"), "{}", shown());
+    store.set_version(&segment, 2);
+    let after = shown();
+    assert!(after.contains("1 file is not usable (see `store ls`)"), "{after}");
+    assert!(
+        after.contains("first miss: nothing usable is stored in this folder"),
+        "{after}"
+    );
+    assert_eq!(
+        explain(&store, &tokens, &["--block-tokens", "16"])["rejected_files"],
+        1
+    );
+}
+
+#[test]
 fn what_else_lies_among_the_descriptors_is_left_out_and_not_waited_for() {
     let store = Store::new();
     let tokens = prompt(2);

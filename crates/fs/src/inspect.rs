@@ -20,7 +20,7 @@ use crate::segment::SegmentView;
 use crate::shared::MARK_MS;
 
 pub use descriptors::descriptors;
-pub use explain::{BlockInfo, Explanation, Presence, explain};
+pub use explain::{BlockInfo, ExplainReport, Explanation, Presence, explain};
 pub use folder::{FolderInfo, folder};
 pub use gc::{GcReport, KeptFile, gc};
 pub use verify::{BadBlock, VerifyReport, verify};

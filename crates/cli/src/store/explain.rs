@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kvlane_core::{Chain, ChainRoot};
-use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence, Progress};
+use kvlane_fs::inspect::{self, BlockInfo, ExplainReport, Explanation, Presence, Progress};
 use serde::Serialize;
 
 use super::progress::with_bar;
@@ -50,12 +50,14 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
         source,
     })?;
     let mut namespaces: BTreeMap<String, NamespaceReport> = BTreeMap::new();
+    let mut rejected_files = 0;
     for block_tokens in sizes {
         let chain = chain(&tokens, block_tokens, arguments.cache_salt.as_deref())?;
         let found = with_bar(arguments.folder.json, |progress| {
             explain(&folder, &chain, &names, progress)
         })?;
-        for explanation in found {
+        rejected_files = found.rejected_files;
+        for explanation in found.namespaces {
             let report = NamespaceReport::new(explanation, &chain, &names, epoch, block_tokens);
             if arguments.block_tokens.is_none() && report.is_of_another_size() {
                 continue;
@@ -72,6 +74,7 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let report = ChainReport {
         path: folder.display().to_string(),
         tokens: tokens.len(),
+        rejected_files,
         servers: names
             .servers()
             .filter_map(|ranks| ServerReport::new(ranks, &namespaces))
@@ -97,9 +100,10 @@ fn explain(
     chain: &Chain,
     names: &Names,
     progress: Progress<'_>,
-) -> Result<Vec<Explanation>, StoreError> {
+) -> Result<ExplainReport, StoreError> {
     let mut found = inspect::explain(folder, &chain.keys(), progress)?;
     for (namespace, _) in names.current() {
+        let found = &mut found.namespaces;
         if !found.iter().any(|other| other.namespace == *namespace) {
             found.push(Explanation::nothing(namespace.clone(), chain.block_count()));
         }
@@ -111,6 +115,8 @@ fn explain(
 struct ChainReport {
     path: String,
     tokens: usize,
+    /// Of these nothing is known; `ls` names them.
+    rejected_files: u64,
     servers: Vec<ServerReport>,
     namespaces: Vec<NamespaceReport>,
 }
@@ -212,8 +218,18 @@ impl NamespaceReport {
 impl Report for ChainReport {
     fn text(&self) -> String {
         let mut text = format!("{}: {} tokens\n", self.path, self.tokens);
+        match self.rejected_files {
+            0 => {}
+            1 => text += "1 file is not usable (see `store ls`): what is in it counts as not there\n",
+            files => {
+                text += &format!(
+                    "{files} files are not usable (see `store ls`): what is in them counts as not there\n"
+                )
+            }
+        }
         if self.namespaces.is_empty() {
-            text += "first miss: nothing is stored in this folder\n";
+            let usable = if self.rejected_files > 0 { " usable" } else { "" };
+            text += &format!("first miss: nothing{usable} is stored in this folder\n");
         }
         for namespace in &self.namespaces {
             text += &namespace.text();

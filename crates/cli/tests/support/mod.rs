@@ -141,6 +141,18 @@ impl Store {
         file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
     }
 
+    /// Makes a segment one of another format version, with everything else in order.
+    pub(crate) fn set_version(&self, file: &str, version: u32) {
+        use kvlane_fs::format::{SEGMENT_HEADER_BYTES, structure_crc};
+        let path = self.folder().join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[8..12].copy_from_slice(&version.to_le_bytes());
+        let body = SEGMENT_HEADER_BYTES - 4;
+        let crc = structure_crc(&[&bytes[..body]]);
+        bytes[body..SEGMENT_HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
+        std::fs::write(path, bytes).unwrap();
+    }
+
     /// The header of a segment file.
     pub(crate) fn header(&self, file: &str) -> kvlane_fs::format::SegmentHeader {
         let bytes = std::fs::read(self.folder().join(file)).unwrap();

@@ -11,6 +11,16 @@ use crate::directory::unix_ms;
 use crate::error::Result;
 use crate::format::SlotState;
 
+/// What a folder has of a chain.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct ExplainReport {
+    /// For each namespace in the folder.
+    pub namespaces: Vec<Explanation>,
+    /// Files that are not usable segments: whatever is in them counts as absent.
+    pub rejected_files: u64,
+}
+
 /// What a folder has of a chain, in one namespace.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
@@ -91,14 +101,18 @@ pub enum Presence {
 ///
 /// # Errors
 /// There is no store at `path`, or it cannot be read.
-pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Result<Vec<Explanation>> {
+pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Result<ExplainReport> {
     let directory = open(path)?;
     let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
     let mut seen: BTreeMap<[u8; 32], HashMap<usize, BlockInfo>> = BTreeMap::new();
+    let mut rejected_files = 0;
     let now_ms = unix_ms();
     each_segment(&directory, progress, |name, view, _| {
-        // A file that is no segment has no blocks; `verify` and `list` name it.
-        let Ok(view) = view else { return };
+        // `verify` and `list` name it.
+        let Ok(view) = view else {
+            rejected_files += 1;
+            return;
+        };
         let alive = view.owner_lives();
         for slot in 0..view.header.slot_count {
             let (record, is_bad, writing) = match state(&view, slot) {
@@ -140,7 +154,10 @@ pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Resul
         let block = |at| found.remove(&at).unwrap_or(BlockInfo::ABSENT);
         Explanation::new(hex(&namespace), (0..chain.len()).map(block).collect())
     };
-    Ok(seen.into_iter().map(explain_one).collect())
+    Ok(ExplainReport {
+        namespaces: seen.into_iter().map(explain_one).collect(),
+        rejected_files,
+    })
 }
 
 /// Why block `at` cannot be had, as a sentence; `None` behind the end.
@@ -235,9 +252,8 @@ mod tests {
         }
         segment.set_mark(1, BAD_MARK);
         let found = || {
-            explain(folder.path(), &[key(0), key(1)], &mut |_, _| {})
-                .unwrap()
-                .remove(0)
+            let mut found = explain(folder.path(), &[key(0), key(1)], &mut |_, _| {}).unwrap();
+            found.namespaces.remove(0)
         };
         let one = found();
         assert_eq!((one.ready_blocks, one.present_blocks), (1, 1));
@@ -259,7 +275,7 @@ mod tests {
         }
         let states = || {
             let found = explain(folder.path(), &[key(0), key(1), key(2)], &mut |_, _| {}).unwrap();
-            found[0]
+            found.namespaces[0]
                 .blocks
                 .iter()
                 .map(|block| block.state)
