@@ -4,7 +4,6 @@
 //! The moments are random from a seed that is printed; `KVLANE_SEED` repeats a run. `KVLANE_SOAK=1` runs 300 rounds
 //! instead of 30 and writes `tests/results/soak-crash.json`.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +14,7 @@ use kvlane_fs::Medium;
 use kvlane_fs::raw::OfdLock;
 use kvlane_tests::fixture::eventually;
 use kvlane_tests::process::{PeerProcess, not_run};
+use kvlane_tests::soak::{self, Counts, Record};
 use kvlane_tests::worker::{Setup, Worker};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -44,19 +44,6 @@ struct Watched {
     loads: Vec<Arc<AtomicU64>>,
     hits: Arc<AtomicU64>,
     readers: Vec<std::thread::JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Counts(BTreeMap<&'static str, u64>);
-
-impl Counts {
-    fn add(&mut self, what: &'static str, amount: u64) {
-        *self.0.entry(what).or_default() += amount;
-    }
-
-    fn get(&self, what: &str) -> u64 {
-        self.0.get(what).copied().unwrap_or(0)
-    }
 }
 
 impl Watched {
@@ -434,19 +421,24 @@ fn small(medium: Medium) -> Setup {
 
 #[test]
 fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_is_replaced() {
-    let soak = std::env::var_os("KVLANE_SOAK").is_some_and(|value| value == "1");
     let seed = std::env::var("KVLANE_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())
         .unwrap_or_else(rand::random);
     println!("KVLANE_SEED={seed}");
-    let rounds = if soak { 50 } else { 5 };
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
+    let (rounds, results) = match soak::is_asked_for() {
+        true => (50, Some(results.as_path())),
+        false => (5, None),
+    };
     let mut random = StdRng::seed_from_u64(seed);
-    let mut counts = Counts::default();
+    // Written by whatever ends this function.
+    let mut record = Record::begin(results, "crash", seed);
+    let counts = &mut record.counts;
     let mut refused = None;
     for medium in [Medium::Memory, Medium::Disk] {
-        kill_writers(rounds, &large(medium), true, &mut random, &mut counts);
-        kill_writers(rounds, &small(medium), false, &mut random, &mut counts);
+        kill_writers(rounds, &large(medium), true, &mut random, counts);
+        kill_writers(rounds, &small(medium), false, &mut random, counts);
         for (calm, rounds) in [(true, rounds.div_ceil(2)), (false, rounds / 2)] {
             let setup = Setup {
                 block_bytes: 192 << 10,
@@ -454,12 +446,12 @@ fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_i
                 segment_bytes: Some(3 << 20),
                 ..small(medium)
             };
-            if let Err(error) = stop_writers(rounds, &setup, calm, &mut random, &mut counts) {
+            if let Err(error) = stop_writers(rounds, &setup, calm, &mut random, counts) {
                 refused = Some(error);
             }
         }
     }
-    println!("{:?}", counts.0);
+    println!("{:?}", counts.all());
     if let Some(error) = &refused {
         not_run(
             "adopting the segments of a stopped writer",
@@ -476,16 +468,9 @@ fn no_wrong_byte_no_stopped_reader_and_no_lost_block_whenever_a_writer_dies_or_i
         "room was made in every round, also where there was enough"
     );
     assert!(counts.get("chains_committed") > 0 && counts.get("blocks_loaded_and_compared") > 0);
-    if soak {
-        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
-        let outcome = if refused.is_some() {
-            "stopping not run"
-        } else {
-            "passed"
-        };
-        let report = serde_json::json!({ "seed": seed, "counts": counts.0, "outcome": outcome });
-        std::fs::create_dir_all(&results).expect("results can be written");
-        std::fs::write(results.join("soak-crash.json"), format!("{report:#}\n"))
-            .expect("results can be written");
-    }
+    record.end(if refused.is_some() {
+        "stopping not run"
+    } else {
+        "passed"
+    });
 }
