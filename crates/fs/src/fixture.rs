@@ -118,6 +118,13 @@ pub(crate) fn commit(segment: &OwnedSegment, slot: u32, key: BlockKey, depth: u3
     segment.set_mark(slot, mark);
 }
 
+/// Damages the sequence word of a slot.
+pub(crate) fn set_sequence(segment: &OwnedSegment, slot: u32, sequence: u64) {
+    let offset = segment.header().sequence_offset(slot);
+    let word = segment.mapping().u64_at(offset as usize);
+    word.store(sequence, std::sync::atomic::Ordering::Release);
+}
+
 /// A cache of 8 blocks.
 pub(crate) fn cache() -> HostCache {
     HostCache::allocate(&[8 * 2 * LAYER_BYTES as usize], |addresses| {

@@ -229,7 +229,7 @@ fn adopt_one(directory: &Directory, geometry: &Geometry) -> Option<OwnedSegment>
     None
 }
 
-/// Removes the orphan that was used least lately. Its geometry is not ours, else it would have been adopted.
+/// Removes the orphan that was used least lately. It is of no use to us, else it would have been adopted.
 fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     let mut ages: HashMap<String, u32> = HashMap::new();
     for (_, name) in directory.segment_names()? {

@@ -126,7 +126,8 @@ impl OwnedSegment {
         opened
     }
 
-    /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
+    /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, its geometry is another, or it has
+    /// no slot that can be written.
     pub(crate) fn adopt(directory: &Directory, name: &str, geometry: &Geometry) -> Result<Option<Self>> {
         let path = directory.path.join(name);
         let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
@@ -151,6 +152,10 @@ impl OwnedSegment {
         let Some(segment) = Self::finish_open(directory, file, name, start_id)? else {
             return Ok(None);
         };
+        if (0..header.slot_count).all(|slot| segment.view.is_spent(slot)) {
+            // It would take a part of the budget and never give a slot.
+            return Ok(None);
+        }
         segment.set_owner(start_id);
         // Its maker may have died before it told anybody that there is a new segment.
         directory.control.bump_generation();

@@ -29,10 +29,20 @@ pub(crate) struct SlotRef {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Slot {
     Free,
-    Reserved { key: BlockKey, until: Instant },
+    Reserved {
+        key: BlockKey,
+        until: Instant,
+    },
     Filling,
-    Committed { key: BlockKey, depth: u32 },
-    Quarantined { until: Instant },
+    Committed {
+        key: BlockKey,
+        depth: u32,
+    },
+    Quarantined {
+        until: Instant,
+    },
+    /// No block can be written into it any more.
+    Spent,
 }
 
 #[derive(Debug)]
@@ -128,7 +138,9 @@ impl Slots {
         let mut slots = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
-            let state = if sequence % 2 == 1 {
+            let state = if segment.view.is_spent(slot) {
+                Slot::Spent
+            } else if sequence % 2 == 1 {
                 Slot::Quarantined {
                     until: now + QUARANTINE,
                 }
@@ -211,14 +223,24 @@ impl Slots {
     /// A slot that holds nothing.
     pub(crate) fn take_free(&mut self) -> Option<SlotRef> {
         while let Some(at) = self.free.pop() {
-            let state = self.segments[at.segment]
-                .as_ref()
-                .map(|owned| owned.slots[at.slot as usize]);
-            if state == Some(Slot::Free) {
+            if self.state(at) == Some(Slot::Free) && !self.put_away_if_spent(at) {
                 return Some(at);
             }
         }
         None
+    }
+
+    /// A slot that can never be written would be free again at once, and the first one that the next store gets.
+    fn put_away_if_spent(&mut self, at: SlotRef) -> bool {
+        let Some(owned) = &mut self.segments[at.segment] else {
+            return false;
+        };
+        let is_spent = owned.segment.view.is_spent(at.slot);
+        if is_spent {
+            tracing::debug!(path = %owned.segment.view.path.display(), at.slot, "a slot has a damaged sequence");
+            owned.slots[at.slot as usize] = Slot::Spent;
+        }
+        is_spent
     }
 
     /// The slot of the block that is needed least and not in `spare`.
@@ -238,6 +260,9 @@ impl Slots {
                 }
                 if spare.contains(&key) {
                     kept.push((at, mark));
+                    continue;
+                }
+                if self.put_away_if_spent(at) {
                     continue;
                 }
                 taken = Some(at);

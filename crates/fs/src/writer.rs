@@ -292,7 +292,10 @@ impl Writer {
                 written_unix_ms: 0,
                 layer_crcs: Vec::new(),
             };
-            segment.publish(at.slot, odd, &mut record);
+            if !segment.publish(at.slot, odd, &mut record) {
+                self.free(at);
+                continue;
+            }
             self.slots.set(at, Slot::Reserved { key: *key, until });
             promised = true;
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-use super::OWNER_LOCK;
+use super::{OWNER_LOCK, next_odd};
 use crate::cold::open_direct;
 use crate::control::open_trusted;
 use crate::directory::{Directory, segment_name};
@@ -95,6 +95,12 @@ impl SegmentView {
     /// The slot's sequence word: odd while it is being written.
     pub(crate) fn sequence(&self, slot: u32) -> u64 {
         self.mapping.load_u64(self.header.sequence_offset(slot) as usize)
+    }
+
+    /// Whether no block can ever be written into the slot again, since no even number is left for its sequence. Counting
+    /// does not get there, but a damaged word may say so.
+    pub(crate) fn is_spent(&self, slot: u32) -> bool {
+        next_odd(self.sequence(slot)) == u64::MAX
     }
 
     /// The slot's last-used mark; a block that turned out to be bad was never used.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixture::{Folder, commit, key, put, record};
+use crate::fixture::{Folder, commit, key, put, record, set_sequence};
 
 fn none() -> HashSet<BlockKey> {
     HashSet::new()
@@ -223,4 +223,25 @@ fn a_segment_that_somebody_took_over_is_let_go_once_nobody_fills_it() {
     assert_eq!(slots.lost(), Vec::<usize>::new(), "a copy is still running");
     slots.set(at, Slot::Free);
     assert_eq!(slots.lost(), [0]);
+}
+
+#[test]
+fn a_slot_whose_sequence_is_at_its_end_is_never_given_out() {
+    let folder = Folder::new(8 << 20);
+    let segment = Arc::new(folder.segment(8, 1));
+    for slot in 2..6 {
+        commit(&segment, slot, key(slot), 0, slot);
+    }
+    // Two free ones and a block are damaged before the segment comes, and one of each behind.
+    for (slot, sequence) in [(0, u64::MAX), (1, u64::MAX - 1), (2, u64::MAX - 2)] {
+        set_sequence(&segment, slot, sequence);
+    }
+    let mut slots = Slots::default();
+    slots.add(Arc::clone(&segment), Instant::now());
+    assert_eq!(slots.overdue(Instant::now() + 2 * QUARANTINE), []);
+    set_sequence(&segment, 3, u64::MAX - 1);
+    set_sequence(&segment, 6, u64::MAX - 1);
+    let given = slots.take_free().unwrap();
+    assert_eq!((given.slot, slots.take_free()), (7, None));
+    assert_eq!(victims(&mut slots, &none()), [4, 5]);
 }
