@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::Directory;
-use crate::error::FsError;
+use crate::error::{FsError, is_full};
 use crate::format::SegmentHeader;
 use crate::memory_limit;
 use crate::segment::{self, Geometry, OwnedSegment, SegmentView};
@@ -133,9 +133,7 @@ fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment
     }
     match OwnedSegment::create(directory, header, &shared.geometry.layer_bytes, shared.start_id) {
         Ok(segment) => Ok(Ok(segment)),
-        Err(FsError::Io { source, .. })
-            if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
-        {
+        Err(FsError::Io { source, .. }) if is_full(&source) => {
             Ok(Err(("full", format!("the file system is full: {source}"))))
         }
         Err(error) => Err(error),

@@ -12,6 +12,9 @@ use crate::segment::OwnedSegment;
 /// A slot that was half written when its segment was adopted stays unused for this long: its old writer may only have
 /// been stopped, and may still finish that one copy.
 const QUARANTINE: Duration = Duration::from_secs(60);
+/// Slots that rest because the file system did not take a block into them. If it takes none at all, the others go on as
+/// before: it is not the slots' fault, and nobody's blocks shall be given up for it.
+const REFUSED_MAX: usize = 64;
 /// Victims chosen in one pass over all slots, at least.
 const VICTIMS_BATCH: usize = 64;
 /// Chains whose keys are remembered, so that a request does not evict its own.
@@ -55,10 +58,12 @@ struct Owned {
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     segments: Vec<Option<Owned>>,
-    free: Vec<SlotRef>,
+    free: VecDeque<SlotRef>,
     victims: VecDeque<(SlotRef, u32)>,
     reserved: HashMap<BlockKey, SlotRef>,
-    quarantined: Vec<SlotRef>,
+    quarantined: HashSet<SlotRef>,
+    /// Of those that rest, the ones to which the file system did not take a block, the first one first.
+    refused: VecDeque<SlotRef>,
     chains: Chains,
 }
 
@@ -159,7 +164,7 @@ impl Slots {
         }
         for slot in 0..count {
             if matches!(slots[slot as usize], Slot::Quarantined { .. }) {
-                self.quarantined.push(SlotRef {
+                self.quarantined.insert(SlotRef {
                     segment: number,
                     slot,
                 });
@@ -168,7 +173,7 @@ impl Slots {
         // Popped from the end: the first slots are used first, so that a young segment is filled from its start.
         for slot in (0..count).rev() {
             if slots[slot as usize] == Slot::Free {
-                self.free.push(SlotRef {
+                self.free.push_back(SlotRef {
                     segment: number,
                     slot,
                 });
@@ -196,18 +201,45 @@ impl Slots {
 
     pub(crate) fn set(&mut self, at: SlotRef, state: Slot) {
         if let Some(owned) = &mut self.segments[at.segment] {
-            if let Slot::Reserved { key, .. } = owned.slots[at.slot as usize] {
-                self.reserved.remove(&key);
+            match owned.slots[at.slot as usize] {
+                Slot::Reserved { key, .. } => drop(self.reserved.remove(&key)),
+                Slot::Quarantined { .. } => drop(self.quarantined.remove(&at)),
+                _ => {}
             }
             owned.slots[at.slot as usize] = state;
             match state {
-                Slot::Reserved { key, .. } => {
-                    self.reserved.insert(key, at);
-                }
-                Slot::Free => self.free.push(at),
+                Slot::Reserved { key, .. } => drop(self.reserved.insert(key, at)),
+                Slot::Quarantined { .. } => drop(self.quarantined.insert(at)),
+                Slot::Free => self.free.push_back(at),
                 _ => {}
             }
         }
+    }
+
+    /// For a slot into which the file system did not take a block: it rests, or the next store would get it first again.
+    pub(crate) fn set_refused(&mut self, at: SlotRef, now: Instant) {
+        let mut refused = std::mem::take(&mut self.refused);
+        refused.retain(|other| *other != at && self.quarantined.contains(other));
+        if refused.len() < REFUSED_MAX {
+            refused.push_back(at);
+            let until = now + QUARANTINE;
+            self.set(at, Slot::Quarantined { until });
+        } else {
+            self.set(at, Slot::Free);
+            // Behind the other free ones.
+            self.free.rotate_right(1);
+        }
+        self.refused = refused;
+    }
+
+    /// The slot that has rested longest of those into which the file system did not take a block.
+    pub(crate) fn take_refused(&mut self) -> Option<SlotRef> {
+        while let Some(at) = self.refused.pop_front() {
+            if self.quarantined.contains(&at) && !self.put_away_if_spent(at) {
+                return Some(at);
+            }
+        }
+        None
     }
 
     /// The slot promised to `key`.
@@ -222,7 +254,7 @@ impl Slots {
 
     /// A slot that holds nothing.
     pub(crate) fn take_free(&mut self) -> Option<SlotRef> {
-        while let Some(at) = self.free.pop() {
+        while let Some(at) = self.free.pop_back() {
             if self.state(at) == Some(Slot::Free) && !self.put_away_if_spent(at) {
                 return Some(at);
             }
@@ -237,6 +269,7 @@ impl Slots {
         };
         let is_spent = owned.segment.view.is_spent(at.slot);
         if is_spent {
+            self.quarantined.remove(&at);
             tracing::debug!(path = %owned.segment.view.path.display(), at.slot, "a slot has a damaged sequence");
             owned.slots[at.slot as usize] = Slot::Spent;
         }
@@ -322,10 +355,7 @@ impl Slots {
     }
 
     /// Reservations and quarantines that are over. Costs what is promised or rests, not what there is.
-    pub(crate) fn overdue(&mut self, now: Instant) -> Vec<SlotRef> {
-        let mut resting = std::mem::take(&mut self.quarantined);
-        resting.retain(|&at| matches!(self.state(at), Some(Slot::Quarantined { .. })));
-        self.quarantined = resting;
+    pub(crate) fn overdue(&self, now: Instant) -> Vec<SlotRef> {
         let waiting = self.reserved.values().chain(&self.quarantined);
         let over = |at: &SlotRef| {
             matches!(
@@ -387,6 +417,7 @@ impl Slots {
         self.victims.retain(|(at, _)| at.segment != number);
         self.reserved.retain(|_, at| at.segment != number);
         self.quarantined.retain(|at| at.segment != number);
+        self.refused.retain(|at| at.segment != number);
         self.segments[number].take().map(|owned| owned.segment)
     }
 

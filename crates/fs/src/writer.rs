@@ -68,6 +68,8 @@ pub(crate) struct Writer {
     tasks: Sender<StoreTask>,
     threads: usize,
     grow_after: Instant,
+    /// Until when blocks go where others have been before they go to new places: the file system is full.
+    recycle_until: Instant,
     /// When space was last needed.
     wished: Option<Instant>,
     generosity: Generosity,
@@ -102,6 +104,7 @@ impl Writer {
             tasks,
             threads,
             grow_after: now,
+            recycle_until: now,
             wished: None,
             generosity: Generosity::default(),
             marks_written: now,
@@ -319,10 +322,14 @@ impl Writer {
 
     /// Makes a slot that holds nothing of worth free, for everybody to see.
     fn free(&mut self, at: SlotRef) {
+        self.empty(at);
+        self.slots.set(at, Slot::Free);
+    }
+
+    fn empty(&self, at: SlotRef) {
         if let Some(segment) = self.slots.segment(at) {
             segment.clear(at.slot);
         }
-        self.slots.set(at, Slot::Free);
     }
 
     fn begin(&mut self, job: Arc<StoreJob>) {
@@ -409,9 +416,15 @@ impl Writer {
         let Some(begun) = self.jobs.remove(&id) else {
             return;
         };
+        if let Some(error) = begun.job.failure() {
+            self.hear_of_failure(error);
+        }
         for (position, at) in begun.slots.into_iter().enumerate() {
             let Some(at) = at else { continue };
-            if begun.job.stored(position) {
+            if begun.job.was_refused(position) {
+                self.empty(at);
+                self.slots.set_refused(at, Instant::now());
+            } else if begun.job.stored(position) {
                 let key = begun.job.request().keys[position];
                 let depth = begun.job.request().first_depth + position as u32;
                 self.slots.set(at, Slot::Committed { key, depth });

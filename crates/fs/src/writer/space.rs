@@ -9,6 +9,7 @@ use kvlane_core::BlockKey;
 use super::Writer;
 use crate::counters::Counters;
 use crate::descriptors;
+use crate::error::is_full;
 use crate::growth::{self, Growth};
 use crate::jobs::lock;
 use crate::segment::OwnedSegment;
@@ -41,6 +42,11 @@ impl Writer {
 
     /// A slot for a block of the chain `spare`: free, from a new segment, or recycled.
     pub(super) fn allocate(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+        if Instant::now() < self.recycle_until
+            && let Some(at) = self.recycle(spare)
+        {
+            return Some(at);
+        }
         loop {
             if let Some(at) = self.slots.take_free() {
                 return Some(at);
@@ -50,9 +56,31 @@ impl Writer {
                 break;
             }
         }
+        self.recycle(spare).or_else(|| self.slots.take_refused())
+    }
+
+    fn recycle(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         let at = self.slots.take_victim(spare)?;
         Counters::add(&self.shared.counters.evicted_blocks, 1);
         Some(at)
+    }
+
+    /// Takes note of why a block could not be copied.
+    pub(super) fn hear_of_failure(&mut self, error: &std::io::Error) {
+        let cause = if is_full(error) {
+            // Where a file has no blocks in advance, a slot that was written before has its own, and a new one gets none.
+            self.recycle_until = Instant::now() + REFUSED_PAUSE;
+            "no space for a block"
+        } else if error.raw_os_error().is_some() {
+            "block not written"
+        } else {
+            "block not read"
+        };
+        if self.is_new_cause(cause) {
+            tracing::warn!(path = %self.shared.directory.path.display(), %error, "cannot store a block");
+        } else {
+            tracing::debug!(%error, "cannot store a block");
+        }
     }
 
     pub(super) fn grow(&mut self) -> bool {

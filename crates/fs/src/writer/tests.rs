@@ -129,3 +129,52 @@ fn a_writer_whose_segments_take_half_of_the_file_descriptors_gets_no_further_one
     assert!(alone.writer.grow());
     assert_eq!(segments(&alone), 2);
 }
+
+/// Lets a store of `keys` end with what the system said of each of its blocks.
+fn store_that_fails(alone: &mut Alone, keys: &[BlockKey], code: i32) -> Vec<SlotRef> {
+    let job = alone.job(keys);
+    alone.writer.begin(Arc::clone(&job));
+    let slots = alone.writer.jobs[&job.id()].slots.clone();
+    for position in 0..keys.len() {
+        job.fail_block(position, std::io::Error::from_raw_os_error(code));
+    }
+    alone.writer.ended(job.id());
+    slots.into_iter().flatten().collect()
+}
+
+#[test]
+fn a_slot_that_cannot_be_written_is_not_the_next_one_again() {
+    let mut alone = Alone::new();
+    let mut tried = HashSet::new();
+    for number in 0..5 {
+        for at in store_that_fails(&mut alone, &[key(2 * number), key(2 * number + 1)], libc::EIO) {
+            assert!(tried.insert(at), "{at:?} again");
+        }
+    }
+    assert_eq!(tried.len(), 10);
+    assert!(!alone.writer.is_new_cause("block not written"), "it was said");
+    assert_eq!(alone.found(&[key(0)]).pending_blocks, 0);
+}
+
+#[test]
+fn a_full_file_system_gets_its_next_blocks_where_others_have_been() {
+    let mut alone = Alone::new();
+    let segment = Arc::clone(alone.writer.slots.segments().next().unwrap());
+    let mut written = HashSet::new();
+    for number in 0..4 {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        commit(&segment, at.slot, key(number), 0, 1);
+        let (key, depth) = (key(number), 0);
+        alone.writer.slots.set(at, Slot::Committed { key, depth });
+        written.insert(at);
+    }
+    let tried = store_that_fails(&mut alone, &[key(10), key(11)], libc::ENOSPC);
+    assert!(tried.iter().all(|at| !written.contains(at)), "{tried:?}");
+    for _ in 0..4 {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        assert!(written.contains(&at), "{at:?} has no space of its own");
+        alone.writer.slots.set(at, Slot::Filling);
+    }
+    // When nothing is left to recycle, and later, the others are tried again.
+    assert!(alone.writer.allocate(&HashSet::new()).is_some());
+}
