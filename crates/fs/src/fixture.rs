@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use kvlane_core::{BlockKey, BlockMap, Device, LoadOrder, LoadRequest, NamespaceId, TensorView};
 
 use crate::cold::ColdQueue;
+use crate::descriptors::Share;
 use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
 use crate::index::Found;
@@ -75,7 +76,10 @@ fn open(path: &std::path::Path, capacity_bytes: u64, medium: Medium) -> Director
     let options = FsOptions::default()
         .with_capacity_bytes(capacity_bytes)
         .with_medium(medium);
-    Directory::open(path, &options, true).unwrap().unwrap()
+    let mut directory = Directory::open(path, &options, true).unwrap().unwrap();
+    // Tests run side by side in one process, of which each plays several.
+    directory.descriptors = Share::of_another_process(u64::MAX);
+    directory
 }
 
 pub(crate) fn geometry() -> Geometry {

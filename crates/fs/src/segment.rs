@@ -9,6 +9,7 @@ use kvlane_core::{BlockKey, NamespaceId};
 use rustix::fs::AtFlags;
 
 use crate::control::open_trusted;
+use crate::descriptors::TakenByOwner;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
 use crate::format::{self, BAD_MARK, PAGE_BYTES, SegmentHeader, SlotRecord, SlotState, counters};
@@ -38,6 +39,7 @@ pub(crate) struct OwnedSegment {
     start_id: u64,
     process: u32,
     lost: AtomicBool,
+    _descriptor: TakenByOwner,
 }
 
 /// What all blocks of one cache have in common.
@@ -172,6 +174,7 @@ impl OwnedSegment {
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
         let process = std::process::id();
         Ok(Some(OwnedSegment {
+            _descriptor: directory.descriptors.take_own(view.header.segment_id),
             view: Arc::new(view),
             _fork_guard: ForkGuard::new(&file),
             file,

@@ -11,7 +11,6 @@ use kvlane_core::{BlockKey, JobId, NamespaceId};
 
 use crate::control::WriterPlace;
 use crate::counters::Counters;
-use crate::descriptors;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
 use crate::growth::Generosity;
@@ -77,8 +76,6 @@ pub(crate) struct Writer {
     complained: HashSet<&'static str>,
     /// How many had been marked bad when it was last looked for them; an adopted segment brings none along.
     bad_slots: u64,
-    /// That segments may take.
-    descriptors_max: u64,
 }
 
 struct Begun {
@@ -110,7 +107,6 @@ impl Writer {
             marks_written: now,
             complained: HashSet::new(),
             bad_slots: 0,
-            descriptors_max: descriptors::max_for_segments(),
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Mutex, OnceLock};
 use super::{OWNER_LOCK, next_odd};
 use crate::cold::open_direct;
 use crate::control::open_trusted;
+use crate::descriptors::Taken;
 use crate::directory::{Directory, segment_name};
 use crate::error::{FsError, Result};
 use crate::format::{
@@ -27,6 +28,7 @@ pub(crate) struct SegmentView {
     pub(super) mapping: ReadMapping,
     /// A read fault in a hole of this file takes a page.
     pub(super) holes_take_memory: bool,
+    _descriptor: Taken,
     /// How often it is held: the lock belongs to the open file, which has many users.
     pub(super) holds: Mutex<usize>,
 }
@@ -58,6 +60,7 @@ impl SegmentView {
             mapping,
             // Whatever way the bytes take to it: what is resident is read through the mapping on every local medium.
             holes_take_memory: directory.lives_in_memory(),
+            _descriptor: directory.descriptors.take(),
             holds: Mutex::new(0),
         })
     }

@@ -8,10 +8,8 @@ use kvlane_core::BlockKey;
 
 use super::Writer;
 use crate::counters::Counters;
-use crate::descriptors;
 use crate::error::is_full;
 use crate::growth::{self, Growth};
-use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::slots::SlotRef;
@@ -91,12 +89,12 @@ impl Writer {
         }
         self.shared.directory.wait_until_writable();
         let own_bytes = self.slots.bytes();
-        let known = lock(&self.shared.index).segment_count();
-        let taken = descriptors::taken_by(self.slots.segments().count(), known);
-        let wish = if taken >= self.descriptors_max {
+        let descriptors = &self.shared.directory.descriptors;
+        // One segment is always due, or nothing could be stored where others have made many.
+        let wish = if own_bytes > 0 && !descriptors.has_room_for_own() {
             Growth::Refused {
                 cause: "descriptors",
-                reason: descriptors::complaint(self.descriptors_max),
+                reason: descriptors.complaint(),
             }
         } else {
             growth::grow(&self.shared, self.place, self.target_bytes, own_bytes)

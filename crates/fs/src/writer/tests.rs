@@ -3,6 +3,7 @@ use std::time::Duration;
 use kvlane_core::{Availability, MissReason, StoreRequest};
 
 use super::*;
+use crate::descriptors::Share;
 use crate::fixture::{Folder, NAMESPACE, commit, key, shared};
 use crate::index::{Index, LookupCursor};
 
@@ -15,8 +16,13 @@ struct Alone {
 
 impl Alone {
     fn new() -> Self {
-        let folder = Folder::new(8 << 20);
-        let shared = shared(folder.open_again(), 1);
+        Self::in_folder(Folder::new(8 << 20), u64::MAX)
+    }
+
+    fn in_folder(folder: Folder, descriptors_max: u64) -> Self {
+        let mut directory = folder.open_again();
+        directory.descriptors = Share::of_another_process(descriptors_max);
+        let shared = shared(directory, 1);
         let place = shared.directory.control.register_writer(1).unwrap();
         let (sender, tasks) = crossbeam::channel::unbounded();
         let mut writer = Writer::new(shared, place, 1 << 20, sender, 1);
@@ -115,19 +121,41 @@ fn a_cause_for_which_no_segment_comes_is_said_once_however_often_its_numbers_cha
     assert!(alone.writer.is_new_cause("full"));
 }
 
-#[test]
-fn a_writer_whose_segments_take_half_of_the_file_descriptors_gets_no_further_one() {
-    let mut alone = Alone::new();
+/// What the segments of a process may take, and how many segments of its own a writer gets then.
+fn segments_with(descriptors_max: u64) -> (Alone, usize) {
+    let mut alone = Alone::in_folder(Folder::new(8 << 20), descriptors_max);
     let segments = |alone: &Alone| alone.writer.slots.segments().count();
-    assert_eq!(segments(&alone), 1);
-    alone.writer.descriptors_max = 3;
-    assert!(!alone.writer.grow());
-    assert_eq!(segments(&alone), 1);
+    while segments(&alone) < 5 {
+        alone.writer.grow_after = Instant::now();
+        if !alone.writer.grow() {
+            break;
+        }
+    }
+    let count = segments(&alone);
+    (alone, count)
+}
+
+#[test]
+fn a_writer_whose_segments_take_their_part_of_the_file_descriptors_gets_no_further_one() {
+    // Each takes three.
+    let (mut alone, segments) = segments_with(12);
+    assert_eq!(segments, 3);
     assert!(!alone.writer.is_new_cause("descriptors"), "it was said");
-    alone.writer.grow_after = Instant::now();
-    alone.writer.descriptors_max = 4;
-    assert!(alone.writer.grow());
-    assert_eq!(segments(&alone), 2);
+    assert_eq!(segments_with(16).1, 4);
+}
+
+#[test]
+fn a_writer_without_a_segment_gets_one_however_many_others_there_are() {
+    let folder = Folder::new(8 << 20);
+    let _others = [(); 10].map(|()| folder.segment(1, 2));
+    let mut alone = Alone::in_folder(folder, 2);
+    assert_eq!(alone.writer.slots.segments().count(), 1);
+    assert!(!alone.writer.grow());
+    // What it stores there is found.
+    alone.reserve(&[key(0)]);
+    let segments = alone.writer.shared.look().segment_count();
+    assert_eq!(segments, 1, "there is no room for those of others");
+    assert_eq!(alone.found(&[key(0)]).pending_blocks, 1);
 }
 
 /// Lets a store of `keys` end with what the system said of each of its blocks.
