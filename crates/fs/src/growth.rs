@@ -51,14 +51,10 @@ fn grow_locked(
     own_bytes: u64,
 ) -> Result<Growth, FsError> {
     let directory = &shared.directory;
-    if directory.choice.always_copies_on_write() {
+    if let Some(reason) = directory.choice.refusal() {
         return Ok(Growth::Refused {
             cause: "copy-on-write",
-            reason: format!(
-                "{} copies on write: once it is full, a store through a mapping would end the process. \
-                 Allowed: tmpfs, ext4, xfs, btrfs",
-                directory.choice.file_system
-            ),
+            reason,
         });
     }
     let control = &directory.control;
