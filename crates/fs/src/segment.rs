@@ -146,7 +146,7 @@ impl OwnedSegment {
             return Ok(None);
         }
         // Between open and lock its owner may have removed it: the name must still be this file.
-        if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
+        if !is_linked_as(&directory.folder, &file, name).map_err(FsError::io("inspect", &path))? {
             return Ok(None);
         }
         // A number of its own: this process may be the old owner too, if it has lost its lock without noticing.
@@ -357,9 +357,10 @@ fn move_on(word: &AtomicU64) -> u64 {
     next_odd(now)
 }
 
-fn is_linked_as(directory: &Directory, file: &File, name: &str) -> std::io::Result<bool> {
+/// Whether `name` in `folder` still is this file.
+pub(crate) fn is_linked_as(folder: &File, file: &File, name: &str) -> std::io::Result<bool> {
     let own = file.metadata()?;
-    match rustix::fs::statat(&directory.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+    match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(stat.st_ino == own.ino() && stat.st_dev == own.dev()),
         Err(rustix::io::Errno::NOENT) => Ok(false),
         Err(errno) => Err(errno.into()),
