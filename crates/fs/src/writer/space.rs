@@ -115,6 +115,8 @@ impl Writer {
                 if self.is_new_cause(cause) {
                     tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
                 }
+                // What others would give back is of no use now.
+                self.shared.directory.control.set_wants(self.place, 0);
                 self.grow_after = now + REFUSED_PAUSE;
                 false
             }

@@ -206,3 +206,17 @@ fn a_full_file_system_gets_its_next_blocks_where_others_have_been() {
     // When nothing is left to recycle, and later, the others are tried again.
     assert!(alone.writer.allocate(&HashSet::new()).is_some());
 }
+
+#[test]
+fn a_wish_for_space_ends_when_space_is_refused() {
+    let mut alone = Alone::in_folder(Folder::new(8 << 20), 3);
+    let control = Arc::clone(&alone.writer.shared.directory.control);
+    control.set_wants(alone.writer.place, 4096);
+    assert!(!alone.writer.grow(), "it has what it may have");
+    let wants: u64 = control
+        .live_writers(Some(alone.writer.place))
+        .iter()
+        .map(|writer| writer.wants_bytes)
+        .sum();
+    assert_eq!(wants, 0);
+}
