@@ -60,6 +60,8 @@ pub(crate) struct Slots {
     segments: Vec<Option<Owned>>,
     free: VecDeque<SlotRef>,
     victims: VecDeque<(SlotRef, u32)>,
+    /// Victims that have no new block yet.
+    recycled: HashSet<SlotRef>,
     reserved: HashMap<BlockKey, SlotRef>,
     quarantined: HashSet<SlotRef>,
     /// Of those that rest, the ones to which the file system did not take a block, the first one first.
@@ -207,6 +209,9 @@ impl Slots {
                 _ => {}
             }
             owned.slots[at.slot as usize] = state;
+            if !matches!(state, Slot::Reserved { .. } | Slot::Filling) {
+                self.recycled.remove(&at);
+            }
             match state {
                 Slot::Reserved { key, .. } => drop(self.reserved.insert(key, at)),
                 Slot::Quarantined { .. } => drop(self.quarantined.insert(at)),
@@ -230,6 +235,11 @@ impl Slots {
             self.free.rotate_right(1);
         }
         self.refused = refused;
+    }
+
+    /// Whether a slot has had another block before the one that is on its way there.
+    pub(crate) fn is_recycled(&self, at: SlotRef) -> bool {
+        self.recycled.contains(&at)
     }
 
     /// The slot that has rested longest of those into which the file system did not take a block.
@@ -298,6 +308,7 @@ impl Slots {
                 if self.put_away_if_spent(at) {
                     continue;
                 }
+                self.recycled.insert(at);
                 taken = Some(at);
                 break;
             }
@@ -418,6 +429,7 @@ impl Slots {
         self.reserved.retain(|_, at| at.segment != number);
         self.quarantined.retain(|at| at.segment != number);
         self.refused.retain(|at| at.segment != number);
+        self.recycled.retain(|at| at.segment != number);
         self.segments[number].take().map(|owned| owned.segment)
     }
 

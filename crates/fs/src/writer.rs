@@ -69,6 +69,8 @@ pub(crate) struct Writer {
     grow_after: Instant,
     /// Until when blocks go where others have been before they go to new places: the file system is full.
     recycle_until: Instant,
+    /// That this has been of no use: what is below needs new space for what is written again.
+    recycled_in_vain: bool,
     /// When space was last needed.
     wished: Option<Instant>,
     generosity: Generosity,
@@ -102,6 +104,7 @@ impl Writer {
             threads,
             grow_after: now,
             recycle_until: now,
+            recycled_in_vain: false,
             wished: None,
             generosity: Generosity::default(),
             marks_written: now,
@@ -413,7 +416,12 @@ impl Writer {
             return;
         };
         if let Some(error) = begun.job.failure() {
-            self.hear_of_failure(error);
+            let refused = begun.slots.iter().enumerate();
+            let refused = refused.filter(|(position, _)| begun.job.was_refused(*position));
+            let in_vain = refused
+                .filter_map(|(_, at)| *at)
+                .any(|at| self.slots.is_recycled(at));
+            self.hear_of_failure(error, in_vain);
         }
         for (position, at) in begun.slots.into_iter().enumerate() {
             let Some(at) = at else { continue };

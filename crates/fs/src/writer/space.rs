@@ -63,11 +63,18 @@ impl Writer {
         Some(at)
     }
 
-    /// Takes note of why a block could not be copied.
-    pub(super) fn hear_of_failure(&mut self, error: &std::io::Error) {
+    /// Takes note of why a block could not be copied; `in_vain`: into a slot that had been recycled for it.
+    pub(super) fn hear_of_failure(&mut self, error: &std::io::Error, in_vain: bool) {
         let cause = if is_full(error) {
             // Where a file has no blocks in advance, a slot that was written before has its own, and a new one gets none.
-            self.recycle_until = Instant::now() + REFUSED_PAUSE;
+            // Unless that is no help: then blocks would be given up for nothing.
+            self.recycled_in_vain |= in_vain;
+            let pause = if self.recycled_in_vain {
+                Duration::ZERO
+            } else {
+                REFUSED_PAUSE
+            };
+            self.recycle_until = Instant::now() + pause;
             "no space for a block"
         } else if error.raw_os_error().is_some() {
             "block not written"

@@ -198,13 +198,26 @@ fn a_full_file_system_gets_its_next_blocks_where_others_have_been() {
     }
     let tried = store_that_fails(&mut alone, &[key(10), key(11)], libc::ENOSPC);
     assert!(tried.iter().all(|at| !written.contains(at)), "{tried:?}");
-    for _ in 0..4 {
+    for _ in 0..3 {
         let at = alone.writer.allocate(&HashSet::new()).unwrap();
         assert!(written.contains(&at), "{at:?} has no space of its own");
         alone.writer.slots.set(at, Slot::Filling);
     }
-    // When nothing is left to recycle, and later, the others are tried again.
-    assert!(alone.writer.allocate(&HashSet::new()).is_some());
+    // Of no use either: the last block is not given up, too.
+    let tried = store_that_fails(&mut alone, &[key(12)], libc::ENOSPC);
+    assert!(written.contains(&tried[0]));
+    commit(&segment, tried[0].slot, key(13), 0, 1);
+    alone.writer.slots.set(
+        tried[0],
+        Slot::Committed {
+            key: key(13),
+            depth: 0,
+        },
+    );
+    for number in 20..30 {
+        let tried = store_that_fails(&mut alone, &[key(number)], libc::ENOSPC);
+        assert!(!written.contains(&tried[0]), "{tried:?}");
+    }
 }
 
 #[test]
