@@ -197,11 +197,8 @@ impl Journal {
 
 /// Whether all that this worker has found was whole.
 fn check_none_corrupt(worker: &Worker) {
-    assert_eq!(
-        worker.stats().corrupt_blocks,
-        0,
-        "a block was visible before it was whole"
-    );
+    let corrupt_blocks = worker.stats().corrupt_blocks;
+    assert_eq!(corrupt_blocks, 0, "a block was visible before it was whole");
 }
 
 /// Bytes that the files of a folder take.
