@@ -60,6 +60,23 @@ def test_every_prompt_length_gives_the_single_engines_answer(pair, prompts, mode
     pair.assert_like_single(requests, answers)
 
 
+WAYS = {
+    "layers-one-by-one": {"sync_load": True, "layerwise_load": True},
+    "block-outermost": {"block_outermost_layout": True},
+    "disk-without-checksums": {"medium": "disk", "verify": False},
+    "one-thread": {"io_threads": 1},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
+def test_every_way_of_moving_blocks_gives_the_single_engines_answer(pair, prompts, options):
+    pair.open(prefill={"chunked": True}, options=options)
+    requests = [ask(f"{count} tokens", prompts.tokens(count)) for count in (7 * BLOCK_TOKENS + 5, 2003)]
+    answers, external_tokens = pair.hand_over(requests)
+    assert external_tokens == sum(expected_external(request["prompt"]) for request in requests)
+    pair.assert_like_single(requests, answers)
+
+
 def test_workers_name_their_attention_backend(pair):
     """The order of a block's bytes depends on it, and strides do not always show it."""
     pair.open()

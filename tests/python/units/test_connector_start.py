@@ -115,3 +115,20 @@ def test_the_one_output_in_flight_of_a_preempted_request_is_dropped(mark, before
     unproven.preempted(record)
     assert (record.num_output_placeholders, getattr(record, mark)) == (0, after)
     assert type(getattr(record, mark)) is type(before)
+
+
+def test_blocks_lie_outermost_where_vllm_has_that_layout_and_only_if_asked_for():
+    def layout(**options):
+        transfer = types.SimpleNamespace(kv_connector_extra_config=options)
+        return connector.KvlaneFsConnector.get_required_kvcache_layout(
+            types.SimpleNamespace(kv_transfer_config=transfer)
+        )
+
+    assert layout() is None
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ImportError:  # before 0.29
+        assert layout(block_outermost_layout=True) is None
+    else:
+        # vLLM takes the name of one of its own layouts.
+        assert KVCacheLayout[layout(block_outermost_layout=True)]
