@@ -4,11 +4,17 @@
 //! afterwards that the lease never lapsed; only then the blocks count. So a peer that was paused, restarted or killed
 //! costs a recompute and never changes a byte that is not its own.
 
+#![deny(unsafe_code)]
+
 mod engine;
 pub mod error;
 pub mod key;
 pub mod lanes;
 pub mod proto;
+#[allow(
+    unsafe_code,
+    reason = "the one place where addresses and system calls on them are handled"
+)]
 mod raw;
 
 pub use engine::{
