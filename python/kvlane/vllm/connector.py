@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from kvlane._native import ConfigError, FsReader, FsWorker, Layout
 from kvlane.vllm import identity
-from kvlane.vllm.descriptors import Descriptor, NamespaceSearch, remove_left_over, write_descriptor
+from kvlane.vllm.descriptors import Descriptor, NamespaceSearch, leave_descriptor
 from kvlane.vllm.metadata import IDLE, StepMetadata, WorkerHandshake
 from kvlane.vllm.metrics import KvlanePromMetrics, KvlaneStats
 from kvlane.vllm.options import Options, parse_options
@@ -171,10 +171,14 @@ class KvlaneFsConnector(KVConnectorBase_V1):
         root, block_tokens = self._options.root, self._vllm_config.cache_config.block_size
         self._remove_descriptor()
         try:
-            self._descriptor = write_descriptor(root, self._engine_id, worker, facts, block_tokens)
+            self._descriptor = leave_descriptor(root, self._engine_id, worker, facts, block_tokens)
         except OSError as error:
-            logger.info("kvlane: no descriptor was left in the folder (%s); it is only needed by some engines", error)
-        remove_left_over(root)
+            if _handshakes_may_be_missing(self._vllm_config.parallel_config):
+                logger.warning(
+                    "kvlane: no descriptor was left in the folder (%s), so this engine may load nothing", error
+                )
+            else:
+                logger.info("kvlane: no descriptor was left in the folder (%s); this engine needs none", error)
 
     def _remove_descriptor(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

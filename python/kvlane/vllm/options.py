@@ -22,7 +22,8 @@ class Options:
     shared_storage_path: str = "/tmp"
     #: Bytes that all segments may take together. None: what the folder has, else half of what is free.
     capacity_bytes: int | None = None
-    #: Longest time that a request waits for its KV, waiting for the prefill and loading each, in ms.
+    #: Longest time that a request waits for its KV, for the prefill and the load together, in ms. A load that starts
+    #: late gets a tenth of it.
     load_timeout_ms: int = 5_000
     #: How long a request that names a prefill server waits for that server to announce its blocks.
     prefill_grace_ms: int = 200

@@ -66,9 +66,11 @@ def reason(model, model_identity=None, scales=False):
     return connector._reason_not_to_share(config, options)
 
 
-def test_an_engine_keeps_kv_to_itself_whose_weights_or_scales_nobody_else_can_name():
-    assert reason("org/name") is None
-    assert "calculate_kv_scales" in reason("org/name", "build 7", scales=True)
+def test_an_engine_keeps_kv_to_itself_whose_weights_or_scales_nobody_else_can_name(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert reason(str(tmp_path)) is None
+    assert "calculate_kv_scales" in reason(str(tmp_path), "build 7", scales=True)
+    assert "'org/of-no-cache', of which no weight files were found here, cannot be told" in reason("org/of-no-cache")
     assert "'s3://models/llama'" in reason("s3://models/llama")
     assert "same model_identity" in reason("s3://models/llama")
     assert reason("s3://models/llama", "build 7") is None
