@@ -67,10 +67,11 @@ class PaperPair:
             for engine in (self.prefill, self.decode):
                 if engine.scheduler.has_unfinished_requests() or engine._in_flight:
                     busy = True
-                    if engine.scheduler.has_unfinished_requests():
-                        engine.step()
-                    else:
-                        engine._deliver()
+                # vLLM also runs a step for requests that have ended, so that the workers hear of it.
+                if engine.scheduler.has_requests():
+                    engine.step()
+                elif engine._in_flight:
+                    engine._deliver()
             if not busy:
                 return
         raise TimeoutError(f"{self.prefill.scheduler.requests} {self.decode.scheduler.requests}")

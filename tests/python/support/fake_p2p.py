@@ -18,6 +18,8 @@ class Lease:
     block_ids: list
     done_blocks: int = 0
     is_finished: bool = False
+    #: Steps of its server since its request ended.
+    age_steps: int = 0
     #: Released by its reader or expired. A lapsed one was revoked: its blocks are others'.
     has_ended: bool = False
     has_lapsed: bool = False
@@ -43,6 +45,8 @@ class Hub:
         self.workers = {}
         #: While set, pulls stand still inside a copy: nothing ends, not even what was cancelled.
         self.is_frozen = False
+        #: A lease expires so many steps after its request ended. None: never.
+        self.lease_steps = None
         #: Blocks that a pull copies in one poll.
         self.blocks_per_poll = 1 << 20
         #: The job numbers of pulls that fail at the next poll, with the reason.
@@ -124,6 +128,10 @@ class FakeWorker:
             del self.leases[key]
 
     def released(self):
+        for key, lease in list(self.leases.items()):
+            lease.age_steps += lease.is_finished
+            if self.hub.lease_steps is not None and lease.age_steps > self.hub.lease_steps:
+                self.end(key)
         ended, self._ended = self._ended, []
         return ended
 
@@ -186,6 +194,7 @@ class FakeWorker:
             _copy(peer.tensors, lease.block_ids[job.first_block + job.copied], self.tensors, job.block_ids[job.copied])
             job.copied += 1
         if job.is_cancelled:
+            peer.end(job.key)
             return everything, "cancelled"
         if job.copied < len(job.block_ids):
             return None
