@@ -94,10 +94,8 @@ class Offers:
             return True
         if was_served:
             self._log_lost(request_id)
-        if prompt.is_offered:
-            self._revoke(prompt)
-        else:
-            self.never_came(prompt.key)
+        self._revoke(prompt)
+        self.never_came(prompt.key)
         return False
 
     def sent(self, request_id: str) -> None:
@@ -107,7 +105,8 @@ class Offers:
             del self._owners[key]
 
     def never_came(self, key: str) -> None:
-        """A request with this key ended before it was scheduled. Somebody may be waiting for it."""
+        """A request with this key ended without being held. Somebody may be waiting for it: to revoke what is not
+        offered says that nothing will come, while an offer that is revoked may be made again."""
         if key not in self._owners:
             self.orders.append(Revoke(key))
 

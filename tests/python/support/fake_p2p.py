@@ -115,14 +115,16 @@ class FakeWorker:
 
     def revoke(self, key):
         lease = self.leases.pop(key, None)
-        self.gone.add(key)
-        if lease is not None:
+        if lease is None:
+            self.gone.add(key)  # who asks need not wait; a held one may come again, as after a preemption
+        else:
             lease.has_lapsed = lease.has_ended = True
 
     def end(self, key):
         """The lease ends: its reader has all, or it expired."""
         lease = self.leases[key]
         lease.has_ended = True
+        self.gone.add(key)
         if lease.is_finished:
             self._ended.append(key)
             del self.leases[key]
