@@ -169,7 +169,7 @@ class SchedulerHalf:
         state = self._request(request)
         if self._room is not None and self._room.somebody_waits_to_start(request.request_id):
             return None, False
-        if state.chain is None or state.load_failed or _must_compute(request):
+        if state.chain is None or state.load_failed or must_compute(request):
             return 0, False
         block_tokens = self._settings.block_tokens
         local = state.local_blocks = computed_tokens // block_tokens
@@ -485,7 +485,7 @@ class SchedulerHalf:
             self._counters[name] = self._counters.get(name, 0) + amount
 
 
-def _must_compute(request: Any) -> bool:
+def must_compute(request: Any) -> bool:
     """Whether the request needs the prompt's own logits, which loaded KV does not bring."""
     if getattr(request, "skip_reading_prefix_cache", False):
         return True
