@@ -2,3 +2,12 @@
 //!
 //! Prefill keeps computed blocks under a lease. Decode's own threads copy them into decode's own blocks and check
 //! afterwards that the lease never lapsed; only then the blocks count.
+
+#![deny(unsafe_code)]
+
+pub mod lanes;
+#[allow(
+    unsafe_code,
+    reason = "the one place where addresses and system calls on them are handled"
+)]
+mod raw;
