@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
 use kvlane_fs::HostCache;
-use kvlane_p2p::lanes::{Lane, Lease, Span};
+use kvlane_p2p::lanes::{Lane, Lease, Span, prefer_huge_pages};
 
 use fixture::Form;
 use holder::{Holder, Kind, Layout, be_a_holder, content};
@@ -32,10 +32,24 @@ const ROUNDS: usize = 15;
 
 fn main() {
     if std::env::args().any(|argument| argument == "holder") {
-        return be_a_holder();
+        return be_a_holder(|_| {});
     }
-    let mut holder = Holder::child(LAYOUT, &["holder"]);
-    holder.set(LEASE.slot, LEASE.epoch);
+    if std::env::args().any(|argument| argument == "huge-holder") {
+        return be_a_holder(|cache| {
+            let start = Instant::now();
+            let bytes = prefer_huge_pages(cache, start + Duration::from_secs(20));
+            eprintln!("{} MiB in huge pages after {:?}", bytes >> 20, start.elapsed());
+        });
+    }
+    for (pages, argument) in [("4 KiB pages", "holder"), ("huge pages", "huge-holder")] {
+        println!("holder with {pages}");
+        let mut holder = Holder::child(LAYOUT, &[argument]);
+        holder.set(LEASE.slot, LEASE.epoch);
+        time(&holder);
+    }
+}
+
+fn time(holder: &Holder) {
     let local = LAYOUT.filled(2);
     // An odd step of a power of two visits every block once, none beside the one before.
     let scattered = |step: u32| {

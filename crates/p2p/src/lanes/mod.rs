@@ -13,6 +13,7 @@ mod epoch_table;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod huge_pages;
 mod pairing;
 mod patience;
 mod remote;
@@ -27,6 +28,7 @@ use std::time::Instant;
 
 pub use epoch_table::{EpochTable, ProbeToken};
 pub use error::LaneError;
+pub use huge_pages::prefer_huge_pages;
 pub use pairing::Pairing;
 pub use remote::{MAX_REGIONS, MAX_TOTAL_RUNS, RemoteCache, RemoteRegion};
 pub use serve::{Served, serve};

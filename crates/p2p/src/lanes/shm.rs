@@ -30,7 +30,8 @@ pub struct PeerMemory {
 /// Copies by `process_vm_readv`, which needs nothing of the peer but that its process lives: not even that it runs.
 ///
 /// Any number of lanes to one peer may copy at the same time, and two threads copy nearly twice as fast as one: half of the
-/// time goes into the kernel's finding and holding the peer's pages, which is not what memory limits.
+/// time goes into the kernel's finding and holding the peer's pages, unless
+/// [these are huge](super::prefer_huge_pages), which is not what memory limits.
 pub struct ShmLane {
     peer: PeerMemory,
     pid: i32,

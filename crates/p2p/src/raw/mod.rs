@@ -4,10 +4,12 @@
 //! time. The kernel copies it, as [`LocalRanges`] says; addresses of another process are only numbers for the kernel,
 //! which checks them.
 
+mod huge_pages;
 mod local_ranges;
 mod process;
 mod socket;
 
+pub(crate) use huge_pages::{HUGE_PAGE_BYTES, join_pages};
 pub(crate) use local_ranges::LocalRanges;
 pub(crate) use process::{RemoteRanges, read_process, read_process_bytes};
 pub(crate) use socket::{Interest, keep_alive, receive, send, send_unpaced, wait};

@@ -226,8 +226,9 @@ pub(crate) enum Kind {
     Tcp,
 }
 
-/// In a child of [`Holder::child`]: holds blocks until standard input ends, and returns then. Elsewhere: returns at once.
-pub(crate) fn be_a_holder() {
+/// In a child of [`Holder::child`]: prepares its cache and holds blocks until standard input ends, and returns then. Elsewhere:
+/// returns at once.
+pub(crate) fn be_a_holder(prepare: impl FnOnce(&HostCache)) {
     let Ok(variable) = std::env::var(CHILD_VARIABLE) else {
         return;
     };
@@ -245,6 +246,7 @@ pub(crate) fn be_a_holder() {
         blocks: numbers[2] as u32,
         layer_bytes: numbers[3],
     });
+    prepare(&parts.cache);
     say(&print_hello(&parts.hello()));
     for line in std::io::stdin().lines() {
         let line = line.unwrap();

@@ -62,7 +62,7 @@ fn holder(layout: Layout, place: Place) -> Holder {
 /// Not a test: what [`Holder::child`] starts.
 #[test]
 fn the_holder_of_a_child_process() {
-    holder::be_a_holder();
+    holder::be_a_holder(|_| {});
 }
 
 fn soon() -> Instant {
