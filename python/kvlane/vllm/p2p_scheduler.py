@@ -115,7 +115,7 @@ class P2pSchedulerHalf:
         self._adapters = AdapterIdentities()
         self._requests: dict[str, _Request] = {}
         self._offers = Offers(settings.block_tokens, lambda request_id: self._count("not_held_requests", 1))
-        self._doubt = DoubtfulSteps(settings.batches_in_flight, settings.siblings_are_silent)
+        self._doubt = DoubtfulSteps(settings.block_tokens, settings.batches_in_flight, settings.siblings_are_silent)
         self._parking = Parking(settings.cache_blocks, options.parked_percent, settings.block_tokens)
         self._room = None if settings.leaves_room else Room(settings.cache_blocks, settings.block_tokens)
         #: Requests that wait for their pull.

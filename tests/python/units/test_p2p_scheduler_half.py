@@ -3,12 +3,12 @@
 import types
 
 import pytest
-from test_scheduler_half import BLOCK, Clock, allocate, output, request
 
 from kvlane.vllm import p2p_scheduler
 from kvlane.vllm.p2p_options import P2pOptions
 from kvlane.vllm.p2p_scheduler import P2pSchedulerHalf, P2pSettings
 from kvlane.vllm.p2p_steps import Abort, Extend, Finish, Offer, Progress, Release, Revoke
+from test_scheduler_half import BLOCK, Clock, allocate, output, request
 
 PLACE = "___prefill_addr_10.0.0.1:14579___decode_addr_10.0.0.2:14580_"
 SERVED = types.SimpleNamespace(name="FINISHED_LENGTH_CAPPED")
