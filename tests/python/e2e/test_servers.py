@@ -8,14 +8,13 @@ import concurrent.futures
 import contextlib
 import random
 import time
-import uuid
 
 import pytest
 
 from settings import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_LEN_TOKENS
 from support import cpus
 from support.client import complete
-from support.connector import OWN_NAME, transfer_config
+from support.connector import OWN_NAME, transfer_config, transfer_id
 from support.metrics import by_label, external_hits, scrape
 from support.outcome import assert_same, full_blocks_tokens
 from support.places import make_store, remove_store
@@ -208,8 +207,7 @@ def test_a_prefill_that_stops_in_the_middle_costs_a_recompute_within_the_load_ti
 def answer_of_decode_while_prefill_stands_still(servers, prompts, prompt, filling_s):
     """Decode's answer to a prompt that prefill, which needs `filling_s` for it, was stopped in, and the seconds."""
     prefill, decode = servers[:2]
-    addresses = [server.url.removeprefix("http://") for server in (prefill, decode)]
-    request_id = "___prefill_addr_{}___decode_addr_{}_{}".format(*addresses, uuid.uuid4().hex)
+    request_id = transfer_id(*(server.url.removeprefix("http://") for server in (prefill, decode)))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         filling = pool.submit(complete, prefill.url, prompt, 1, request_id=request_id)
         # Early enough to see what is promised, as the blocks in the making are not to be seen after the stop.
