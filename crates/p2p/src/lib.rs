@@ -2,3 +2,5 @@
 //!
 //! Prefill keeps computed blocks under a lease. Decode's own threads copy them into decode's own blocks and check
 //! afterwards that the lease never lapsed; only then the blocks count.
+
+pub mod discovery;
