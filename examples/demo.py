@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "
 from support import cpus
 from support.client import Completion, complete
 from support.connector import p2p_config, transfer_config, transfer_id
-from support.metrics import external_hits, loaded_bytes
+from support.metrics import external_hits, pulled_bytes
 from support.outcome import LOGPROB_TOLERANCE, full_blocks_tokens, logprob_difference, whole_prompt_tokens
 from support.places import ROOT, TARGET, make_store, remove_store
 from support.prompts import Prompts
@@ -58,9 +58,9 @@ class Pair(NamedTuple):
     external_tokens: int
     # Decode's own part, when prefill has computed the prompt.
     decode_alone: Completion
-    # Of the answer through the proxy: bytes that kvlane copied into decode's cache. None through a folder, where every
+    # Of the answer through the proxy: bytes that arrived at decode over the lane. None through a folder, where every
     # token that is counted lies there already.
-    loaded_bytes: int | None = None
+    pulled_bytes: int | None = None
 
 
 def main(arguments=None):
@@ -139,16 +139,13 @@ def run_lanes(model, warm_up, requests, lanes):
     """By lane, a `Pair` per request. The prefill server stays, each lane gets a decode server of its own."""
     prefill_cpus, decode_cpus = cpus.halves()
     kv_ports = free_ports(2)
-    # Where vLLM says that it is to be found; its guess need not be reachable on this machine.
-    here = {"VLLM_HOST_IP": "127.0.0.1"}
     pairs = {}
     with vllm_server(
         "prefill",
         model,
         prefill_cpus,
-        transfer=p2p_config("producer", kv_ports[0]),
+        transfer=p2p_config("producer", kv_ports[0], host="127.0.0.1"),
         arguments=SERVER_ARGUMENTS,
-        environment=here,
     ) as prefill:
         for lane in lanes:
             with contextlib.ExitStack() as stack:
@@ -157,9 +154,8 @@ def run_lanes(model, warm_up, requests, lanes):
                         f"decode-{lane}",
                         model,
                         decode_cpus,
-                        transfer=p2p_config("consumer", kv_ports[1], lane=lane),
+                        transfer=p2p_config("consumer", kv_ports[1], host="127.0.0.1", lane=lane),
                         arguments=SERVER_ARGUMENTS,
-                        environment=here,
                     )
                 )
                 if not pairs:
@@ -168,17 +164,17 @@ def run_lanes(model, warm_up, requests, lanes):
                 proxy = stack.enter_context(kvlane_proxy(prefill.url, decode.url, kv_ports=kv_ports))
                 proxy.wait_until_ready()
                 say(f"proxy ready: {proxy.url} in front of both, KV goes over {lane}")
-                pairs[lane] = ask_over_lane(prefill, decode, proxy, kv_ports, warm_up, requests)
+                pairs[lane] = ask_over_lane(lane, prefill, decode, proxy, kv_ports, warm_up, requests)
     return pairs
 
 
-def ask_over_lane(prefill, decode, proxy, kv_ports, warm_up, requests):
+def ask_over_lane(lane, prefill, decode, proxy, kv_ports, warm_up, requests):
     complete(proxy.url, warm_up, OUTPUT_TOKENS)
     answers = []
     for prompt in requests:
-        before = external_hits(decode.url), loaded_bytes(decode.url)
+        before = external_hits(decode.url), pulled_bytes(decode.url, lane)
         handed_over = complete(proxy.url, prompt, OUTPUT_TOKENS)
-        after = external_hits(decode.url), loaded_bytes(decode.url)
+        after = external_hits(decode.url), pulled_bytes(decode.url, lane)
         # Another hand-over of the same prompt, of which only decode's part is timed.
         request_id = transfer_id(*(f"127.0.0.1:{port}" for port in kv_ports))
         complete(prefill.url, prompt, 1, request_id=request_id)
@@ -251,7 +247,7 @@ def make_row(answers, lane=None):
     return {
         **row,
         "lane": lane,
-        "_loaded_bytes": min(pair.loaded_bytes for _, pair, _ in answers),
+        "_pulled_bytes": min(pair.pulled_bytes for _, pair, _ in answers),
         "_prompt_bytes": prompt_tokens * token_bytes("float32"),
     }
 
@@ -298,9 +294,9 @@ def verdict(rows):
             expected = row["_expected_tokens"]
             problems.append(f"{what}: KV of {row['external_tokens']} tokens came over the {over}, {expected} expected")
         # vLLM counts what was planned. What was lost on the way shows in the bytes only.
-        if lane and row["_loaded_bytes"] < row["_prompt_bytes"]:
+        if lane and row["_pulled_bytes"] < row["_prompt_bytes"]:
             least = row["_prompt_bytes"]
-            problems.append(f"{what}: {row['_loaded_bytes']} bytes came over the lane, at least {least} expected")
+            problems.append(f"{what}: {row['_pulled_bytes']} bytes came over the lane, at least {least} expected")
     for problem in problems:
         say(f"FAILED: {problem}")
     if not problems and "lane" in rows[0]:

@@ -36,8 +36,8 @@ def assert_same(result, first_run, second_run, dtype="float32", what=""):
 def whole_prompt_tokens(prompt_tokens, local_tokens=0):
     """Tokens of a prompt that vLLM counts as external when prefill hands all of them over, a block that is not full
     included, and the server had the first `local_tokens` itself. The last one is among them although vLLM computes it
-    again to sample: its KV was handed over too."""
-    return prompt_tokens - local_tokens
+    again to sample. Where only that one is missing nothing is asked for."""
+    return prompt_tokens - local_tokens if local_tokens < prompt_tokens - 1 else 0
 
 
 def full_blocks_tokens(prompt_tokens, block_tokens):

@@ -31,10 +31,10 @@ def answer(handed_over=None, external_tokens=WHOLE_BLOCKS_TOKENS, single=None):
     return PROMPT, pair, single or completion(ttft_s=0.3)
 
 
-def lane_answer(handed_over=None, external_tokens=WHOLE_PROMPT_TOKENS, loaded_bytes=PROMPT_BYTES, single=None):
+def lane_answer(handed_over=None, external_tokens=WHOLE_PROMPT_TOKENS, pulled_bytes=PROMPT_BYTES, single=None):
     """The same of a prompt that went from server to server."""
     _, pair, alone = answer(handed_over, external_tokens, single)
-    return PROMPT, pair._replace(loaded_bytes=loaded_bytes), alone
+    return PROMPT, pair._replace(pulled_bytes=pulled_bytes), alone
 
 
 def row_of(*answers):
@@ -66,7 +66,7 @@ def test_a_prompt_shorter_than_a_block_passes_with_nothing_from_the_folder():
 def test_over_a_lane_a_prompt_shorter_than_a_block_has_to_come_too(capsys):
     short = (PROMPT[:20], *lane_answer(external_tokens=20)[1:])
     assert DEMO.verdict([DEMO.make_row([short], "shm")]) == 0
-    missing = (PROMPT[:20], *lane_answer(external_tokens=0, loaded_bytes=0)[1:])
+    missing = (PROMPT[:20], *lane_answer(external_tokens=0, pulled_bytes=0)[1:])
     assert DEMO.verdict([DEMO.make_row([missing], "shm")]) == 1
     assert "20 tokens over shm: KV of 0 tokens came over the lane, 20 expected" in capsys.readouterr().out
 
@@ -112,8 +112,8 @@ def test_one_wrong_answer_among_good_ones_fails_and_is_named(capsys, wrong, comp
         (lane_answer(external_tokens=0), f"KV of 0 tokens came over the lane, {len(PROMPT)} expected"),
         (lane_answer(external_tokens=len(PROMPT) - 1), "tokens came over the lane"),
         (lane_answer(external_tokens=WHOLE_BLOCKS_TOKENS), "tokens came over the lane"),
-        (lane_answer(loaded_bytes=0), f"0 bytes came over the lane, at least {PROMPT_BYTES} expected"),
-        (lane_answer(loaded_bytes=PROMPT_BYTES - 1), "bytes came over the lane"),
+        (lane_answer(pulled_bytes=0), f"0 bytes came over the lane, at least {PROMPT_BYTES} expected"),
+        (lane_answer(pulled_bytes=PROMPT_BYTES - 1), "bytes came over the lane"),
     ],
     ids=["text", "logprob", "nothing external", "a token too few", "whole blocks only", "nothing loaded", "lost"],
 )
@@ -156,9 +156,9 @@ def test_each_server_and_each_lane_gets_its_port_and_both_calls_the_same_id(tmp_
     assert prefill.transfer["kv_connector"] == "P2pNcclConnector"
     assert prefill.transfer["kv_port"] != shm.transfer["kv_port"] == tcp.transfer["kv_port"]
     assert [server.transfer["kv_connector_extra_config"] for server in (prefill, shm, tcp)] == [
-        {},
-        {"lane": "shm"},
-        {"lane": "tcp"},
+        {"host": "127.0.0.1"},
+        {"host": "127.0.0.1", "lane": "shm"},
+        {"host": "127.0.0.1", "lane": "tcp"},
     ]
     ports = (prefill.transfer["kv_port"], shm.transfer["kv_port"])
     own_calls = [call for call in demo.calls if call.request_id]
@@ -211,7 +211,7 @@ def stand_in(monkeypatch, folder):
         "kvlane_proxy": proxy,
         "complete": complete,
         "external_hits": lambda url: tokens[url],
-        "loaded_bytes": lambda url: tokens[url] * token_bytes(),
+        "pulled_bytes": lambda url, lane: (lane in url) * tokens[url] * token_bytes(),
         "tiny_model": lambda _dtype: folder,
         "vocabulary_size": lambda _model: 512,
         "make_store": lambda _name: folder,
