@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from settings import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_LEN_TOKENS
+from settings import BLOCK_TOKENS, CHUNKED_SERVER_ARGUMENTS, SERVER_ARGUMENTS
 from support import cpus
 from support.client import complete
 from support.connector import OWN_NAME, transfer_config, transfer_id
@@ -27,13 +27,6 @@ pytestmark = pytest.mark.timeout(600)
 OUTPUT_TOKENS = 16
 LOAD_TIMEOUT_MS = 4_000
 STOPS = 12
-ARGUMENTS = [
-    *("--dtype", "float32", "--block-size", str(BLOCK_TOKENS), "--max-model-len", str(MODEL_LEN_TOKENS)),
-    *("--max-num-seqs", "16", "--no-enable-prefix-caching"),
-]
-# A long prompt takes many steps there, so that a test can act in the middle of one. The requests with a seed fit into
-# one step: one that prefills them in part ends vLLM 0.32 on a CPU ("CPU Generator does not use offset").
-CHUNKED = [*ARGUMENTS, "--enable-chunked-prefill", "--max-num-batched-tokens", str(CHUNK_TOKENS * 3 // 2)]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +41,22 @@ def servers(model):
             "consumer", store, name=OWN_NAME, by_module_path=True, load_timeout_ms=LOAD_TIMEOUT_MS
         )
         started = [
-            vllm_server("e2e-prefill", model, first, transfer=transfer_config("producer", store), arguments=CHUNKED),
             vllm_server(
-                "e2e-decode", model, second, transfer=by_path, arguments=ARGUMENTS, environment={"KVLANE_PLUGIN": "0"}
+                "e2e-prefill",
+                model,
+                first,
+                transfer=transfer_config("producer", store),
+                arguments=CHUNKED_SERVER_ARGUMENTS,
             ),
-            vllm_server("e2e-single", model, first, arguments=ARGUMENTS),
+            vllm_server(
+                "e2e-decode",
+                model,
+                second,
+                transfer=by_path,
+                arguments=SERVER_ARGUMENTS,
+                environment={"KVLANE_PLUGIN": "0"},
+            ),
+            vllm_server("e2e-single", model, first, arguments=SERVER_ARGUMENTS),
         ]
         for server in started:
             stack.enter_context(server)
