@@ -6,14 +6,17 @@
 mod support;
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::body::Body;
 use bytes::Bytes;
-use http::StatusCode;
+use http::{Response, StatusCode};
 use kvlane_proxy::request_id::TransferAddresses;
 use kvlane_proxy::{ConfigError, Dispatch, KvBackend, Proxy, ProxyConfig, UpstreamAddress};
-use support::{Gone, Mock, Running, StreamingMock, dead_address, error_of, json, next_chunk, soon, text};
+use support::{
+    Fed, Gone, Mock, Running, StreamingMock, dead_address, error_of, json, next_chunk, soon, text,
+};
 use tokio::sync::{Barrier, Notify};
 
 const STREAM: &str = r#"{"prompt":"x","stream":true}"#;
@@ -266,16 +269,28 @@ async fn without_a_prefill_to_call_the_id_names_none() {
 }
 
 #[tokio::test]
-async fn a_decode_that_refuses_or_fails_is_the_answer_and_ends_prefill() {
+async fn a_decode_that_refuses_or_fails_is_the_answer_and_ends_prefill_with_its_head() {
     for status in [400, 404, 429, 500, 503] {
         let (prefill, begun, gone) = endless().await;
-        let decode = fixed_after(&begun, status).await;
+        let (feed, body) = Fed::new();
+        let body = Arc::new(Mutex::new(Some(body)));
+        let decode = Mock::start(move |_call| {
+            let (begun, body) = (begun.clone(), body.clone());
+            async move {
+                soon(&begun).await;
+                let body = Body::new(body.lock().unwrap().take().unwrap());
+                Response::builder().status(status).body(body).unwrap()
+            }
+        })
+        .await;
         let proxy = Running::start(between(&prefill, &decode)).await;
         let response = proxy.complete("{}").await;
         assert_eq!(response.status(), status);
-        // Its body is not read yet: prefill ends with decode's head.
+        // The rest of decode's answer may take its time.
         soon(&gone).await;
-        assert_eq!(text(response).await, "{}");
+        feed.send(Ok(Bytes::from_static(b"no"))).unwrap();
+        drop(feed);
+        assert_eq!(text(response).await, "no");
     }
 }
 
