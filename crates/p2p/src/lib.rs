@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod discovery;
 mod engine;
 pub mod error;
 pub mod key;
