@@ -23,22 +23,21 @@ SCRIPT = """
 import json, sys
 way, manifest = sys.argv[1:]
 if way == "plugin":
-    from vllm.plugins import load_general_plugins
     from kvlane import plugin
     plugin.register()
 elif way == "import":
     import kvlane.compat
 from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from pydantic import TypeAdapter
 found = {}
 for name, make in {
     "json": lambda: TypeAdapter(KVTransferConfig).validate_json(manifest),
     "constructor": lambda: KVTransferConfig(**json.loads(manifest)),
     "unknown": lambda: KVTransferConfig(kv_connector="X", kv_role="kv_both", kv_rnak=1),
-    "command line": lambda: __import__("vllm.engine.arg_utils").engine.arg_utils.EngineArgs.from_cli_args(
-        __import__("vllm.engine.arg_utils").engine.arg_utils.EngineArgs.add_cli_args(
-            __import__("vllm.utils.argparse_utils").utils.argparse_utils.FlexibleArgumentParser()
-        ).parse_args(["--kv-transfer-config", manifest])
+    "command line": lambda: EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(
+        ["--kv-transfer-config", manifest]
     ).kv_transfer_config,
 }.items():
     try:
