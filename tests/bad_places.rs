@@ -211,25 +211,34 @@ fn a_reader_that_stood_still_in_a_copy_survives_that_its_segment_is_gone_and_the
     assert!(owner.ended_well());
 }
 
-#[test]
-fn a_file_system_that_cannot_allocate_is_used_by_system_calls_and_refused_for_mappings() {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
-    let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+const WITHOUT_EXTENTS: &str = "an ext4 without extents";
+
+/// A file system of 32 MiB that cannot allocate in advance, as ext2 and ext3 were: what mounts it, and where.
+fn ext4_without_extents(folder: &Path) -> Option<(String, PathBuf)> {
+    let (image, mount) = (folder.join("image"), folder.join("mount"));
     fs::create_dir(&mount).expect("a folder");
     let file = fs::File::create(&image).expect("a file");
     file.set_len(32 * MIB).expect("it can be sparse");
-    let what = "an ext4 without extents";
-    // What ext2 and ext3 were like.
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-O", "^extents,^64bit"])
         .arg(&image)
         .status();
     if !made.as_ref().is_ok_and(std::process::ExitStatus::success) {
-        return not_run(what, &format!("mkfs.ext4: {made:?}"));
+        not_run(WITHOUT_EXTENTS, &format!("mkfs.ext4: {made:?}"));
+        return None;
     }
     let prelude = format!("mount -o loop {} {}", image.display(), mount.display());
+    Some((prelude, mount))
+}
+
+#[test]
+fn a_file_system_that_cannot_allocate_is_used_by_system_calls_and_refused_for_mappings() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let Some((prelude, mount)) = ext4_without_extents(folder.path()) else {
+        return;
+    };
     let setup = Setup::default();
-    let Some((mut process, opened)) = in_namespace(what, &prelude, &mount, &setup) else {
+    let Some((mut process, opened)) = in_namespace(WITHOUT_EXTENTS, &prelude, &mount, &setup) else {
         return;
     };
     assert_eq!(opened, "open");
@@ -241,12 +250,49 @@ fn a_file_system_that_cannot_allocate_is_used_by_system_calls_and_refused_for_ma
         ..setup
     };
     let below = mount.join("mapped");
-    let Some((mut process, opened)) = in_namespace(what, &prelude, &below, &mapped) else {
+    let Some((mut process, opened)) = in_namespace(WITHOUT_EXTENTS, &prelude, &below, &mapped) else {
         return;
     };
     assert_eq!(opened, "open");
     assert_eq!(process.ask("store chain 4"), "missed Dropped 4");
     eventually("the message", || process.warnings().contains("cannot allocate"));
+    process.tell("quit");
+    assert!(process.ended_well());
+}
+
+#[test]
+fn where_a_full_file_system_cannot_allocate_blocks_go_where_others_have_been() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let Some((prelude, mount)) = ext4_without_extents(folder.path()) else {
+        return;
+    };
+    let setup = Setup {
+        capacity_bytes: Some(16 * MIB),
+        segment_bytes: Some(4 * MIB),
+        ..Setup::default()
+    };
+    let Some((mut process, opened)) = in_namespace(WITHOUT_EXTENTS, &prelude, &mount, &setup) else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    for chain in 0..8 {
+        assert_eq!(process.ask(&format!("store first-{chain} 6")), "done");
+    }
+    // Into the mount, which only the process sees.
+    let below = mount.strip_prefix("/").expect("it is absolute");
+    let filler = Path::new(&format!("/proc/{}/root", process.id()))
+        .join(below)
+        .join("filler");
+    let mut file = fs::File::create(filler).expect("a file");
+    while std::io::Write::write(&mut file, &[1; 4096]).is_ok() {}
+    let stored: Vec<String> = (0..30)
+        .map(|chain| process.ask(&format!("store later-{chain} 6")))
+        .collect();
+    let done = stored.iter().filter(|answer| *answer == "done").count();
+    assert!(done >= 28, "the first ones find out, and no others: {stored:?}");
+    assert_eq!(process.ask("load later-29 6"), "done");
+    let said = process.warnings().matches("cannot store a block").count();
+    assert_eq!(said, 1, "once for its cause");
     process.tell("quit");
     assert!(process.ended_well());
 }

@@ -81,6 +81,8 @@ impl Watched {
                     loads.fetch_add(1, Ordering::Relaxed);
                     std::thread::sleep(Duration::from_micros(300));
                 }
+                // Whoever meets a corrupt block first condemns it, and it is absent for everybody else.
+                check_none_corrupt(&worker);
             })
         });
         let readers = readers.collect();
@@ -131,11 +133,7 @@ impl Watched {
             blocks => Some((salt.clone(), blocks)),
         };
         let missing = committed.iter().filter_map(missing).collect();
-        assert_eq!(
-            reader.stats().corrupt_blocks,
-            0,
-            "a block was visible before it was whole"
-        );
+        check_none_corrupt(&reader);
         (committed.len() as u64, missing)
     }
 
@@ -188,6 +186,12 @@ impl Journal {
         let mut committed = self.committed.lock().expect("no writer thread panicked");
         committed.extend(done.map(str::to_owned));
     }
+}
+
+/// Whether all that this worker has found was whole.
+fn check_none_corrupt(worker: &Worker) {
+    let corrupt_blocks = worker.stats().corrupt_blocks;
+    assert_eq!(corrupt_blocks, 0, "a block was visible before it was whole");
 }
 
 /// Bytes that the files of a folder take.
@@ -378,6 +382,7 @@ fn stop_writers(
             });
             // Killed, so it is none of those that continued.
             counts.add("stopped_with_the_budget_locked_and_killed", 1);
+            check_none_corrupt(&new);
             drop(new);
             watched.finish(counts);
             continue;
@@ -432,6 +437,7 @@ fn stop_writers(
         old.kill();
         watched.check_space();
         counts.add("stopped_and_continued", 1);
+        check_none_corrupt(&new);
         drop(new);
         let last = Worker::open(watched.path(), setup).expect("a new writer can begin");
         assert_eq!(

@@ -1,21 +1,161 @@
 //! How many file descriptors segments may take: an engine that has none left answers no request any more.
+//!
+//! A process may have several folders open, or one twice: where one GPU is all there is, vLLM schedules and works in the
+//! same process. So all of them are counted together.
 
-/// Half of what this process may have open; the other half is for everything else.
-pub(crate) fn max_for_segments() -> u64 {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    limit.map_or(u64::MAX, |limit| limit / 2)
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex};
+
+use crate::jobs::lock;
+
+/// An own segment takes one for its lock and one for its owner's reads, besides one for each index of its folder.
+const OWN_DESCRIPTORS: u64 = 2;
+
+/// What the segments of one process have open.
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors {
+    /// What they may; `None`: half of what the process may. The other half is for everything else.
+    max: Option<u64>,
+    open: AtomicU64,
+    /// Open folders, each of which has an index.
+    folders: AtomicU64,
+    /// Ids of the segments that this process writes.
+    own: Mutex<HashSet<u64>>,
 }
 
-/// What segments take: each that the index knows has one to be read, an own one two more, for its lock and its owner's
-/// reads. A new own one may not be known yet.
-pub(crate) fn taken_by(own: usize, known: usize) -> u64 {
-    (2 * own + known.max(own)) as u64
+static OF_THIS_PROCESS: LazyLock<Arc<Descriptors>> = LazyLock::new(Arc::default);
+
+impl Descriptors {
+    pub(crate) fn max(&self) -> u64 {
+        self.max.unwrap_or_else(|| {
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+            limit.map_or(u64::MAX, |limit| limit / 2)
+        })
+    }
+
+    /// What own segments may take, and what those of others may: each leaves something for the other.
+    fn part_max(&self) -> u64 {
+        self.max() / 4 * 3 + self.max() % 4
+    }
+
+    fn open(&self) -> u64 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// What to say when there are no more for another segment.
+    pub(crate) fn complaint(&self) -> String {
+        format!(
+            "segments may take {} file descriptors, which is half of what this process may have (ulimit -n): \
+             raise that limit, or `segment_bytes`",
+            self.max()
+        )
+    }
 }
 
-/// What to say when there are no more for another segment.
-pub(crate) fn complaint(max: u64) -> String {
-    format!(
-        "segments take {max} file descriptors, which is half of what this process may have (ulimit -n): \
-         raise that limit, or `segment_bytes`"
-    )
+/// An open folder's part in them.
+#[derive(Debug)]
+pub(crate) struct Share(Arc<Descriptors>);
+
+impl Share {
+    pub(crate) fn of_this_process() -> Self {
+        Self::of(Arc::clone(&OF_THIS_PROCESS))
+    }
+
+    fn of(descriptors: Arc<Descriptors>) -> Self {
+        descriptors.folders.fetch_add(1, Ordering::Relaxed);
+        Share(descriptors)
+    }
+
+    /// Counts an open segment.
+    pub(crate) fn take(&self) -> Taken {
+        self.0.open.fetch_add(1, Ordering::Relaxed);
+        Taken(Arc::clone(&self.0))
+    }
+
+    /// Counts what its owner has open of a segment.
+    pub(crate) fn take_own(&self, id: u64) -> TakenByOwner {
+        lock(&self.0.own).insert(id);
+        TakenByOwner {
+            taken: self.take(),
+            id,
+            process: std::process::id(),
+        }
+    }
+
+    /// Segments that this process writes. They are few enough, and it must find its own blocks.
+    pub(crate) fn own(&self) -> HashSet<u64> {
+        lock(&self.0.own).clone()
+    }
+
+    /// How many segments of others the index of this folder may have open, so that every index gets its part.
+    pub(crate) fn others_max(&self) -> u64 {
+        self.0.part_max() / self.0.folders.load(Ordering::Relaxed).max(1)
+    }
+
+    /// Whether no segment of others may be opened now, whoever has all of them.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.0.open() >= self.0.max()
+    }
+
+    /// Whether one more segment may be written.
+    pub(crate) fn has_room_for_own(&self) -> bool {
+        let each = OWN_DESCRIPTORS + self.0.folders.load(Ordering::Relaxed);
+        let own = lock(&self.0.own).len() as u64 + 1;
+        own.saturating_mul(each) <= self.0.part_max() && self.0.open().saturating_add(each) <= self.0.max()
+    }
+
+    pub(crate) fn complaint(&self) -> String {
+        self.0.complaint()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_another_process(max: u64) -> Self {
+        Self::of(Arc::new(Descriptors {
+            max: Some(max),
+            ..Descriptors::default()
+        }))
+    }
+
+    /// Another folder of the same process.
+    #[cfg(test)]
+    pub(crate) fn beside(&self) -> Self {
+        Self::of(Arc::clone(&self.0))
+    }
 }
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.0.folders.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A descriptor that is counted.
+#[derive(Debug)]
+pub(crate) struct Taken(Arc<Descriptors>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The descriptor of a segment's owner.
+#[derive(Debug)]
+pub(crate) struct TakenByOwner {
+    taken: Taken,
+    id: u64,
+    process: u32,
+}
+
+impl Drop for TakenByOwner {
+    fn drop(&mut self) {
+        // In a forked child somebody who is not there may have the lock.
+        if self.process == std::process::id() {
+            lock(&self.taken.0.own).remove(&self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

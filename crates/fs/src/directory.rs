@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::{Mode, OFlags};
 
 use crate::control::Control;
+use crate::descriptors::Share;
 use crate::error::{FsError, Result};
 use crate::host::Host;
 use crate::jobs::lock;
@@ -30,6 +31,7 @@ pub(crate) struct Directory {
     pub(crate) choice: MediumChoice,
     pub(crate) host: Host,
     pub(crate) control: Arc<Control>,
+    pub(crate) descriptors: Share,
     /// Segments that we removed and whose payload somebody was still copying.
     removed: Mutex<Vec<Removed>>,
 }
@@ -100,6 +102,7 @@ impl Directory {
             choice,
             host: Host::this(),
             control: Arc::new(control),
+            descriptors: Share::of_this_process(),
             removed: Mutex::default(),
         }))
     }

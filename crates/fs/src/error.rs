@@ -106,6 +106,11 @@ impl FsError {
     }
 }
 
+/// Whether there was no space for what was to be written.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+}
+
 impl From<FsError> for kvlane_core::Error {
     fn from(error: FsError) -> Self {
         match error {

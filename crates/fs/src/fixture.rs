@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use kvlane_core::{BlockKey, BlockMap, Device, LoadOrder, LoadRequest, NamespaceId, TensorView};
 
 use crate::cold::ColdQueue;
+use crate::descriptors::Share;
 use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
 use crate::index::Found;
@@ -75,7 +76,10 @@ fn open(path: &std::path::Path, capacity_bytes: u64, medium: Medium) -> Director
     let options = FsOptions::default()
         .with_capacity_bytes(capacity_bytes)
         .with_medium(medium);
-    Directory::open(path, &options, true).unwrap().unwrap()
+    let mut directory = Directory::open(path, &options, true).unwrap().unwrap();
+    // Tests run side by side in one process, of which each plays several.
+    directory.descriptors = Share::of_another_process(u64::MAX);
+    directory
 }
 
 pub(crate) fn geometry() -> Geometry {
@@ -116,6 +120,13 @@ pub(crate) fn put(segment: &OwnedSegment, slot: u32, mut record: SlotRecord) {
 pub(crate) fn commit(segment: &OwnedSegment, slot: u32, key: BlockKey, depth: u32, mark: u32) {
     put(segment, slot, record(SlotState::Committed, key, depth));
     segment.set_mark(slot, mark);
+}
+
+/// Damages the sequence word of a slot.
+pub(crate) fn set_sequence(segment: &OwnedSegment, slot: u32, sequence: u64) {
+    let offset = segment.header().sequence_offset(slot);
+    let word = segment.mapping().u64_at(offset as usize);
+    word.store(sequence, std::sync::atomic::Ordering::Release);
 }
 
 /// A cache of 8 blocks.

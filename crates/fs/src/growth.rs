@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::control::WriterPlace;
 use crate::counters::Counters;
 use crate::directory::Directory;
-use crate::error::FsError;
+use crate::error::{FsError, is_full};
 use crate::format::SegmentHeader;
 use crate::memory_limit;
 use crate::segment::{self, Geometry, OwnedSegment, SegmentView};
@@ -51,14 +51,10 @@ fn grow_locked(
     own_bytes: u64,
 ) -> Result<Growth, FsError> {
     let directory = &shared.directory;
-    if directory.choice.always_copies_on_write() {
+    if let Some(reason) = directory.choice.refusal() {
         return Ok(Growth::Refused {
             cause: "copy-on-write",
-            reason: format!(
-                "{} copies on write: once it is full, a store through a mapping would end the process. \
-                 Allowed: tmpfs, ext4, xfs, btrfs",
-                directory.choice.file_system
-            ),
+            reason,
         });
     }
     let control = &directory.control;
@@ -133,9 +129,7 @@ fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment
     }
     match OwnedSegment::create(directory, header, &shared.geometry.layer_bytes, shared.start_id) {
         Ok(segment) => Ok(Ok(segment)),
-        Err(FsError::Io { source, .. })
-            if matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
-        {
+        Err(FsError::Io { source, .. }) if is_full(&source) => {
             Ok(Err(("full", format!("the file system is full: {source}"))))
         }
         Err(error) => Err(error),
@@ -229,7 +223,7 @@ fn adopt_one(directory: &Directory, geometry: &Geometry) -> Option<OwnedSegment>
     None
 }
 
-/// Removes the orphan that was used least lately. Its geometry is not ours, else it would have been adopted.
+/// Removes the orphan that was used least lately. It is of no use to us, else it would have been adopted.
 fn remove_coldest_orphan(directory: &Directory) -> Result<bool, FsError> {
     let mut ages: HashMap<String, u32> = HashMap::new();
     for (_, name) in directory.segment_names()? {

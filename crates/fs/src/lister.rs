@@ -6,7 +6,6 @@ use std::collections::HashSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::descriptors;
 use crate::directory::Directory;
 use crate::error::FsError;
 use crate::index::Index;
@@ -206,11 +205,11 @@ pub(crate) struct Listing {
 impl Wanted {
     /// Asks the file system. May block: not for an engine's thread, and not with the index locked.
     pub(crate) fn list(self, directory: &Directory) -> Listing {
-        self.list_some(directory, descriptors::max_for_segments())
+        self.list_some(directory, directory.descriptors.others_max())
     }
 
-    /// As many segments as may be open at once.
-    fn list_some(self, directory: &Directory, descriptors_max: u64) -> Listing {
+    /// At most `others_max` of those that this process does not write.
+    fn list_some(self, directory: &Directory, others_max: u64) -> Listing {
         let mut listing = Listing {
             generation: self.generation,
             linked: None,
@@ -229,33 +228,44 @@ impl Wanted {
                 return listing;
             }
         };
-        let known = names.iter().filter(|(id, _)| self.known.contains(id)).count();
-        listing.linked = Some(names.iter().map(|(id, _)| *id).collect());
+        let own = directory.descriptors.own();
+        let mut linked: HashSet<u64> = names.iter().map(|(id, _)| *id).collect();
+        let (mut others, mut left_out) = (0, false);
+        for (id, _) in &names {
+            if self.known.contains(id) && !own.contains(id) {
+                if others >= others_max {
+                    // Another folder of this process needs its part: as good as gone.
+                    linked.remove(id);
+                    left_out = true;
+                } else {
+                    others += 1;
+                }
+            }
+        }
+        listing.linked = Some(linked);
         for (id, name) in names {
             if self.known.contains(&id) || self.rejected.contains(&id) {
                 continue;
             }
-            if (known + listing.opened.len()) as u64 >= descriptors_max {
-                let complaint = descriptors::complaint(descriptors_max);
-                listing
-                    .problems
-                    .push(format!("segments are left out: {complaint}"));
-                // There is room again once others are gone.
-                listing.complete = false;
-                break;
+            let is_own = own.contains(&id);
+            if !is_own && (others >= others_max || directory.descriptors.is_used_up()) {
+                left_out = true;
+                continue;
             }
             match SegmentView::open(directory, &name) {
                 Ok(Some(view)) => {
                     // What an engine's thread looks at must be there when it does.
                     view.map_tables();
                     let owner_lives = view.owner_lives();
+                    others += u64::from(!is_own);
                     listing.opened.push((Arc::new(view), owner_lives));
                 }
                 Ok(None) => {}
                 Err(error) => {
                     // Somebody else's rubbish must not cost us our own blocks.
-                    listing.problems.push(format!("a segment is left out: {error}"));
+                    listing.problems.push(complaint_of(&error));
                     if is_transient(&error) {
+                        tracing::debug!(%error, "a segment is left out for now");
                         listing.complete = false;
                     } else {
                         listing.rejected.push(id);
@@ -263,7 +273,27 @@ impl Wanted {
                 }
             }
         }
+        if left_out {
+            let complaint = directory.descriptors.complaint();
+            listing
+                .problems
+                .push(format!("segments are left out: {complaint}"));
+            // There is room again once others are gone.
+            listing.complete = false;
+        }
         listing
+    }
+}
+
+/// What to say of a segment that cannot be opened: the same for all of them if the cause is the same. One whose content
+/// is wrong is tried once, so that has its name.
+fn complaint_of(error: &FsError) -> String {
+    match error {
+        FsError::Io { action, path, source } => {
+            let folder = path.parent().unwrap_or(path).display();
+            format!("segments in {folder} are left out: cannot {action} them: {source}")
+        }
+        _ => format!("a segment is left out: {error}"),
     }
 }
 

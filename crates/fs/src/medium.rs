@@ -48,8 +48,19 @@ impl MediumChoice {
 
     /// Whether a page that has its place may need another one when it is written again. A store through a mapping would be
     /// answered with SIGBUS then, once the file system is full.
-    pub(crate) fn always_copies_on_write(&self) -> bool {
+    fn always_copies_on_write(&self) -> bool {
         matches!(self.file_system.as_str(), "zfs" | "f2fs")
+    }
+
+    /// Why nothing is stored there, whatever the file system allows.
+    pub(crate) fn refusal(&self) -> Option<String> {
+        self.always_copies_on_write().then(|| {
+            format!(
+                "{} copies on write: once it is full, a store through a mapping would end the process. \
+                 Allowed: tmpfs, ext4, xfs, btrfs",
+                self.file_system
+            )
+        })
     }
 
     /// Makes the pages of `file`, which must be empty, keep their places where that is a property of each file.

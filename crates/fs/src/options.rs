@@ -31,7 +31,7 @@ pub struct FsOptions {
     /// Bytes that all segments of the folder may take together. `None`: what the folder was created with, or for a
     /// new folder half of what its file system and the container's memory limit have left.
     pub capacity_bytes: Option<u64>,
-    /// Size of one segment file. `None`: 64 MiB, more for very large capacities, less for very small ones.
+    /// Size of one segment file, at most a quarter of the capacity. `None`: 64 MiB, above 64 GiB of capacity a 1024th of it.
     pub segment_bytes: Option<u64>,
     /// Threads that copy, for stores and for loads each; on a disk, four more wait for what is not in the page cache and copy
     /// that. `None`: half of the cores, at least 1, at most 8.

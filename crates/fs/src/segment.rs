@@ -1,193 +1,31 @@
-//! Segment files: as a reader sees them, and as their one writer owns them.
+//! Segment files, as their one writer owns them.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
 
 use kvlane_core::{BlockKey, NamespaceId};
 use rustix::fs::AtFlags;
 
-use crate::cold::open_direct;
 use crate::control::open_trusted;
+use crate::descriptors::TakenByOwner;
 use crate::directory::{Directory, random_u64, segment_name, unix_ms};
 use crate::error::{FsError, Result};
-use crate::format::{
-    self, BAD_MARK, PAGE_BYTES, RECORD_FIXED_BYTES, Reject, SEGMENT_HEADER_BYTES, SegmentHeader, SlotRecord,
-    SlotState, counters,
-};
+use crate::format::{self, BAD_MARK, PAGE_BYTES, SegmentHeader, SlotRecord, SlotState, counters};
 use crate::host::Host;
-use crate::options::Medium;
-use crate::raw::{ForkGuard, OfdLock, ReadMapping, WriteMapping, store_fence};
+use crate::raw::{ForkGuard, OfdLock, WriteMapping, store_fence};
 
 mod create;
 mod removal;
+mod view;
 
 use create::{allocate, create_unnamed, fill};
 pub(crate) use removal::{Hold, Removed, remove_orphan};
+pub(crate) use view::{SegmentView, read_header};
 
 /// The lock that says that a segment's writer lives.
 const OWNER_LOCK: OfdLock = OfdLock::byte(0);
-
-/// A segment as anybody may read it.
-#[derive(Debug)]
-pub(crate) struct SegmentView {
-    pub(crate) header: SegmentHeader,
-    pub(crate) path: PathBuf,
-    pub(crate) file: File,
-    /// Slots that were read past the page cache before: who asks again would rather find them there.
-    read_past: OnceLock<Vec<AtomicBool>>,
-    mapping: ReadMapping,
-    /// A read fault in a hole of this file takes a page.
-    holes_take_memory: bool,
-    /// How often it is held: the lock belongs to the open file, which has many users.
-    holds: Mutex<usize>,
-}
-
-impl SegmentView {
-    /// Opens and checks a segment. `Ok(None)`: it was removed meanwhile.
-    pub(crate) fn open(directory: &Directory, name: &str) -> Result<Option<Self>> {
-        let path = directory.path.join(name);
-        let Some(file) = open_trusted(&directory.folder, name, &path, false)? else {
-            return Ok(None);
-        };
-        Self::from_file(directory, file, path, name).map(Some)
-    }
-
-    fn from_file(directory: &Directory, file: File, path: PathBuf, name: &str) -> Result<Self> {
-        let header = read_header(&file, &path, name)?;
-        // What a mapping of a network or overlay file shows may differ from the file: only the tables are mapped there.
-        let mapped = if directory.choice.medium == Medium::Network {
-            header.data_offset()
-        } else {
-            header.file_bytes()
-        };
-        let mapping = ReadMapping::new(&file, mapped as usize).map_err(FsError::io("map", &path))?;
-        Ok(SegmentView {
-            header,
-            path,
-            file,
-            read_past: OnceLock::new(),
-            mapping,
-            // Whatever way the bytes take to it: what is resident is read through the mapping on every local medium.
-            holes_take_memory: directory.lives_in_memory(),
-            holds: Mutex::new(0),
-        })
-    }
-
-    /// The file for one read of a slot past the page cache, where that is to be had. The first read of a block is most
-    /// often the last one; the second one goes through the page cache, so that the third need not ask the device.
-    pub(crate) fn open_direct(&self, slot: u32) -> Option<File> {
-        let all = || {
-            (0..self.header.slot_count)
-                .map(|_| AtomicBool::new(false))
-                .collect()
-        };
-        let read_past = self.read_past.get_or_init(all);
-        let again = read_past.get(slot as usize)?.swap(true, Ordering::Relaxed);
-        if again { None } else { open_direct(&self.file) }
-    }
-
-    /// Brings the tables into memory. May block; where it fails, they come when they are looked at.
-    pub(crate) fn map_tables(&self) {
-        if let Err(error) = self.mapping.populate_read(0..self.header.data_offset() as usize) {
-            tracing::debug!(path = %self.path.display(), %error, "cannot map the tables of a segment");
-        }
-    }
-
-    pub(crate) fn mapping(&self) -> &ReadMapping {
-        &self.mapping
-    }
-
-    /// Grows with every change of any slot.
-    pub(crate) fn changes(&self) -> u64 {
-        self.mapping
-            .load_u64((self.header.counters_offset() + counters::CHANGES) as usize)
-    }
-
-    /// The slot's sequence word: odd while it is being written.
-    pub(crate) fn sequence(&self, slot: u32) -> u64 {
-        self.mapping.load_u64(self.header.sequence_offset(slot) as usize)
-    }
-
-    /// The slot's last-used mark; a block that turned out to be bad was never used.
-    pub(crate) fn mark(&self, slot: u32) -> u32 {
-        let mark = self.mapping.load_u32(self.header.mark_offset(slot) as usize);
-        if mark == BAD_MARK { 0 } else { mark }
-    }
-
-    /// Whether somebody found out that the slot's bytes are not those of its block.
-    pub(crate) fn is_bad(&self, slot: u32) -> bool {
-        self.mapping.load_u32(self.header.mark_offset(slot) as usize) == BAD_MARK
-    }
-
-    /// Start id of the owner.
-    pub(crate) fn owner(&self) -> u64 {
-        self.mapping
-            .load_u64((self.header.counters_offset() + counters::OWNER) as usize)
-    }
-
-    /// The slot's record, if it is whole and belongs to `sequence`.
-    pub(crate) fn record(&self, slot: u32, sequence: u64) -> Result<SlotRecord, Reject> {
-        let mut bytes = vec![0; RECORD_FIXED_BYTES + 4 * self.header.layer_count as usize];
-        self.mapping
-            .read_bytes(self.header.record_offset(slot) as usize, &mut bytes);
-        let record = format::parse_slot_record(&bytes, self.header.layer_count)?;
-        if record.sequence != sequence {
-            return Err(Reject::Field {
-                field: "sequence",
-                found: record.sequence,
-            });
-        }
-        Ok(record)
-    }
-
-    /// The payload bytes of each layer.
-    pub(crate) fn layer_bytes(&self) -> Result<Vec<u64>, Reject> {
-        let mut bytes = vec![0; 8 * self.header.layer_count as usize];
-        self.mapping
-            .read_bytes(self.header.layers_offset() as usize, &mut bytes);
-        format::parse_layers(&bytes, &self.header)
-    }
-
-    /// Whether the process that owns the segment lives.
-    pub(crate) fn owner_lives(&self) -> bool {
-        OWNER_LOCK.is_held_by_other(&self.file).unwrap_or(false)
-    }
-}
-
-/// Reads and checks a file's header and length, and that it is the file of that name and not a copy of another.
-pub(crate) fn read_header(file: &File, path: &std::path::Path, name: &str) -> Result<SegmentHeader> {
-    let length = file.metadata().map_err(FsError::io("inspect", path))?.len();
-    let reject = |reject| FsError::Foreign {
-        path: path.into(),
-        reject,
-    };
-    let expected = SEGMENT_HEADER_BYTES as u64;
-    if length < expected {
-        return Err(reject(Reject::Truncated {
-            found: length,
-            expected,
-        }));
-    }
-    let mut head = [0; SEGMENT_HEADER_BYTES];
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).map_err(FsError::io("read", path))?;
-    let header = format::parse_segment_header(&head).map_err(reject)?;
-    if length < header.file_bytes() {
-        return Err(reject(Reject::Truncated {
-            found: length,
-            expected: header.file_bytes(),
-        }));
-    }
-    if name != segment_name(header.segment_id) {
-        return Err(reject(Reject::Field {
-            field: "segment_id",
-            found: header.segment_id,
-        }));
-    }
-    Ok(header)
-}
 
 /// A segment that this process writes.
 #[derive(Debug)]
@@ -201,6 +39,7 @@ pub(crate) struct OwnedSegment {
     start_id: u64,
     process: u32,
     lost: AtomicBool,
+    _descriptor: TakenByOwner,
 }
 
 /// What all blocks of one cache have in common.
@@ -289,7 +128,8 @@ impl OwnedSegment {
         opened
     }
 
-    /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, or its geometry is another.
+    /// Takes over a segment whose writer is gone. `Ok(None)`: it is owned, it vanished, its geometry is another, or it has
+    /// no slot that can be written.
     pub(crate) fn adopt(directory: &Directory, name: &str, geometry: &Geometry) -> Result<Option<Self>> {
         let path = directory.path.join(name);
         let Some(file) = open_trusted(&directory.folder, name, &path, true)? else {
@@ -306,7 +146,7 @@ impl OwnedSegment {
             return Ok(None);
         }
         // Between open and lock its owner may have removed it: the name must still be this file.
-        if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
+        if !is_linked_as(&directory.folder, &file, name).map_err(FsError::io("inspect", &path))? {
             return Ok(None);
         }
         // A number of its own: this process may be the old owner too, if it has lost its lock without noticing.
@@ -314,6 +154,10 @@ impl OwnedSegment {
         let Some(segment) = Self::finish_open(directory, file, name, start_id)? else {
             return Ok(None);
         };
+        if (0..header.slot_count).all(|slot| segment.view.is_spent(slot)) {
+            // It would take a part of the budget and never give a slot.
+            return Ok(None);
+        }
         segment.set_owner(start_id);
         // Its maker may have died before it told anybody that there is a new segment.
         directory.control.bump_generation();
@@ -330,6 +174,7 @@ impl OwnedSegment {
         mapping.dont_fork().map_err(FsError::io("map", &path))?;
         let process = std::process::id();
         Ok(Some(OwnedSegment {
+            _descriptor: directory.descriptors.take_own(view.header.segment_id),
             view: Arc::new(view),
             _fork_guard: ForkGuard::new(&file),
             file,
@@ -512,9 +357,10 @@ fn move_on(word: &AtomicU64) -> u64 {
     next_odd(now)
 }
 
-fn is_linked_as(directory: &Directory, file: &File, name: &str) -> std::io::Result<bool> {
+/// Whether `name` in `folder` still is this file.
+pub(crate) fn is_linked_as(folder: &File, file: &File, name: &str) -> std::io::Result<bool> {
     let own = file.metadata()?;
-    match rustix::fs::statat(&directory.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+    match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(stat.st_ino == own.ino() && stat.st_dev == own.dev()),
         Err(rustix::io::Errno::NOENT) => Ok(false),
         Err(errno) => Err(errno.into()),

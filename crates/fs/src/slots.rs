@@ -12,6 +12,9 @@ use crate::segment::OwnedSegment;
 /// A slot that was half written when its segment was adopted stays unused for this long: its old writer may only have
 /// been stopped, and may still finish that one copy.
 const QUARANTINE: Duration = Duration::from_secs(60);
+/// Slots that rest because the file system did not take a block into them. If it takes none at all, the others go on as
+/// before: it is not the slots' fault, and nobody's blocks shall be given up for it.
+const REFUSED_MAX: usize = 64;
 /// Victims chosen in one pass over all slots, at least.
 const VICTIMS_BATCH: usize = 64;
 /// Chains whose keys are remembered, so that a request does not evict its own.
@@ -29,10 +32,20 @@ pub(crate) struct SlotRef {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Slot {
     Free,
-    Reserved { key: BlockKey, until: Instant },
+    Reserved {
+        key: BlockKey,
+        until: Instant,
+    },
     Filling,
-    Committed { key: BlockKey, depth: u32 },
-    Quarantined { until: Instant },
+    Committed {
+        key: BlockKey,
+        depth: u32,
+    },
+    Quarantined {
+        until: Instant,
+    },
+    /// No block can be written into it any more.
+    Spent,
 }
 
 #[derive(Debug)]
@@ -45,10 +58,14 @@ struct Owned {
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     segments: Vec<Option<Owned>>,
-    free: Vec<SlotRef>,
+    free: VecDeque<SlotRef>,
     victims: VecDeque<(SlotRef, u32)>,
+    /// Victims that have no new block yet.
+    recycled: HashSet<SlotRef>,
     reserved: HashMap<BlockKey, SlotRef>,
-    quarantined: Vec<SlotRef>,
+    quarantined: HashSet<SlotRef>,
+    /// Of those that rest, the ones to which the file system did not take a block, the first one first.
+    refused: VecDeque<SlotRef>,
     chains: Chains,
 }
 
@@ -128,7 +145,9 @@ impl Slots {
         let mut slots = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
-            let state = if sequence % 2 == 1 {
+            let state = if segment.view.is_spent(slot) {
+                Slot::Spent
+            } else if sequence % 2 == 1 {
                 Slot::Quarantined {
                     until: now + QUARANTINE,
                 }
@@ -147,7 +166,7 @@ impl Slots {
         }
         for slot in 0..count {
             if matches!(slots[slot as usize], Slot::Quarantined { .. }) {
-                self.quarantined.push(SlotRef {
+                self.quarantined.insert(SlotRef {
                     segment: number,
                     slot,
                 });
@@ -156,7 +175,7 @@ impl Slots {
         // Popped from the end: the first slots are used first, so that a young segment is filled from its start.
         for slot in (0..count).rev() {
             if slots[slot as usize] == Slot::Free {
-                self.free.push(SlotRef {
+                self.free.push_back(SlotRef {
                     segment: number,
                     slot,
                 });
@@ -184,18 +203,53 @@ impl Slots {
 
     pub(crate) fn set(&mut self, at: SlotRef, state: Slot) {
         if let Some(owned) = &mut self.segments[at.segment] {
-            if let Slot::Reserved { key, .. } = owned.slots[at.slot as usize] {
-                self.reserved.remove(&key);
+            match owned.slots[at.slot as usize] {
+                Slot::Reserved { key, .. } => drop(self.reserved.remove(&key)),
+                Slot::Quarantined { .. } => drop(self.quarantined.remove(&at)),
+                _ => {}
             }
             owned.slots[at.slot as usize] = state;
+            if !matches!(state, Slot::Reserved { .. } | Slot::Filling) {
+                self.recycled.remove(&at);
+            }
             match state {
-                Slot::Reserved { key, .. } => {
-                    self.reserved.insert(key, at);
-                }
-                Slot::Free => self.free.push(at),
+                Slot::Reserved { key, .. } => drop(self.reserved.insert(key, at)),
+                Slot::Quarantined { .. } => drop(self.quarantined.insert(at)),
+                Slot::Free => self.free.push_back(at),
                 _ => {}
             }
         }
+    }
+
+    /// For a slot into which the file system did not take a block: it rests, or the next store would get it first again.
+    pub(crate) fn set_refused(&mut self, at: SlotRef, now: Instant) {
+        let mut refused = std::mem::take(&mut self.refused);
+        refused.retain(|other| *other != at && self.quarantined.contains(other));
+        if refused.len() < REFUSED_MAX {
+            refused.push_back(at);
+            let until = now + QUARANTINE;
+            self.set(at, Slot::Quarantined { until });
+        } else {
+            self.set(at, Slot::Free);
+            // Behind the other free ones.
+            self.free.rotate_right(1);
+        }
+        self.refused = refused;
+    }
+
+    /// Whether a slot has had another block before the one that is on its way there.
+    pub(crate) fn is_recycled(&self, at: SlotRef) -> bool {
+        self.recycled.contains(&at)
+    }
+
+    /// The slot that has rested longest of those into which the file system did not take a block.
+    pub(crate) fn take_refused(&mut self) -> Option<SlotRef> {
+        while let Some(at) = self.refused.pop_front() {
+            if self.quarantined.contains(&at) && !self.put_away_if_spent(at) {
+                return Some(at);
+            }
+        }
+        None
     }
 
     /// The slot promised to `key`.
@@ -210,15 +264,26 @@ impl Slots {
 
     /// A slot that holds nothing.
     pub(crate) fn take_free(&mut self) -> Option<SlotRef> {
-        while let Some(at) = self.free.pop() {
-            let state = self.segments[at.segment]
-                .as_ref()
-                .map(|owned| owned.slots[at.slot as usize]);
-            if state == Some(Slot::Free) {
+        while let Some(at) = self.free.pop_back() {
+            if self.state(at) == Some(Slot::Free) && !self.put_away_if_spent(at) {
                 return Some(at);
             }
         }
         None
+    }
+
+    /// A slot that can never be written would be free again at once, and the first one that the next store gets.
+    fn put_away_if_spent(&mut self, at: SlotRef) -> bool {
+        let Some(owned) = &mut self.segments[at.segment] else {
+            return false;
+        };
+        let is_spent = owned.segment.view.is_spent(at.slot);
+        if is_spent {
+            self.quarantined.remove(&at);
+            tracing::debug!(path = %owned.segment.view.path.display(), at.slot, "a slot has a damaged sequence");
+            owned.slots[at.slot as usize] = Slot::Spent;
+        }
+        is_spent
     }
 
     /// The slot of the block that is needed least and not in `spare`.
@@ -240,6 +305,10 @@ impl Slots {
                     kept.push((at, mark));
                     continue;
                 }
+                if self.put_away_if_spent(at) {
+                    continue;
+                }
+                self.recycled.insert(at);
                 taken = Some(at);
                 break;
             }
@@ -297,10 +366,7 @@ impl Slots {
     }
 
     /// Reservations and quarantines that are over. Costs what is promised or rests, not what there is.
-    pub(crate) fn overdue(&mut self, now: Instant) -> Vec<SlotRef> {
-        let mut resting = std::mem::take(&mut self.quarantined);
-        resting.retain(|&at| matches!(self.state(at), Some(Slot::Quarantined { .. })));
-        self.quarantined = resting;
+    pub(crate) fn overdue(&self, now: Instant) -> Vec<SlotRef> {
         let waiting = self.reserved.values().chain(&self.quarantined);
         let over = |at: &SlotRef| {
             matches!(
@@ -362,6 +428,8 @@ impl Slots {
         self.victims.retain(|(at, _)| at.segment != number);
         self.reserved.retain(|_, at| at.segment != number);
         self.quarantined.retain(|at| at.segment != number);
+        self.refused.retain(|at| at.segment != number);
+        self.recycled.retain(|at| at.segment != number);
         self.segments[number].take().map(|owned| owned.segment)
     }
 

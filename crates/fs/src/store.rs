@@ -45,6 +45,8 @@ pub(crate) enum Plan {
 const PENDING: u8 = 0;
 const STORED: u8 = 1;
 const FAILED: u8 = 2;
+/// The file system did not take its bytes.
+const REFUSED: u8 = 3;
 
 /// One store in flight.
 #[derive(Debug)]
@@ -68,6 +70,7 @@ pub(crate) struct StoreJob {
     parts_left: Vec<AtomicU32>,
     ended: Vec<AtomicU8>,
     blocks_left: AtomicUsize,
+    failure: OnceLock<std::io::Error>,
     closed_because: OnceLock<MissReason>,
     completed: AtomicBool,
     released: AtomicBool,
@@ -96,6 +99,7 @@ impl StoreJob {
             parts_left: (0..blocks).map(|_| AtomicU32::new(layers as u32 + 1)).collect(),
             ended: (0..blocks).map(|_| AtomicU8::new(PENDING)).collect(),
             blocks_left: AtomicUsize::new(blocks),
+            failure: OnceLock::new(),
             closed_because: OnceLock::new(),
             completed: AtomicBool::new(false),
             released: AtomicBool::new(false),
@@ -127,20 +131,30 @@ impl StoreJob {
         self.ended[position].load(Ordering::Acquire) == STORED
     }
 
+    /// Whether the file system did not take the bytes of a block: that says something of its slot.
+    pub(crate) fn was_refused(&self, position: usize) -> bool {
+        self.ended[position].load(Ordering::Acquire) == REFUSED
+    }
+
+    /// Why the first block that could not be copied could not.
+    pub(crate) fn failure(&self) -> Option<&std::io::Error> {
+        self.failure.get()
+    }
+
     /// Takes the writer thread's decisions; blocks without a copy end here.
     pub(crate) fn set_plans(&self, plans: Vec<Plan>) {
-        let decided: Vec<(usize, bool)> = plans
+        let decided: Vec<(usize, u8)> = plans
             .iter()
             .enumerate()
             .filter_map(|(position, plan)| match plan {
                 Plan::Copy(_) => None,
-                Plan::Present => Some((position, true)),
-                Plan::Dropped => Some((position, false)),
+                Plan::Present => Some((position, STORED)),
+                Plan::Dropped => Some((position, FAILED)),
             })
             .collect();
         let _ = self.plans.set(plans);
-        for (position, present) in decided {
-            self.end_block(position, present);
+        for (position, state) in decided {
+            self.end_block(position, state);
         }
     }
 
@@ -204,7 +218,7 @@ impl StoreJob {
             return;
         };
         if !place.segment.is_ours() {
-            self.end_block(position, false);
+            self.end_block(position, FAILED);
             return;
         }
         let count = shared.geometry.layer_bytes.len();
@@ -222,16 +236,23 @@ impl StoreJob {
             Cache::Device(cache) => self.copy_staged(shared, cache, position, place, &mine),
         };
         if let Err(error) = copied {
-            if !self.gate.is_closed() {
-                tracing::warn!(path = %place.segment.view.path.display(), %error, "cannot write a block");
-            }
-            self.end_block(position, false);
+            self.fail_block(position, error);
             return;
         }
         let parts = mine.len() as u32 + allows;
         if parts > 0 && self.parts_left[position].fetch_sub(parts, Ordering::AcqRel) == parts {
             self.commit(shared, position, place);
         }
+    }
+
+    /// Ends a block that could not be copied. The writer thread hears of it when the job has ended.
+    pub(crate) fn fail_block(&self, position: usize, error: std::io::Error) {
+        // Only the system has a number for it. What a device says is not the slot's fault.
+        let is_refused = error.raw_os_error().is_some();
+        if is_refused || !self.gate.is_closed() {
+            let _ = self.failure.set(error);
+        }
+        self.end_block(position, if is_refused { REFUSED } else { FAILED });
     }
 
     fn copy_mapped(
@@ -346,13 +367,13 @@ impl StoreJob {
         // Closed means that the paged cache may have changed under the copy. A gate that is open now was open during
         // the whole copy, so what was copied is what was meant.
         if self.gate.is_closed() || !place.segment.is_ours() {
-            self.end_block(position, false);
+            self.end_block(position, FAILED);
             return;
         }
         if shared.directory.control.epoch() != self.epoch {
             // Nobody would find it: it is named in the epoch that is over.
             let _ = self.closed_because.set(MissReason::Dropped);
-            self.end_block(position, false);
+            self.end_block(position, FAILED);
             return;
         }
         let count = shared.geometry.layer_bytes.len();
@@ -371,18 +392,17 @@ impl StoreJob {
         };
         shared.directory.wait_until_writable();
         if !place.segment.publish(place.slot, place.odd, &mut record) {
-            self.end_block(position, false);
+            self.end_block(position, FAILED);
             return;
         }
         place.segment.set_mark(place.slot, crate::shared::mark_now());
         shared.directory.control.bump_changes();
         Counters::add(&shared.counters.stored_blocks, 1);
         Counters::add(&shared.counters.stored_bytes, shared.geometry.payload_bytes);
-        self.end_block(position, true);
+        self.end_block(position, STORED);
     }
 
-    fn end_block(&self, position: usize, stored: bool) {
-        let state = if stored { STORED } else { FAILED };
+    fn end_block(&self, position: usize, state: u8) {
         let first =
             self.ended[position].compare_exchange(PENDING, state, Ordering::AcqRel, Ordering::Acquire);
         if first.is_ok() && self.blocks_left.fetch_sub(1, Ordering::AcqRel) == 1 {

@@ -11,7 +11,6 @@ use kvlane_core::{BlockKey, JobId, NamespaceId};
 
 use crate::control::WriterPlace;
 use crate::counters::Counters;
-use crate::descriptors;
 use crate::directory::unix_ms;
 use crate::format::{SlotRecord, SlotState};
 use crate::growth::Generosity;
@@ -68,6 +67,10 @@ pub(crate) struct Writer {
     tasks: Sender<StoreTask>,
     threads: usize,
     grow_after: Instant,
+    /// Until when blocks go where others have been before they go to new places: the file system is full.
+    recycle_until: Instant,
+    /// That this has been of no use: what is below needs new space for what is written again.
+    recycled_in_vain: bool,
     /// When space was last needed.
     wished: Option<Instant>,
     generosity: Generosity,
@@ -75,8 +78,6 @@ pub(crate) struct Writer {
     complained: HashSet<&'static str>,
     /// How many had been marked bad when it was last looked for them; an adopted segment brings none along.
     bad_slots: u64,
-    /// That segments may take.
-    descriptors_max: u64,
 }
 
 struct Begun {
@@ -102,12 +103,13 @@ impl Writer {
             tasks,
             threads,
             grow_after: now,
+            recycle_until: now,
+            recycled_in_vain: false,
             wished: None,
             generosity: Generosity::default(),
             marks_written: now,
             complained: HashSet::new(),
             bad_slots: 0,
-            descriptors_max: descriptors::max_for_segments(),
         }
     }
 
@@ -292,7 +294,10 @@ impl Writer {
                 written_unix_ms: 0,
                 layer_crcs: Vec::new(),
             };
-            segment.publish(at.slot, odd, &mut record);
+            if !segment.publish(at.slot, odd, &mut record) {
+                self.free(at);
+                continue;
+            }
             self.slots.set(at, Slot::Reserved { key: *key, until });
             promised = true;
         }
@@ -316,10 +321,14 @@ impl Writer {
 
     /// Makes a slot that holds nothing of worth free, for everybody to see.
     fn free(&mut self, at: SlotRef) {
+        self.empty(at);
+        self.slots.set(at, Slot::Free);
+    }
+
+    fn empty(&self, at: SlotRef) {
         if let Some(segment) = self.slots.segment(at) {
             segment.clear(at.slot);
         }
-        self.slots.set(at, Slot::Free);
     }
 
     fn begin(&mut self, job: Arc<StoreJob>) {
@@ -406,9 +415,20 @@ impl Writer {
         let Some(begun) = self.jobs.remove(&id) else {
             return;
         };
+        if let Some(error) = begun.job.failure() {
+            let refused = begun.slots.iter().enumerate();
+            let refused = refused.filter(|(position, _)| begun.job.was_refused(*position));
+            let in_vain = refused
+                .filter_map(|(_, at)| *at)
+                .any(|at| self.slots.is_recycled(at));
+            self.hear_of_failure(error, in_vain);
+        }
         for (position, at) in begun.slots.into_iter().enumerate() {
             let Some(at) = at else { continue };
-            if begun.job.stored(position) {
+            if begun.job.was_refused(position) {
+                self.empty(at);
+                self.slots.set_refused(at, Instant::now());
+            } else if begun.job.stored(position) {
                 let key = begun.job.request().keys[position];
                 let depth = begun.job.request().first_depth + position as u32;
                 self.slots.set(at, Slot::Committed { key, depth });

@@ -42,7 +42,7 @@ class Options:
     layerwise_load: bool = False
     #: How bytes are moved: by the kind of file system ("auto"), or forced.
     medium: str = "auto"
-    #: Size of one segment file. None: 64 MiB.
+    #: Size of one segment file. None: 64 MiB, more for a capacity above 64 GiB. At most a quarter of the capacity.
     segment_bytes: int | None = None
     #: "recompute": sets vLLM's kv_load_failure_policy, so that a failed load costs time and not the request.
     load_failure_policy: str = "recompute"

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::control::WriterPlace;
-use crate::fixture::{Folder, commit, geometry, key, segment_of, shared};
+use crate::fixture::{Folder, commit, geometry, key, segment_of, set_sequence, shared};
 
 struct Process {
     shared: Arc<Shared>,
@@ -185,6 +185,20 @@ fn orphans_of_another_model_make_room_the_longest_unused_first() {
     assert_eq!(left(&folder), [5, 9]);
     process.fill();
     assert_eq!(left(&folder), Vec::<u32>::new());
+}
+
+#[test]
+fn an_orphan_without_a_slot_that_can_be_written_is_removed_and_not_adopted() {
+    let folder = Folder::new(4 << 20);
+    let orphan = folder.segment(400, 1);
+    let path = orphan.view.path.clone();
+    (0..400).for_each(|slot| set_sequence(&orphan, slot, u64::MAX));
+    drop(orphan);
+    let mut process = Process::start(&folder, 2);
+    process.fill();
+    assert!(!path.exists());
+    assert_eq!(process.bytes(), folder.directory.used_bytes().unwrap());
+    assert_eq!(process.shared.stats().adopted_segments, 0);
 }
 
 #[test]

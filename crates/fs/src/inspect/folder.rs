@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::directory::{default_capacity_bytes, is_writable_for_others, random_u64};
 use crate::error::{FsError, Result};
-use crate::medium;
+use crate::medium::{self, MediumChoice};
 use crate::options::Medium;
 use crate::raw::OfdLock;
 
@@ -37,7 +37,7 @@ pub struct FolderInfo {
     pub owner: u32,
     /// User id of this process.
     pub user: u32,
-    /// What the file system refused of that which a writer needs; only tried where writing is allowed.
+    /// Why a writer could not store there, though it may write there; only tried where writing is allowed.
     pub unfit: Option<String>,
 }
 
@@ -53,6 +53,7 @@ pub fn folder(path: &Path) -> Result<FolderInfo> {
     let meta = folder.metadata().map_err(FsError::io("inspect", path))?;
     let choice = medium::choose(&folder, path, Medium::Auto)?;
     let writable = rustix::fs::accessat(&folder, ".", Access::WRITE_OK, AtFlags::EACCESS).is_ok();
+    let unfit = writable.then(|| find_unfit(&choice, path)).flatten();
     Ok(FolderInfo {
         default_capacity_bytes: default_capacity_bytes(&choice),
         path: path.display().to_string(),
@@ -64,12 +65,17 @@ pub fn folder(path: &Path) -> Result<FolderInfo> {
         writable_for_others: is_writable_for_others(meta.mode()),
         owner: meta.uid(),
         user: rustix::process::geteuid().as_raw(),
-        unfit: writable.then(|| try_out(path).err()).flatten(),
+        unfit,
     })
 }
 
+/// Why a writer would store nothing there.
+fn find_unfit(choice: &MediumChoice, path: &Path) -> Option<String> {
+    choice.refusal().or_else(|| try_out(choice, path).err())
+}
+
 /// Allocates and locks a small file, as a writer does with its segments.
-fn try_out(path: &Path) -> Result<(), String> {
+fn try_out(choice: &MediumChoice, path: &Path) -> Result<(), String> {
     let name = path.join(format!(".kvlane-trial-{:016x}.tmp", random_u64()));
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let failed = |action: &str, error: std::io::Error| format!("cannot {action}: {error}");
@@ -77,6 +83,9 @@ fn try_out(path: &Path) -> Result<(), String> {
         .map(File::from)
         .map_err(|errno| failed("create a file", errno.into()))?;
     let tried = (|| {
+        choice
+            .keep_places(&file)
+            .map_err(|error| failed("turn copy-on-write off", error))?;
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 4096)
             .map_err(|errno| failed("allocate space in advance", errno.into()))?;
         let lock = OfdLock::byte(0);
@@ -116,6 +125,28 @@ mod tests {
         assert!(folder(root.path()).unwrap().writable_for_others);
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o1777)).unwrap();
         assert!(!folder(root.path()).unwrap().writable_for_others);
+    }
+
+    #[test]
+    fn a_file_system_on_which_nothing_is_stored_is_unfit() {
+        let root = tempfile::tempdir().unwrap();
+        let file = File::open(root.path()).unwrap();
+        let mut choice = medium::choose(&file, root.path(), Medium::Auto).unwrap();
+        let is_btrfs = choice.file_system == "btrfs";
+        assert_eq!(find_unfit(&choice, root.path()), None);
+        for file_system in ["f2fs", "zfs"] {
+            choice.file_system = file_system.to_owned();
+            let reason = find_unfit(&choice, root.path()).expect("it is unfit");
+            assert!(
+                reason.contains(file_system) && reason.contains("ext4"),
+                "{reason}"
+            );
+        }
+        // The flag is btrfs' own: what is below this test does not take it.
+        choice.file_system = "btrfs".to_owned();
+        let unfit = find_unfit(&choice, root.path());
+        assert_eq!(unfit.is_none(), is_btrfs, "{unfit:?}");
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]

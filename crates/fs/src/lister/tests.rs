@@ -193,14 +193,15 @@ fn a_segment_that_the_system_did_not_give_is_tried_again_and_rubbish_is_not() {
 }
 
 #[test]
-fn no_more_segments_are_opened_than_half_of_the_file_descriptors() {
+fn no_more_segments_of_others_are_opened_than_the_file_descriptors_allow() {
     let folder = Folder::new(8 << 20);
     let segments = [(); 3].map(|()| folder.segment(1, 1));
+    let directory = folder.open_again();
     let mut index = Index::new(&[NAMESPACE]);
-    let round = |index: &mut Index, descriptors_max| {
-        folder.directory.control.bump_generation();
-        let wanted = index.wanted_listing(&folder.directory).unwrap();
-        let listing = wanted.list_some(&folder.directory, descriptors_max);
+    let round = |index: &mut Index, others_max| {
+        directory.control.bump_generation();
+        let wanted = index.wanted_listing(&directory).unwrap();
+        let listing = wanted.list_some(&directory, others_max);
         let complete = listing.complete;
         (
             complete,
@@ -212,4 +213,21 @@ fn no_more_segments_are_opened_than_half_of_the_file_descriptors() {
     assert_eq!(round(&mut index, 2), (false, 0, 2), "it is said once");
     assert_eq!(round(&mut index, 3), (true, 0, 3));
     drop(segments);
+}
+
+#[test]
+fn segments_that_cannot_be_opened_for_one_cause_are_one_complaint() {
+    let error = |action, name: &str| {
+        let source = std::io::Error::from_raw_os_error(libc::EMFILE);
+        complaint_of(&FsError::io(action, std::path::Path::new("/folder").join(name))(
+            source,
+        ))
+    };
+    let first = error("open", "seg-1");
+    assert!(
+        first.contains("/folder") && first.contains("Too many open files"),
+        "{first}"
+    );
+    assert_eq!(first, error("open", "seg-2"));
+    assert_ne!(first, error("map", "seg-2"));
 }

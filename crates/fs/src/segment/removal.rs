@@ -55,7 +55,7 @@ pub(crate) fn remove_orphan(directory: &Directory, name: &str) -> Result<bool> {
     if !OWNER_LOCK.try_lock(&file).map_err(FsError::io("lock", &path))? {
         return Ok(false);
     }
-    if !is_linked_as(directory, &file, name).map_err(FsError::io("inspect", &path))? {
+    if !is_linked_as(&directory.folder, &file, name).map_err(FsError::io("inspect", &path))? {
         return Ok(false);
     }
     let header = read_header(&file, &path, name)?;

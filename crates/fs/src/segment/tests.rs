@@ -57,7 +57,7 @@ fn an_old_owner_stops_writing_once_another_one_has_taken_over() {
     assert_eq!(before, after);
     segment.retire(&folder.directory);
     assert!(
-        is_linked_as(&folder.directory, &adopted.file, &name).unwrap(),
+        is_linked_as(&folder.directory.folder, &adopted.file, &name).unwrap(),
         "it is not the old owner's to remove"
     );
     let sequence = adopted.view.sequence(0);

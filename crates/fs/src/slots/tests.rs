@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixture::{Folder, commit, key, put, record};
+use crate::fixture::{Folder, commit, key, put, record, set_sequence};
 
 fn none() -> HashSet<BlockKey> {
     HashSet::new()
@@ -223,4 +223,60 @@ fn a_segment_that_somebody_took_over_is_let_go_once_nobody_fills_it() {
     assert_eq!(slots.lost(), Vec::<usize>::new(), "a copy is still running");
     slots.set(at, Slot::Free);
     assert_eq!(slots.lost(), [0]);
+}
+
+#[test]
+fn a_slot_whose_sequence_is_at_its_end_is_never_given_out() {
+    let folder = Folder::new(8 << 20);
+    let segment = Arc::new(folder.segment(8, 1));
+    for slot in 2..6 {
+        commit(&segment, slot, key(slot), 0, slot);
+    }
+    // Two free ones and a block are damaged before the segment comes, and one of each behind.
+    for (slot, sequence) in [(0, u64::MAX), (1, u64::MAX - 1), (2, u64::MAX - 2)] {
+        set_sequence(&segment, slot, sequence);
+    }
+    let mut slots = Slots::default();
+    slots.add(Arc::clone(&segment), Instant::now());
+    assert_eq!(slots.overdue(Instant::now() + 2 * QUARANTINE), []);
+    set_sequence(&segment, 3, u64::MAX - 1);
+    set_sequence(&segment, 6, u64::MAX - 1);
+    let given = slots.take_free().unwrap();
+    assert_eq!((given.slot, slots.take_free()), (7, None));
+    assert_eq!(victims(&mut slots, &none()), [4, 5]);
+}
+
+#[test]
+fn a_slot_that_took_no_block_rests_and_comes_before_its_time_only_if_there_is_no_other() {
+    let folder = Folder::new(8 << 20);
+    let mut slots = with_segment(&folder, |segment| commit(segment, 7, key(7), 0, 1));
+    let now = Instant::now();
+    let first = slots.take_free().unwrap();
+    slots.set(first, Slot::Filling);
+    slots.set_refused(first, now);
+    let mut given = Vec::new();
+    while let Some(at) = slots.take_free() {
+        given.push(at.slot);
+        slots.set(at, Slot::Filling);
+    }
+    assert_eq!(given, (1..7).collect::<Vec<_>>());
+    assert_eq!(slots.overdue(now + QUARANTINE / 2), []);
+    assert_eq!(slots.overdue(now + QUARANTINE), [first]);
+    assert_eq!((slots.take_refused(), slots.take_refused()), (Some(first), None));
+}
+
+#[test]
+fn where_no_slot_takes_a_block_most_of_them_stay_free() {
+    let folder = Folder::new(8 << 20);
+    let segment = Arc::new(folder.segment(200, 1));
+    let mut slots = Slots::default();
+    slots.add(segment, Instant::now());
+    for _ in 0..1000 {
+        let at = slots.take_free().expect("there is another free one");
+        slots.set(at, Slot::Filling);
+        slots.set_refused(at, Instant::now());
+    }
+    let free: HashSet<SlotRef> = std::iter::from_fn(|| slots.take_free()).collect();
+    assert_eq!(free.len(), 200 - REFUSED_MAX);
+    assert_eq!(slots.quarantined.len(), REFUSED_MAX);
 }

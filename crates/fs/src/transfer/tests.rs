@@ -225,3 +225,38 @@ fn a_block_with_wrong_bytes_is_absent_for_everybody_and_can_be_stored_again() {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+#[test]
+fn one_damaged_sequence_costs_one_slot_and_no_store() {
+    let folder = Folder::new(1 << 20);
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let open = || FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, true).unwrap();
+    let store = |transfer: &FsTransfer, chain: u32| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let request = StoreRequest {
+            keys: (0..6).map(|block| key(chain * 6 + block)).collect(),
+            blocks: (0..6).collect(),
+            first_depth: 0,
+            deadline,
+        };
+        let job = transfer.begin_store(request).unwrap();
+        transfer.finish_store(job).unwrap();
+        transfer.wait(job, deadline).unwrap().unwrap().outcome
+    };
+    let writer = open();
+    for chain in 0..30 {
+        assert_eq!(store(&writer, chain), Outcome::Done);
+    }
+    let found = writer.shared.look().find(0, &key(29 * 6)).unwrap();
+    drop(writer);
+    let file = std::fs::File::options()
+        .write(true)
+        .open(&found.view.path)
+        .unwrap();
+    let offset = found.view.header.sequence_offset(found.slot);
+    std::os::unix::fs::FileExt::write_all_at(&file, &(u64::MAX - 1).to_le_bytes(), offset).unwrap();
+    let writer = open();
+    for chain in 30..90 {
+        assert_eq!(store(&writer, chain), Outcome::Done, "{chain}");
+    }
+}

@@ -8,9 +8,8 @@ use kvlane_core::BlockKey;
 
 use super::Writer;
 use crate::counters::Counters;
-use crate::descriptors;
+use crate::error::is_full;
 use crate::growth::{self, Growth};
-use crate::jobs::lock;
 use crate::segment::OwnedSegment;
 use crate::shared::Shared;
 use crate::slots::SlotRef;
@@ -41,6 +40,11 @@ impl Writer {
 
     /// A slot for a block of the chain `spare`: free, from a new segment, or recycled.
     pub(super) fn allocate(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
+        if Instant::now() < self.recycle_until
+            && let Some(at) = self.recycle(spare)
+        {
+            return Some(at);
+        }
         loop {
             if let Some(at) = self.slots.take_free() {
                 return Some(at);
@@ -50,9 +54,38 @@ impl Writer {
                 break;
             }
         }
+        self.recycle(spare).or_else(|| self.slots.take_refused())
+    }
+
+    fn recycle(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         let at = self.slots.take_victim(spare)?;
         Counters::add(&self.shared.counters.evicted_blocks, 1);
         Some(at)
+    }
+
+    /// Takes note of why a block could not be copied; `in_vain`: into a slot that had been recycled for it.
+    pub(super) fn hear_of_failure(&mut self, error: &std::io::Error, in_vain: bool) {
+        let cause = if is_full(error) {
+            // Where a file has no blocks in advance, a slot that was written before has its own, and a new one gets none.
+            // Unless that is no help: then blocks would be given up for nothing.
+            self.recycled_in_vain |= in_vain;
+            let pause = if self.recycled_in_vain {
+                Duration::ZERO
+            } else {
+                REFUSED_PAUSE
+            };
+            self.recycle_until = Instant::now() + pause;
+            "no space for a block"
+        } else if error.raw_os_error().is_some() {
+            "block not written"
+        } else {
+            "block not read"
+        };
+        if self.is_new_cause(cause) {
+            tracing::warn!(path = %self.shared.directory.path.display(), %error, "cannot store a block");
+        } else {
+            tracing::debug!(%error, "cannot store a block");
+        }
     }
 
     pub(super) fn grow(&mut self) -> bool {
@@ -63,12 +96,12 @@ impl Writer {
         }
         self.shared.directory.wait_until_writable();
         let own_bytes = self.slots.bytes();
-        let known = lock(&self.shared.index).segment_count();
-        let taken = descriptors::taken_by(self.slots.segments().count(), known);
-        let wish = if taken >= self.descriptors_max {
+        let descriptors = &self.shared.directory.descriptors;
+        // One segment is always due, or nothing could be stored where others have made many.
+        let wish = if own_bytes > 0 && !descriptors.has_room_for_own() {
             Growth::Refused {
                 cause: "descriptors",
-                reason: descriptors::complaint(self.descriptors_max),
+                reason: descriptors.complaint(),
             }
         } else {
             growth::grow(&self.shared, self.place, self.target_bytes, own_bytes)
@@ -89,6 +122,8 @@ impl Writer {
                 if self.is_new_cause(cause) {
                     tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
                 }
+                // What others would give back is of no use now.
+                self.shared.directory.control.set_wants(self.place, 0);
                 self.grow_after = now + REFUSED_PAUSE;
                 false
             }

@@ -3,6 +3,7 @@ use std::time::Duration;
 use kvlane_core::{Availability, MissReason, StoreRequest};
 
 use super::*;
+use crate::descriptors::Share;
 use crate::fixture::{Folder, NAMESPACE, commit, key, shared};
 use crate::index::{Index, LookupCursor};
 
@@ -15,8 +16,13 @@ struct Alone {
 
 impl Alone {
     fn new() -> Self {
-        let folder = Folder::new(8 << 20);
-        let shared = shared(folder.open_again(), 1);
+        Self::in_folder(Folder::new(8 << 20), u64::MAX)
+    }
+
+    fn in_folder(folder: Folder, descriptors_max: u64) -> Self {
+        let mut directory = folder.open_again();
+        directory.descriptors = Share::of_another_process(descriptors_max);
+        let shared = shared(directory, 1);
         let place = shared.directory.control.register_writer(1).unwrap();
         let (sender, tasks) = crossbeam::channel::unbounded();
         let mut writer = Writer::new(shared, place, 1 << 20, sender, 1);
@@ -115,17 +121,115 @@ fn a_cause_for_which_no_segment_comes_is_said_once_however_often_its_numbers_cha
     assert!(alone.writer.is_new_cause("full"));
 }
 
-#[test]
-fn a_writer_whose_segments_take_half_of_the_file_descriptors_gets_no_further_one() {
-    let mut alone = Alone::new();
+/// What the segments of a process may take, and how many segments of its own a writer gets then.
+fn segments_with(descriptors_max: u64) -> (Alone, usize) {
+    let mut alone = Alone::in_folder(Folder::new(8 << 20), descriptors_max);
     let segments = |alone: &Alone| alone.writer.slots.segments().count();
-    assert_eq!(segments(&alone), 1);
-    alone.writer.descriptors_max = 3;
-    assert!(!alone.writer.grow());
-    assert_eq!(segments(&alone), 1);
+    while segments(&alone) < 5 {
+        alone.writer.grow_after = Instant::now();
+        if !alone.writer.grow() {
+            break;
+        }
+    }
+    let count = segments(&alone);
+    (alone, count)
+}
+
+#[test]
+fn a_writer_whose_segments_take_their_part_of_the_file_descriptors_gets_no_further_one() {
+    // Each takes three.
+    let (mut alone, segments) = segments_with(12);
+    assert_eq!(segments, 3);
     assert!(!alone.writer.is_new_cause("descriptors"), "it was said");
-    alone.writer.grow_after = Instant::now();
-    alone.writer.descriptors_max = 4;
-    assert!(alone.writer.grow());
-    assert_eq!(segments(&alone), 2);
+    assert_eq!(segments_with(16).1, 4);
+}
+
+#[test]
+fn a_writer_without_a_segment_gets_one_however_many_others_there_are() {
+    let folder = Folder::new(8 << 20);
+    let _others = [(); 10].map(|()| folder.segment(1, 2));
+    let mut alone = Alone::in_folder(folder, 2);
+    assert_eq!(alone.writer.slots.segments().count(), 1);
+    assert!(!alone.writer.grow());
+    // What it stores there is found.
+    alone.reserve(&[key(0)]);
+    let segments = alone.writer.shared.look().segment_count();
+    assert_eq!(segments, 1, "there is no room for those of others");
+    assert_eq!(alone.found(&[key(0)]).pending_blocks, 1);
+}
+
+/// Lets a store of `keys` end with what the system said of each of its blocks.
+fn store_that_fails(alone: &mut Alone, keys: &[BlockKey], code: i32) -> Vec<SlotRef> {
+    let job = alone.job(keys);
+    alone.writer.begin(Arc::clone(&job));
+    let slots = alone.writer.jobs[&job.id()].slots.clone();
+    for position in 0..keys.len() {
+        job.fail_block(position, std::io::Error::from_raw_os_error(code));
+    }
+    alone.writer.ended(job.id());
+    slots.into_iter().flatten().collect()
+}
+
+#[test]
+fn a_slot_that_cannot_be_written_is_not_the_next_one_again() {
+    let mut alone = Alone::new();
+    let mut tried = HashSet::new();
+    for number in 0..5 {
+        for at in store_that_fails(&mut alone, &[key(2 * number), key(2 * number + 1)], libc::EIO) {
+            assert!(tried.insert(at), "{at:?} again");
+        }
+    }
+    assert_eq!(tried.len(), 10);
+    assert!(!alone.writer.is_new_cause("block not written"), "it was said");
+    assert_eq!(alone.found(&[key(0)]).pending_blocks, 0);
+}
+
+#[test]
+fn a_full_file_system_gets_its_next_blocks_where_others_have_been() {
+    let mut alone = Alone::new();
+    let segment = Arc::clone(alone.writer.slots.segments().next().unwrap());
+    let mut written = HashSet::new();
+    for number in 0..4 {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        commit(&segment, at.slot, key(number), 0, 1);
+        let (key, depth) = (key(number), 0);
+        alone.writer.slots.set(at, Slot::Committed { key, depth });
+        written.insert(at);
+    }
+    let tried = store_that_fails(&mut alone, &[key(10), key(11)], libc::ENOSPC);
+    assert!(tried.iter().all(|at| !written.contains(at)), "{tried:?}");
+    for _ in 0..3 {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        assert!(written.contains(&at), "{at:?} has no space of its own");
+        alone.writer.slots.set(at, Slot::Filling);
+    }
+    // Of no use either: the last block is not given up, too.
+    let tried = store_that_fails(&mut alone, &[key(12)], libc::ENOSPC);
+    assert!(written.contains(&tried[0]));
+    commit(&segment, tried[0].slot, key(13), 0, 1);
+    alone.writer.slots.set(
+        tried[0],
+        Slot::Committed {
+            key: key(13),
+            depth: 0,
+        },
+    );
+    for number in 20..30 {
+        let tried = store_that_fails(&mut alone, &[key(number)], libc::ENOSPC);
+        assert!(!written.contains(&tried[0]), "{tried:?}");
+    }
+}
+
+#[test]
+fn a_wish_for_space_ends_when_space_is_refused() {
+    let mut alone = Alone::in_folder(Folder::new(8 << 20), 3);
+    let control = Arc::clone(&alone.writer.shared.directory.control);
+    control.set_wants(alone.writer.place, 4096);
+    assert!(!alone.writer.grow(), "it has what it may have");
+    let wants: u64 = control
+        .live_writers(Some(alone.writer.place))
+        .iter()
+        .map(|writer| writer.wants_bytes)
+        .sum();
+    assert_eq!(wants, 0);
 }

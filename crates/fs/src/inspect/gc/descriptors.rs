@@ -12,6 +12,7 @@ use super::{Fate, GcReport, LEFTOVER_AGE_MIN_MS};
 use crate::control::open_trusted;
 use crate::directory::Directory;
 use crate::error::{FsError, Result};
+use crate::segment::is_linked_as;
 
 /// A descriptor that is being made.
 const STAGED: &str = ".staged-";
@@ -72,6 +73,18 @@ fn remove(
     age_min_ms: u64,
     dry_run: bool,
 ) -> Result<Option<u64>> {
+    remove_with(directory, folder, name, age_min_ms, dry_run, || ())
+}
+
+/// [`remove`], with what happens between looking at the file and removing its name.
+fn remove_with(
+    directory: &Directory,
+    folder: &File,
+    name: &str,
+    age_min_ms: u64,
+    dry_run: bool,
+    stand_still: impl Fn(),
+) -> Result<Option<u64>> {
     let path = directory.path.join(FOLDER).join(name);
     let Some(mut file) = open_trusted(folder, name, &path, !dry_run)? else {
         return Ok(None);
@@ -88,6 +101,11 @@ fn remove(
         is_older(FOREIGN_AGE_MIN_MS) || was_locked_here(directory, &mut file)
     };
     if !is_left_over {
+        return Ok(None);
+    }
+    stand_still();
+    // A worker of that name may have started meanwhile, and made a descriptor of its own.
+    if !is_linked_as(folder, &file, name).map_err(FsError::io("inspect", &path))? {
         return Ok(None);
     }
     if !dry_run {
@@ -204,6 +222,21 @@ mod tests {
             run(&folder.directory, 0, false).removed_files,
             ["descriptors/living.json"]
         );
+    }
+
+    #[test]
+    fn the_descriptor_of_a_worker_that_starts_meanwhile_stays() {
+        let folder = Folder::new(1 << 30);
+        drop(descriptor(&folder, "again.json", &own_boot_id(), 2 * MINUTE_MS));
+        let path = folder.path().join(FOLDER);
+        let opened = File::open(&path).unwrap();
+        let starts = || {
+            std::fs::write(path.join(".staged-again"), "new").unwrap();
+            std::fs::rename(path.join(".staged-again"), path.join("again.json")).unwrap();
+        };
+        let removed = remove_with(&folder.directory, &opened, "again.json", MINUTE_MS, false, starts);
+        assert_eq!(removed.unwrap(), None);
+        assert_eq!(std::fs::read(path.join("again.json")).unwrap(), b"new");
     }
 
     #[test]
