@@ -313,7 +313,7 @@ impl P2pWorker {
             let now = self.worker(py)?.stats();
             let before = std::mem::replace(&mut *locked(&self.reported), now.clone());
             let stats = PyDict::new(py);
-            let mut moved = |name: String, amount: f64| {
+            let moved = |name: String, amount: f64| {
                 if amount > 0.0 {
                     stats.set_item(name, amount)
                 } else {

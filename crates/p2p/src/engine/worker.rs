@@ -17,7 +17,7 @@ use super::options::WorkerOptions;
 use super::peers::Peer;
 use crate::error::{Error, Result};
 use crate::key::{Prompt, TransferKey};
-use crate::lanes::{EpochTable, Lease, ProbeToken, Span, serve};
+use crate::lanes::{EpochTable, Lease, ProbeToken, RemoteCache, Span, serve};
 use crate::proto::{
     CacheLayout, Channel, ConnectionId, Copied, DenyReason, EndReason, Hello, Holder, HolderAction,
     HolderLimits, Link, Message, Offer, Probe, Progress, PullRequest, PullResult, Puller, PullerAction,
@@ -135,6 +135,11 @@ impl P2pWorker {
             context: "asking the system for random bytes",
             source,
         };
+        RemoteCache::of(cache.map()).map_err(|error| Error::InvalidArgument {
+            argument: "cache",
+            found: error.to_string(),
+            allowed: "a layout that peers accept".to_owned(),
+        })?;
         let table = Arc::new(EpochTable::new(options.holds));
         // Like the holder's own list.
         (0..options.holds).for_each(|slot| table.set(slot, 1));

@@ -2,8 +2,11 @@
 
 use super::message::{Message, VERSION};
 
-/// Longest body of a frame. A HELLO of 256 layers with 64 runs each stays far below it.
-pub const FRAME_BYTES_MAX: usize = 1 << 20;
+/// Longest body of a frame. The longest message is a HELLO, whose runs are at most [`MAX_TOTAL_RUNS`] pairs of numbers of
+/// at most ten bytes each; they have half of that in a cache that fits into memory.
+///
+/// [`MAX_TOTAL_RUNS`]: crate::lanes::MAX_TOTAL_RUNS
+pub const FRAME_BYTES_MAX: usize = 4 << 20;
 
 /// First bytes of a connection, in both directions; two bytes of version follow.
 const MAGIC: [u8; 6] = *b"kvlane";

@@ -16,6 +16,9 @@ use super::ConnectionId;
 use super::message::{DenyReason, Message, Progress, Verdict};
 use crate::key::{Prompt, TransferKey};
 
+/// Most blocks that one message names: more would not fit into a frame.
+const BLOCKS_PER_MESSAGE: usize = 1 << 16;
+
 /// Bounds of a holder.
 #[derive(Clone, Copy, Debug)]
 pub struct HolderLimits {
@@ -572,15 +575,22 @@ impl Holder {
         if known_until == reader.named_until && progress == reader.told {
             return;
         }
-        let blocks = hold.blocks[reader.named_until as usize..known_until as usize].to_vec();
+        let blocks = &hold.blocks[reader.named_until as usize..known_until as usize];
         reader.named_until = known_until;
         reader.told = progress;
-        let ready = Message::Ready {
-            transfer: id.1,
-            blocks,
-            progress,
-        };
-        self.send(id.0, ready);
+        let mut parts: Vec<Vec<u32>> = blocks.chunks(BLOCKS_PER_MESSAGE).map(<[u32]>::to_vec).collect();
+        if parts.is_empty() {
+            parts.push(Vec::new());
+        }
+        let transfer = id.1;
+        for blocks in parts {
+            let ready = Message::Ready {
+                transfer,
+                blocks,
+                progress,
+            };
+            self.send(id.0, ready);
+        }
     }
 
     /// A reader has what it wanted, or does not want it any more, or is no more.

@@ -310,3 +310,30 @@ fn another_cache_another_prompt_and_too_many_transfers_are_denied() {
     assert_eq!(reason(true, message(2, 2, 1)), None);
     assert_eq!(reason(true, message(3, 2, 1)), Some(DenyReason::Busy));
 }
+
+#[test]
+fn a_prompt_of_more_blocks_than_a_message_holds_is_named_in_several() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    let blocks: Vec<u32> = (0..2 * BLOCKS_PER_MESSAGE as u32 + 3).collect();
+    holder.offer(now, offer("r", "a", &blocks));
+    want(&mut holder, now, 1, "a", blocks.len() as u32);
+    let named: Vec<Vec<u32>> = told(&mut holder)
+        .into_iter()
+        .filter_map(|message| match message {
+            Message::Ready { blocks, .. } => Some(blocks),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(named.len(), 3);
+    assert_eq!(named.concat(), blocks);
+    let mut frame = Vec::new();
+    super::super::encode(
+        &Message::Ready {
+            transfer: u64::MAX,
+            blocks: vec![u32::MAX; BLOCKS_PER_MESSAGE],
+            progress: Progress::default(),
+        },
+        &mut frame,
+    );
+}
