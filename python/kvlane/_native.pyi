@@ -198,6 +198,23 @@ class P2pWorker:
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
 
+@final
+class P2pPing:
+    """Tells a proxy every three seconds that this instance is there, on a thread of its own."""
+
+    def __new__(
+        cls,
+        proxy_host: str,
+        proxy_port: int,
+        is_prefill: bool,
+        http_address: str,
+        zmq_address: str,
+        texts: list[tuple[str, str]],
+        numbers: list[tuple[str, int]],
+    ) -> P2pPing:
+        """``texts`` and ``numbers``: further fields behind the three that old proxies know."""
+    def close(self) -> None: ...
+
 def run_cli(arguments: Sequence[str], facts: str) -> int:
     """Runs the ``kvlane`` command and returns its exit status. ``facts``: JSON that only Python knows (for doctor)."""
 

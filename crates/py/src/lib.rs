@@ -12,6 +12,7 @@ mod ints;
 mod layout;
 mod logs;
 mod p2p;
+mod ping;
 
 use pyo3::prelude::*;
 
@@ -31,6 +32,8 @@ mod _native {
     use crate::logs::{end_logs, next_logs};
     #[pymodule_export]
     use crate::p2p::{P2pAsker, P2pWorker};
+    #[pymodule_export]
+    use crate::ping::P2pPing;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -6,6 +6,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
 
+import kvlane
 from kvlane import _native
 from kvlane._native import ConfigError
 from kvlane.vllm import identity
@@ -44,6 +45,7 @@ class KvlaneP2pConnector(KvlaneConnector):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._handshake: P2pHandshake | None = None
+        self._ping: _native.P2pPing | None = None
         transfer = vllm_config.kv_transfer_config
         self._first_port = _first_port(transfer.kv_port, vllm_config.parallel_config)
         self._secret = self._options.secret()
@@ -144,6 +146,34 @@ class KvlaneP2pConnector(KvlaneConnector):
             layout.block_bytes,
             namespace.hex()[:16],
         )
+        if rank == 0:
+            self._announce(native.port)
+
+    def _announce(self, port: int) -> None:
+        """Tells the proxy of `proxy_ip` that this instance is there, as the old connector did: P if it offers."""
+        options = self._options
+        if options.proxy_ip is None or options.proxy_port is None or options.http_port is None:
+            return
+        self._silence()
+        own_host = _own_host(options.host)
+        is_prefill = bool(self._kv_transfer_config.is_kv_producer)
+        shown = f"[{own_host}]" if ":" in own_host else own_host
+        parallel = self._vllm_config.parallel_config
+        self._ping = _native.P2pPing(
+            options.proxy_ip,
+            options.proxy_port,
+            is_prefill,
+            f"{shown}:{options.http_port}",
+            f"{shown}:{port or self._first_port}",
+            [("kvlane", kvlane.__version__), ("engine_id", self._engine_id)],
+            [("tp_size", parallel.tensor_parallel_size), ("block_size", self._vllm_config.cache_config.block_size)],
+        )
+        logger.info("kvlane: announced to the proxy at %s:%d every 3 s", options.proxy_ip, options.proxy_port)
+
+    def _silence(self) -> None:
+        ping, self._ping = self._ping, None
+        if ping is not None:
+            ping.close()
 
     def get_handshake_metadata(self) -> P2pHandshake | None:
         return self._handshake
@@ -199,6 +229,7 @@ class KvlaneP2pConnector(KvlaneConnector):
 
     @guarded(None)
     def shutdown(self) -> None:
+        self._silence()
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.close()
