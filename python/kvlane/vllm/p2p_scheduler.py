@@ -357,8 +357,8 @@ class P2pSchedulerHalf:
         if role is None:
             return
         chain = request_chain(request, self._settings.block_tokens, self._adapters, self._settings.images_are_named)
-        if chain is None:
-            return
+        if chain is None or chain.token_count < 2:
+            return  # the last token is computed by decode in any case
         state.prompt_tokens, state.digest = chain.token_count, prompt_digest(chain)
         state.handover, state.key = handover, handover.key
         if role == _PREFILL:
