@@ -21,6 +21,8 @@ class Asker:
 
     def ask(self, key, host, port, tokens, digest, timeout_ms):
         self.asked.append((key, host, port, tokens))
+        if self.answer == "raise":
+            raise OSError("closed")
         return self.answer
 
     def forget(self, key):
@@ -118,6 +120,14 @@ def test_a_miss_is_counted_by_its_reason(answer, released):
     allocate(half, asked, [1], 0)
     assert bool(half.step(output()).orders) == released
     assert half.take_counters()[f"request_{answer}"] == 1
+
+
+def test_a_question_that_cannot_be_asked_is_not_asked_again():
+    half, asker, _ = make()
+    asker.answer = "raise"
+    asked = named("u")
+    assert [half.matched_tokens(asked, 0) for _ in range(3)] == [(0, False)] * 3
+    assert len(asker.asked) == 1
 
 
 def test_a_request_that_needs_its_prompts_logits_computes_it():
