@@ -107,7 +107,7 @@ P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             outcome: f"request_{outcome}"
             for outcome in (
                 "pulled", "local", "none", "mismatch", "unreachable", "refused", "timeout", "busy", "no_room",
-                "must_compute", "parameters", "unnamed",
+                "must_compute", "parameters", "unnamed", "error",
             )
         },
     ),

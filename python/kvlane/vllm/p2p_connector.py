@@ -253,7 +253,7 @@ def _first_port(kv_port: Any, parallel: Any) -> int:
     ranks_per_engine = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
     first = int(kv_port)
     if first:
-        first += (getattr(parallel, "data_parallel_rank", 0) or 0) * ranks_per_engine
+        first += (getattr(parallel, "data_parallel_index", 0) or 0) * ranks_per_engine
     if not 0 <= first <= 65536 - ranks_per_engine:
         raise ConfigError(
             f"kv_port is {kv_port}, with which {ranks_per_engine} workers would listen on ports from {first}, "

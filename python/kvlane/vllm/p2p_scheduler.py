@@ -154,9 +154,7 @@ class P2pSchedulerHalf:
             state.asked_s = now_s
         waited_ms = (now_s - state.asked_s) * 1000
         state.asked = True
-        answer = asker.ask(
-            state.key, place.host, place.port, state.prompt_tokens, state.digest, self._options.ask_timeout_ms
-        )
+        answer = self._ask(asker, state, place)
         if answer == PENDING:
             # The asker has the same deadline. This one holds also if it fails to keep it.
             if waited_ms <= self._options.ask_timeout_ms * 2:
@@ -172,6 +170,14 @@ class P2pSchedulerHalf:
             self._miss(state, "no_room")
             return 0, False
         return state.prompt_tokens - computed_tokens, True
+
+    def _ask(self, asker: Asker, state: _Request, place: Address) -> str:
+        what = (state.key, place.host, place.port, state.prompt_tokens, state.digest)
+        try:
+            return asker.ask(*what, self._options.ask_timeout_ms)
+        except Exception as error:
+            logger.error("kvlane: the question for request %s failed: %s", state.request.request_id, error)
+            return "error"
 
     def _may_pull(self, state: _Request) -> bool:
         if state.is_pulled or state.is_released or state.miss_reason is not None:
@@ -357,8 +363,8 @@ class P2pSchedulerHalf:
         if role is None:
             return
         chain = request_chain(request, self._settings.block_tokens, self._adapters, self._settings.images_are_named)
-        if chain is None:
-            return
+        if chain is None or chain.token_count < 2:
+            return  # the last token is computed by decode in any case
         state.prompt_tokens, state.digest = chain.token_count, prompt_digest(chain)
         state.handover, state.key = handover, handover.key
         if role == _PREFILL:

@@ -1,9 +1,19 @@
-"""A prefill and a decode engine on paper, joined by the stand-in for the native P2P backend."""
+"""A prefill and a decode engine on paper, joined by the native P2P backend or by a stand-in for it."""
+
+import socket
+import time
 
 from paper_engine import PaperEngine
 from support.fake_p2p import Hub
 
-PREFILL_PORT, DECODE_PORT = 14579, 14600
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+PREFILL_PORT, DECODE_PORT = _free_port(), 14600
 _ADDRESSES = f"___prefill_addr_127.0.0.1:{PREFILL_PORT}___decode_addr_127.0.0.1:{DECODE_PORT}_"
 
 
@@ -14,11 +24,13 @@ def request_id(name, *, side, index=0, child=None):
 
 
 class PaperPair:
-    """`prefill` and `decode`, and the `hub` between them."""
+    """`prefill` and `decode`, and the `hub` between them; without `monkeypatch` the native backend is between them."""
 
     def __init__(self, monkeypatch, *, asynchronous=False, prefill=None, decode=None, **options):
-        self.hub = Hub()
-        self.hub.install(monkeypatch)
+        self.hub = None
+        if monkeypatch is not None:
+            self.hub = Hub()
+            self.hub.install(monkeypatch)
 
         def engine(role, port, settings):
             transfer = {
@@ -74,9 +86,11 @@ class PaperPair:
                     engine._deliver()
             if not busy:
                 return
+            if self.hub is None:
+                time.sleep(0.0005)  # the native threads run beside this one
         raise TimeoutError(f"{self.prefill.scheduler.requests} {self.decode.scheduler.requests}")
 
     def settle(self):
         """Whether every block, lease and pull is given back."""
         free = [engine.settle(limit_s=2) == engine.free_blocks_at_start for engine in (self.decode, self.prefill)]
-        return all(free) and not self.hub.jobs()
+        return all(free) and not (self.hub and self.hub.jobs())

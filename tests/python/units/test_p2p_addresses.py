@@ -10,14 +10,14 @@ from kvlane.vllm import p2p_connector
 pytest.importorskip("vllm")
 
 
-def parallel(tp=1, pp=1, dp_rank=0):
-    return types.SimpleNamespace(tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_rank=dp_rank)
+def parallel(tp=1, pp=1, dp_index=0):
+    return types.SimpleNamespace(tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_index=dp_index)
 
 
 def test_every_rank_of_every_engine_on_a_host_has_a_port_of_its_own():
-    first = [p2p_connector._first_port(14579, parallel(tp=4, pp=2, dp_rank=rank)) for rank in range(3)]
+    first = [p2p_connector._first_port(14579, parallel(tp=4, pp=2, dp_index=rank)) for rank in range(3)]
     assert first == [14579, 14587, 14595]
-    assert p2p_connector._first_port(0, parallel(dp_rank=1)) == 0
+    assert p2p_connector._first_port(0, parallel(dp_index=1)) == 0
 
 
 @pytest.mark.parametrize(

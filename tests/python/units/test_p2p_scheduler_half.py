@@ -21,6 +21,8 @@ class Asker:
 
     def ask(self, key, host, port, tokens, digest, timeout_ms):
         self.asked.append((key, host, port, tokens))
+        if self.answer == "raise":
+            raise OSError("closed")
         return self.answer
 
     def forget(self, key):
@@ -86,7 +88,7 @@ def test_a_request_without_a_key_asks_nobody():
     assert asker.asked == []
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 33])
 def test_with_all_but_the_last_token_at_hand_prefill_is_released(tokens):
     half, asker, _ = make()
     asked = named("u", tokens)
@@ -118,6 +120,14 @@ def test_a_miss_is_counted_by_its_reason(answer, released):
     allocate(half, asked, [1], 0)
     assert bool(half.step(output()).orders) == released
     assert half.take_counters()[f"request_{answer}"] == 1
+
+
+def test_a_question_that_cannot_be_asked_is_not_asked_again():
+    half, asker, _ = make()
+    asker.answer = "raise"
+    asked = named("u")
+    assert [half.matched_tokens(asked, 0) for _ in range(3)] == [(0, False)] * 3
+    assert len(asker.asked) == 1
 
 
 def test_a_request_that_needs_its_prompts_logits_computes_it():
@@ -220,6 +230,17 @@ def test_a_request_without_a_key_or_of_another_side_is_not_offered():
     for asked in (request(), named("u", kv_transfer_params={"do_remote_prefill": True})):
         half.matched_tokens(asked, 0)
         assert schedule(half, asked, [1]).is_idle
+
+
+def test_a_prompt_of_one_token_has_nothing_to_hand_over():
+    half, decode = prefill(), make()[0]
+    asked = named("u", 1)
+    half.matched_tokens(asked, 0)
+    assert schedule(half, asked, [1]).is_idle
+    assert half.finished(asked) == (False, None)
+    assert decode.matched_tokens(asked, 0) == (0, False)
+    allocate(decode, asked, [1], 0)
+    assert decode.step(output()).is_idle
 
 
 def test_an_answer_to_parameters_leads_decode_here():
