@@ -291,6 +291,7 @@ class P2pWorkerHalf:
 
     def _ended(self, running: _Running, positions: Sequence[int], reason: str) -> None:
         self._job_of_request.pop(running.request_id, None)
+        self._next_stats_s = 0.0  # an engine without requests makes no steps, so its last figures must be told now
         if positions and not running.aborted:
             self._bad_blocks.update(running.block_ids[position] for position in positions)
             self._counters["failed_pulls"] = self._counters.get("failed_pulls", 0) + 1
