@@ -54,10 +54,10 @@ class P2pOptions:
     transfer_timeout_ms: int = 60_000
     #: File with a secret that all servers share. Without one, whoever reaches the port may read KV.
     secret_file: str | None = None
-    #: Addresses, networks (10.0.0.0/8) and host names that this server talks to. Empty: any.
+    #: Addresses, networks (10.0.0.0/8) and host names of prefill servers that decode connects to. Empty: any.
     allowed_peers: tuple[str, ...] = ()
-    #: TCP connections to each peer.
-    connections: int = 1
+    #: Copying threads, each with a TCP connection of its own to each peer that needs one.
+    connections: int = 2
     #: Share of the cache that prefill may hold for others after their requests ended, in percent.
     leased_percent: int = 50
     #: Share of the cache that decode may set aside for requests whose KV is still coming, in percent.

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use crate::error::{Error, Result};
 
 /// Settings that both have.
@@ -15,7 +17,8 @@ pub struct PeerOptions {
     pub rank: u32,
     /// Secret that all peers share; none: whoever reaches the port is trusted.
     pub secret: Option<Vec<u8>>,
-    /// Hosts that may be connected to; empty: all. Addresses come out of request ids, which clients may choose.
+    /// Addresses, networks and names that may be connected to; empty: all. They come out of request ids, which clients
+    /// may choose. A name is compared as it is written, never looked up.
     pub allowed_peers: Vec<String>,
     /// Longest wait for a connection and its handshake.
     pub connect_timeout: Duration,
@@ -43,7 +46,18 @@ impl PeerOptions {
     }
 
     pub(super) fn allows(&self, host: &str) -> bool {
-        self.allowed_peers.is_empty() || self.allowed_peers.iter().any(|allowed| allowed == host)
+        let address: Option<IpAddr> = host.parse().ok();
+        let fits = |allowed: &String| {
+            if allowed == host {
+                return true;
+            }
+            let Some(address) = address else { return false };
+            match allowed.parse::<IpNet>() {
+                Ok(network) => network.contains(&address),
+                Err(_) => allowed.parse() == Ok(address),
+            }
+        };
+        self.allowed_peers.is_empty() || self.allowed_peers.iter().any(fits)
     }
 
     fn check(&self) -> Result<()> {
@@ -166,5 +180,25 @@ impl WorkerOptions {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allowed_peers_are_addresses_networks_and_names_as_they_are_written() {
+        let mut options = PeerOptions::new("engine");
+        assert!(options.allows("anybody"));
+        options.allowed_peers = ["10.0.0.0/8", "fd00::1", "prefill-0", "bad/"]
+            .map(str::to_owned)
+            .to_vec();
+        for host in ["10.1.2.3", "fd00::1", "fd00:0::1", "prefill-0"] {
+            assert!(options.allows(host), "{host}");
+        }
+        for host in ["11.1.2.3", "fd00::2", "prefill-1", "10.0.0.0/8.example.org", ""] {
+            assert!(!options.allows(host), "{host}");
+        }
     }
 }
