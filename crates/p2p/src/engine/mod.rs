@@ -13,9 +13,11 @@ mod address;
 mod asker;
 mod copies;
 mod dial;
+mod exchange;
 mod net;
 mod options;
 mod peers;
+mod results;
 mod worker;
 
 pub use address::PeerAddress;
