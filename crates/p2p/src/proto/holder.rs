@@ -14,6 +14,7 @@ use lru::LruCache;
 
 use super::ConnectionId;
 use super::message::{DenyReason, Message, Progress, Verdict};
+use super::waiting::WaitingQuestions;
 use crate::key::{Prompt, TransferKey};
 
 /// Most blocks that one message names: more would not fit into a frame.
@@ -105,9 +106,7 @@ pub struct Holder {
     transfers: HashMap<ConnectionId, HashSet<u64>>,
     expiries: BTreeSet<(Instant, Arc<str>)>,
     unclaimed_blocks: usize,
-    questions: HashMap<(ConnectionId, u64), Question>,
-    waiting: HashMap<TransferKey, Vec<(ConnectionId, u64)>>,
-    question_deadlines: BTreeSet<(Instant, ConnectionId, u64)>,
+    waiting: WaitingQuestions,
     actions: VecDeque<HolderAction>,
 }
 
@@ -143,13 +142,6 @@ struct Reader {
     told: Progress,
 }
 
-#[derive(Debug)]
-struct Question {
-    key: TransferKey,
-    prompt: Prompt,
-    deadline: Instant,
-}
-
 impl Holder {
     /// Without holds. The table of epochs starts with ones.
     pub fn new(limits: HolderLimits) -> Self {
@@ -166,9 +158,7 @@ impl Holder {
             transfers: HashMap::new(),
             expiries: BTreeSet::new(),
             unclaimed_blocks: 0,
-            questions: HashMap::new(),
-            waiting: HashMap::new(),
-            question_deadlines: BTreeSet::new(),
+            waiting: WaitingQuestions::default(),
             actions: VecDeque::new(),
         }
     }
@@ -306,7 +296,7 @@ impl Holder {
                 patience_ms,
             } => self.asked(now, connection, question, key, prompt, patience_ms),
             Message::Forget { question } => {
-                self.drop_question((connection, question));
+                self.waiting.remove((connection, question));
                 Ok(())
             }
             Message::Want {
@@ -341,21 +331,13 @@ impl Holder {
         for transfer in self.transfers.remove(&connection).unwrap_or_default() {
             self.reader_left(now, (connection, transfer));
         }
-        let asked: Vec<_> = self
-            .questions
-            .keys()
-            .filter(|(from, _)| *from == connection)
-            .copied()
-            .collect();
-        asked
-            .into_iter()
-            .for_each(|question| self.drop_question(question));
+        self.waiting.remove_of(connection);
     }
 
     /// When [`tick`](Self::tick) must be called, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
         let lease = self.expiries.first().map(|(time, _)| *time);
-        let question = self.question_deadlines.first().map(|(time, ..)| *time);
+        let question = self.waiting.next_deadline();
         lease.into_iter().chain(question).min()
     }
 
@@ -366,10 +348,7 @@ impl Holder {
         {
             self.end(now, &hold, EndReason::Expired);
         }
-        while let Some(&(time, connection, question)) = self.question_deadlines.first()
-            && time <= now
-        {
-            self.drop_question((connection, question));
+        for (connection, question) in self.waiting.take_late(now) {
             let verdict = Verdict::None;
             self.send(connection, Message::Answer { question, verdict });
         }
@@ -399,7 +378,7 @@ impl Holder {
         (
             self.holds.len(),
             self.unclaimed_blocks,
-            self.questions.len(),
+            self.waiting.len(),
             self.readers.len(),
         )
     }
@@ -415,7 +394,7 @@ impl Holder {
         prompt: Prompt,
         patience_ms: u32,
     ) -> Result<(), &'static str> {
-        if self.questions.contains_key(&(connection, question)) {
+        if self.waiting.contains((connection, question)) {
             return Err("a question with the number of an open one");
         }
         let verdict = match self.hold_of(&key) {
@@ -423,7 +402,7 @@ impl Holder {
             Some(hold) if hold.progress.done_blocks >= hold.block_count => Some(Verdict::Ready),
             Some(_) => Some(Verdict::Started),
             None if self.is_gone(now, &key) => Some(Verdict::None),
-            None if self.questions.len() >= self.limits.questions => Some(Verdict::Busy),
+            None if self.waiting.len() >= self.limits.questions => Some(Verdict::Busy),
             None => None,
         };
         if let Some(verdict) = verdict {
@@ -431,42 +410,15 @@ impl Holder {
             return Ok(());
         }
         let patience = Duration::from_millis(u64::from(patience_ms)).min(self.limits.question_wait);
-        let deadline = now + patience;
         self.waiting
-            .entry(key.clone())
-            .or_default()
-            .push((connection, question));
-        self.question_deadlines.insert((deadline, connection, question));
-        let asked = Question {
-            key,
-            prompt,
-            deadline,
-        };
-        self.questions.insert((connection, question), asked);
+            .add((connection, question), key, prompt, now + patience);
         Ok(())
     }
 
     fn answer_waiting(&mut self, key: &TransferKey, verdict: impl Fn(Prompt) -> Verdict) {
-        for (connection, question) in self.waiting.remove(key).unwrap_or_default() {
-            if let Some(asked) = self.questions.remove(&(connection, question)) {
-                self.question_deadlines
-                    .remove(&(asked.deadline, connection, question));
-                let verdict = verdict(asked.prompt);
-                self.send(connection, Message::Answer { question, verdict });
-            }
-        }
-    }
-
-    fn drop_question(&mut self, id: (ConnectionId, u64)) {
-        let Some(asked) = self.questions.remove(&id) else {
-            return;
-        };
-        self.question_deadlines.remove(&(asked.deadline, id.0, id.1));
-        if let Some(waiting) = self.waiting.get_mut(&asked.key) {
-            waiting.retain(|other| *other != id);
-            if waiting.is_empty() {
-                self.waiting.remove(&asked.key);
-            }
+        for ((connection, question), asked) in self.waiting.take(key) {
+            let verdict = verdict(asked);
+            self.send(connection, Message::Answer { question, verdict });
         }
     }
 

@@ -17,6 +17,7 @@ mod holder;
 mod link;
 mod message;
 mod puller;
+mod waiting;
 
 pub use asker::{Asker, AskerAction, AskerLimits, State};
 pub use frame::{FRAME_BYTES_MAX, FrameError, Frames, encode};
