@@ -106,33 +106,35 @@ fn four_busy_writers_never_exceed_the_capacity_and_each_gets_its_share() {
 
 #[test]
 fn a_later_writer_is_not_starved_by_an_idle_one() {
-    let setup = Setup {
-        medium: Medium::Memory,
-        capacity_bytes: Some(8 << 20),
-        ..Setup::default()
-    };
-    let folder = folder(setup.medium);
-    let (mut idle, opened) = PeerProcess::open(PEER, folder.path(), &setup);
-    assert_eq!(opened, "open");
-    assert_eq!(idle.ask("store old-0 30"), "done");
-    assert_eq!(idle.ask("store old-1 60"), "done");
-    assert_eq!(idle.ask("store old-2 30"), "done");
-    assert!(used_bytes(folder.path()) > 7 << 20);
-    let late = Worker::open(folder.path(), &setup).expect("a second writer can open the folder");
-    store_patiently(&late, "late-0", 10);
-    eventually("half of the folder", || {
-        let mut chain = 1;
-        while late.store(&format!("late-{chain}"), 10, PATIENCE) == Outcome::Done && chain < 5 {
-            chain += 1;
-        }
-        let shares = shares(folder.path());
-        shares.len() == 2 && shares.iter().all(|share| (3 << 20..=5 << 20).contains(share))
-    });
-    assert!(late.load("late-0", 10, PATIENCE).missed.is_empty() || late.stats().evicted_blocks > 0);
-    assert!(used_bytes(folder.path()) <= (8 << 20) + CONTROL_BYTES);
-    // The idle one still works with what it has, and what it has is right.
-    assert_eq!(idle.ask("store new 10"), "done");
-    assert_eq!(idle.ask("load new 10"), "done");
+    for medium in MEDIA {
+        let setup = Setup {
+            medium,
+            capacity_bytes: Some(8 << 20),
+            ..Setup::default()
+        };
+        let folder = folder(setup.medium);
+        let (mut idle, opened) = PeerProcess::open(PEER, folder.path(), &setup);
+        assert_eq!(opened, "open");
+        assert_eq!(idle.ask("store old-0 30"), "done");
+        assert_eq!(idle.ask("store old-1 60"), "done");
+        assert_eq!(idle.ask("store old-2 30"), "done");
+        assert!(used_bytes(folder.path()) > 7 << 20);
+        let late = Worker::open(folder.path(), &setup).expect("a second writer can open the folder");
+        store_patiently(&late, "late-0", 10);
+        eventually("half of the folder", || {
+            let mut chain = 1;
+            while late.store(&format!("late-{chain}"), 10, PATIENCE) == Outcome::Done && chain < 5 {
+                chain += 1;
+            }
+            let shares = shares(folder.path());
+            shares.len() == 2 && shares.iter().all(|share| (3 << 20..=5 << 20).contains(share))
+        });
+        assert!(late.load("late-0", 10, PATIENCE).missed.is_empty() || late.stats().evicted_blocks > 0);
+        assert!(used_bytes(folder.path()) <= (8 << 20) + CONTROL_BYTES);
+        // The idle one still works with what it has, and what it has is right.
+        assert_eq!(idle.ask("store new 10"), "done");
+        assert_eq!(idle.ask("load new 10"), "done");
+    }
 }
 
 #[test]

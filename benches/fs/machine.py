@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 
-def facts(folders: dict[str, str], cores: list[int], versions: dict[str, str]) -> dict:
+def facts(folders: dict[str, str], cores: list[int]) -> dict:
     """What ran where. ``folders``: medium to scratch folder; ``cores``: first the one that the floor uses."""
     return {
         "cpu": cpu_name(),
         "cores": len(cores),
+        "virtual": is_virtual(),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
         "filesystems": {medium: filesystem_of(folder) for medium, folder in folders.items()},
         "load": [round(load, 2) for load in os.getloadavg()],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version()},
         "command": shlex.join(["python", *sys.argv]),
     }
 
@@ -29,6 +30,12 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def is_virtual() -> bool | None:
+    """Whether the processor says that a hypervisor runs it; not every kind of processor would."""
+    flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")]
+    return "hypervisor" in flags[0].split() if flags else None
 
 
 def filesystem_of(folder: str) -> str:

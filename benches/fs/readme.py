@@ -2,14 +2,17 @@
 
 .venv/bin/python benches/fs/readme.py            after a whole run; `make bench-fs` does it
 .venv/bin/python benches/fs/readme.py --check    exit status 1 if the README shows other figures
+
+What a run did not measure is left out of the text, never guessed and never an error.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
-from rows import bars
+from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, DISTURBED, TWO_MEMCPYS, bars
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- from benches/results/fs.json by benches/fs/readme.py -->\n\n"
@@ -28,68 +31,205 @@ ROWS = [
     ("load, disk, from the page cache", "load", "disk", 1),
     ("load, disk, from the device", "load-cold", "disk", 1),
 ]
-SYSTEMS = [("kvlane", "kvlane"), ("ExampleConnector", "example-connector"), ("vLLM `fs` tier", "vllm-fs")]
+SYSTEMS = {"kvlane": "kvlane", "example-connector": "ExampleConnector", "vllm-fs": "vLLM `fs` tier"}
+# Peers' rows that do what a row of kvlane does. They always store into new files.
+SAME_WORK = {"store": "store", "first-fill": "store", "load": "load", "load-cold": "load-cold"}
+# Peers' rows that do less.
+ONLY_IO = {"store": "io-write", "first-fill": "io-write", "load": "io-read"}
+IO_SYSTEMS = {"vllm-fs": "vLLM's `fs`", "lmcache-fs": "LMCache's file client"}
+IO_THREADS = (1, 2, 4)
+
+
+class Result:
+    """The figures of a run by name; ``None`` for what it does not have."""
+
+    def __init__(self, result: dict) -> None:
+        self.machine, self.rows = result["machine"], result["rows"]
+        self.other_floors = self.machine["other_floors"]
+        self._by_key = {(row["system"], row["case"], row["medium"], row["threads"]): row for row in self.rows}
+
+    def row(self, system: str, case: str, medium: str, threads: int) -> dict | None:
+        return self._by_key.get((system, case, medium, threads))
+
+    def ms(self, *key) -> float | None:
+        row = self.row(*key)
+        return row and row["ms"]
+
+    def floor(self, name: str, case: str, medium: str, threads: int) -> dict | None:
+        """Another floor than memcpy, of a row of kvlane."""
+        key = (name, case, medium, threads)
+        found = [f for f in self.other_floors if (f["floor"], f["case"], f["medium"], f["threads"]) == key]
+        return found[0] if found else None
 
 
 def section(result: dict) -> str:
     """The text between the marks."""
-    machine = result["machine"]
-    rows = {(row["system"], row["case"], row["medium"], row["threads"]): row for row in result["rows"]}
-    floors = {(floor["case"], floor["medium"], floor["threads"]): floor for floor in machine["other_floors"]}
+    run = Result(result)
+    bullets = [targets(run), disk_stores(run), device_loads(run), faster_peers(run), first_uses(run), calls(run)]
+    lines = [heading(run), "", *table(run), "", *(f"- {text}" for text in bullets if text), *not_run(run), ""]
+    return "\n".join(lines)
 
-    def cell(*key) -> str:
-        row = rows.get(key)
-        return f"{row['ms']:.1f} ms, {row['of_memcpy']:.2f}" if row else ""
 
-    def share(*key) -> str:
-        return f"{rows[key]['of_memcpy']:.2f}"
+def heading(run: Result) -> str:
+    machine = run.machine
+    cores = f"{machine['cores']} {'virtual ' if machine.get('virtual') else ''}cores"
+    media = " and ".join(machine["filesystems"][medium] for medium in ("tmpfs", "disk"))
+    sets = f" in {machine['sets']} sets of processes" if "sets" in machine else ""
+    disturbance = machine["disturbance"]
+    text = (
+        f"`make bench-fs` on {machine['date'][:10]}: {cores} ({machine['cpu']}), {machine['memory']}, "
+        f"{machine['kernel']}, {media}; 96 MiB (48 layers, 64 blocks of 16 tokens, runs of 32 KiB), checksums on, one "
+        f"thread unless said, medians of {machine['rounds']} interleaved rounds{sets}. Beside each time: its speed as "
+        "a share of memcpy's, which is the time of the memcpy in that line divided by it. "
+    )
+    if places := machine.get("memcpy_ms"):
+        ours = [ms for place, ms in places.items() if place.startswith("worker_kvlane")]
+        others = [ms for place, ms in places.items() if not place.startswith("worker_kvlane")]
+        text += (
+            f"How fast memory is copied depends on its pages: in {len(places)} pairs of buffers a memcpy took "
+            f"{min(places.values()):.1f} to {max(places.values()):.1f} ms"
+        )
+        if ours and others:
+            text += (
+                f" (median in kvlane's processes {statistics.median(ours):.1f}, "
+                f"in the others' {statistics.median(others):.1f})"
+            )
+        text += ". "
+    text += "**The machine was busy**" if disturbance > DISTURBED else "The machine was quiet"
+    text += f": memcpy{' between the same buffers' if places else ''} varied by {disturbance:.1f}x. "
+    return text + "All rows: [benches/results/fs.json](benches/results/fs.json)."
 
-    def call_us(case: str) -> float:
-        return rows["kvlane", case, "memory", 1]["ms"] * 1e3
 
-    busy = machine["disturbance"] > 1.3
+def table(run: Result) -> list[str]:
     lines = [
-        f"`make bench-fs` on {machine['date'][:10]}: {machine['cores']} virtual cores of a shared {machine['cpu']}, "
-        f"{machine['memory']}, {machine['kernel']}, {machine['filesystems']['disk']} on a virtual disk; 96 MiB "
-        "(48 layers, 64 blocks of 16 tokens, runs of 32 KiB), checksums on, one thread unless said, medians of "
-        f"{machine['rounds']} interleaved rounds. Beside each time: its share of one memcpy of that size, timed right "
-        "before and after it (1.0 is memcpy). "
-        + ("**The machine was busy**: memcpy" if busy else "The machine was quiet: memcpy")
-        + f" itself varied by {machine['disturbance']:.1f}x. All rows: "
-        "[benches/results/fs.json](benches/results/fs.json).",
-        "",
-        "| 96 MiB request | " + " | ".join(title for title, _ in SYSTEMS) + " |",
-        "|---|" + "---|" * len(SYSTEMS),
+        "| 96 MiB request | memcpy | " + " | ".join(SYSTEMS.values()) + " |",
+        "|---|---|" + "---|" * len(SYSTEMS),
     ]
     for name, case, medium, threads in ROWS:
-        cells = [cell(system, case, medium, threads) for _, system in SYSTEMS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    store, evicted = floors["store", "disk", 1], floors["store-evicted", "disk", 1]
-    missed = [bar for bar in bars(result["rows"], machine["other_floors"]) if bar.holds is False]
-    targets = [
+        found = [run.row(system, case, medium, threads) for system in SYSTEMS]
+        if any(found):
+            cells = [f"{row['ms']:.2f} ms, {row['of_memcpy']:.2f}" if row else "" for row in found]
+            memcpy_ms = run.ms("memcpy", "copy", medium, 1)
+            lines.append(f"| {name} | {memcpy_ms:.2f} ms | " + " | ".join(cells) + " |")
+    return lines
+
+
+def targets(run: Result) -> str:
+    found = bars(run.rows, run.other_floors)
+    missed = [
         f"{bar.text} {bar.figure:.2f}{bar.unit} "
         f"(wanted: at {'most' if bar.is_ceiling else 'least'} {bar.limit:g}{bar.unit})"
-        for bar in missed
+        for bar in found
+        if bar.holds is False
     ]
-    lines += [
-        "",
-        "- Targets that this run misses: " + ("; ".join(targets) if targets else "none") + ". Two threads that only "
-        f"copy, half each, reach {floors['load', 'tmpfs', 2]['floor_of_memcpy']:.2f} of one memcpy here.",
-        f"- Stores on a disk go through the kernel's `pwritev`, which without any checksum takes "
-        f"{store['floor_of_memcpy']:.2f} of memcpy here ({evicted['floor_of_memcpy']:.2f} over evicted slots): kvlane "
-        f"reaches {store['of_floor']:.2f} ({evicted['of_floor']:.2f}) of that. A load from the device is "
-        f"{floors['load-cold', 'disk', 1]['of_floor']:.2f} times as fast as one direct read of a file of that size.",
-        "- Where others are ahead or near: peers that only do I/O read the page cache into a staging buffer with "
-        f"{share('vllm-fs', 'io-read', 'disk', 1)} (vLLM's `fs`, 1 thread) and "
-        f"{share('lmcache-fs', 'io-read', 'disk', 2)} (LMCache's file client, 2 threads) of memcpy. They do not check "
-        "what they read, nor put it into the paged cache. A first fill and a folder that was just opened are slow: "
-        "every page has to be allocated or mapped.",
-        f"- Calls of the connector: lookup of 64 blocks {call_us('lookup'):.1f} us; names and lookup of a prompt of "
-        f"131,072 tokens {call_us('keys-first') / 1e3:.1f} ms the first time and {call_us('keys-grown'):.0f} us when "
-        f"it grew by one block; a step that moves nothing {call_us('idle-step'):.0f} us in all hooks together.",
-        "",
+    text = "Targets that this run misses: " + ("; ".join(missed) or "none") + "."
+    if unknown := [bar.text for bar in found if bar.holds is None]:
+        text += " Not measured: " + "; ".join(unknown) + "."
+    copies = {case: run.floor(TWO_MEMCPYS, case, "tmpfs", 2) for case in ("store", "load")}
+    if reached := [f"{floor['floor_of_memcpy']:.2f} beside the {case}" for case, floor in copies.items() if floor]:
+        text += f" Two threads that only copy, half each, reach {' and '.join(reached)} of one memcpy here."
+    return text
+
+
+def disk_stores(run: Result) -> str | None:
+    reached = [
+        f"{floor['floor_of_memcpy']:.2f} of memcpy{where}, and kvlane {floor['of_floor']:.2f} of that"
+        for case, where in (("store", ""), ("store-evicted", " over evicted slots"))
+        if (floor := run.floor(BARE_WRITE, case, "disk", 1))
     ]
-    return "\n".join(lines)
+    if not reached:
+        return None
+    return (
+        "Stores on a disk go through the kernel's `pwritev`, which without any checksum reaches here "
+        + "; ".join(reached)
+        + "."
+    )
+
+
+def device_loads(run: Result) -> str | None:
+    ms = run.ms("kvlane", "load-cold", "disk", 1)
+    if ms is None:
+        return None
+    text = (
+        f"A load from the device is done by one copying and {COLD_READS} reading threads, all on one core (the peers "
+        f"read with one thread): {ms:.2f} ms."
+    )
+    for name in (DIRECT_READ, DIRECT_READS):
+        if floor := run.floor(name, "load-cold", "disk", 1):
+            text += f" {name[0].upper()}{name[1:]}: {floor['floor_ms']:.2f} ms."
+    return text
+
+
+def faster_peers(run: Result) -> str | None:
+    if not any(row["system"] in (SYSTEMS.keys() | IO_SYSTEMS.keys()) - {"kvlane"} for row in run.rows):
+        return None
+    same, less = [], []
+    for name, case, medium, threads in ROWS:
+        ours = run.ms("kvlane", case, medium, threads)
+        if ours is None:
+            continue
+        if peers := faster_at_same_work(run, ours, case, medium, threads):
+            same.append(f"{name} {ours:.2f} ms: " + ", ".join(peers))
+        if peers := faster_at_io(run, ours, case, medium, threads):
+            less.append(f"{name} {ours:.2f} ms: " + ", ".join(peers))
+    text = "Where others are faster: " + ("; ".join(same) or "in no row above") + "."
+    if less:
+        text += (
+            " Peers that only do I/O, from and to a staging buffer, and neither check what they read nor reach the "
+            "paged cache: " + "; ".join(less) + "."
+        )
+    return text
+
+
+def faster_at_same_work(run: Result, ours: float, case: str, medium: str, threads: int) -> list[str]:
+    found = []
+    for system, title in SYSTEMS.items():
+        theirs = run.ms(system, SAME_WORK.get(case, "none"), medium, threads)
+        if system != "kvlane" and theirs is not None and theirs < ours:
+            found.append(f"{title} {theirs:.2f} ms" + " into new files" * (case == "first-fill"))
+    return found
+
+
+def faster_at_io(run: Result, ours: float, case: str, medium: str, threads: int) -> list[str]:
+    """Each peer with the row's number of threads, and with more."""
+    found = []
+    for system, title in IO_SYSTEMS.items():
+        by_threads = {
+            count: run.ms(system, ONLY_IO.get(case, "none"), medium, count) for count in IO_THREADS if count >= threads
+        }
+        faster = {count: ms for count, ms in by_threads.items() if ms is not None and ms < ours}
+        if faster:
+            counts = ", ".join(map(str, faster)) + (" thread" if list(faster) == [1] else " threads")
+            found.append(f"{title} {', '.join(f'{ms:.2f}' for ms in faster.values())} ms with {counts}")
+    return found
+
+
+def first_uses(run: Result) -> str | None:
+    slow = {"first-fill": "a first fill", "load-fresh-reader": "a load by a process that has just opened the folder"}
+    found = [text for case, text in slow.items() if run.row("kvlane", case, "tmpfs", 1)]
+    if not found:
+        return None
+    text = " and ".join(found)
+    return f"{text[0].upper()}{text[1:]} pay for each page that is allocated or mapped for the first time."
+
+
+def calls(run: Result) -> str | None:
+    us = {case: run.ms("kvlane", case, "memory", 1) for case in ("lookup", "keys-first", "keys-grown", "idle-step")}
+    us = {case: ms * 1e3 for case, ms in us.items() if ms is not None}
+    parts = []
+    if "lookup" in us:
+        parts.append(f"lookup of 64 blocks {us['lookup']:.1f} us")
+    if "keys-first" in us:
+        parts.append(f"names and lookup of a new prompt of 131,072 tokens {us['keys-first'] / 1e3:.1f} ms")
+    if "keys-grown" in us:
+        parts.append(f"of such a prompt that grew by one block {us['keys-grown']:.0f} us")
+    if "idle-step" in us:
+        parts.append(f"a step that moves nothing {us['idle-step']:.0f} us in all hooks together")
+    return f"Calls of the connector: {'; '.join(parts)}." if parts else None
+
+
+def not_run(run: Result) -> list[str]:
+    return [f"- NOT RUN: {line}" for line in run.machine["not_run"]]
 
 
 def main() -> int:

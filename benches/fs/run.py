@@ -8,12 +8,19 @@
 Every system has a long-lived worker process; in each round all of them take one turn per case, so whatever
 disturbs the machine meets all. A row of n threads runs on n cores. Right before and right after each timed
 case the same process times one memcpy of the request's size, on the first of those cores. Rows are medians
-over the rounds; `of_memcpy` is the median of the rounds' ratios, and the `copy` rows are the medians of all
-those memcpys. What a system moved is checked byte for byte in every turn. The exit status is 1 after a wrong
-byte or a broken worker, never because something is slow.
+over the rounds; the `copy` rows are the median of all those memcpys, and `of_memcpy` is a copy row divided by
+the row: one denominator for all rows of a medium.
+
+How fast memory is copied depends on the pages that a process got. So after a few rounds all workers end, and new
+ones start with empty folders: a set. In each set the workers get their memory in another order, and every set's
+first round is not counted. A row's median is over these places too, for every system alike.
+
+What a system moved is checked byte for byte in every turn. The exit status is 1 after a wrong byte or a broken
+worker, never because something is slow.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,20 +28,21 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 import machine
-from rows import CALLS_MEDIUM, MOVES, Bar, Key, Samples, bars
+from rows import CALLS_MEDIUM, DISTURBED, METHOD, Bar, Key, Samples, bars
 from turns import NotRun, Worker, WorkerFailed
 from workload import Sample, WrongBytes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benches" / "results" / "fs.json"
-ROUNDS, QUICK_ROUNDS = 11, 3
-# A memcpy that varies by more than this met other work on its core, and so did everything else.
-DISTURBED = 1.5
+SETS, ROUNDS = 5, 3
+QUICK_SETS, QUICK_ROUNDS = 1, 3
 
 # Worker scripts of each system, with the environment whose Python runs them.
 SYSTEMS = {
@@ -79,8 +87,9 @@ def main() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help=f"write the rows here (a whole run: {RESULT.relative_to(ROOT)})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--rounds", type=int, help="number of rounds")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SETS} set instead of {SETS}")
+    parser.add_argument("--sets", type=int, help="how often all workers start anew")
+    parser.add_argument("--rounds", type=int, help="number of rounds in each set")
     parser.add_argument(
         "--only", default="", help="comma-separated names of systems, cases and media; others are left out"
     )
@@ -91,6 +100,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     unknown = options.only - {*SYSTEMS, *CASES, *MEDIA}
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join([*SYSTEMS, *CASES, *MEDIA])}")
+    options.sets = options.sets or (QUICK_SETS if options.quick else SETS)
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if options.json is None and not options.quick and not options.only:
         options.json = RESULT
@@ -101,43 +111,68 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+@dataclass
+class Run:
+    """What all sets of workers add to."""
+
+    samples: Samples = field(default_factory=Samples)
+    not_run: dict[Key, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    rounds_begun: int = 0
+    shuffle: random.Random = field(default_factory=lambda: random.Random(0))
+
+
 def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
     cores = sorted(os.sched_getaffinity(0), reverse=True)  # the highest first: core 0 serves most interrupts
-    workers: dict[Key, Worker] = {}
-    versions: dict[str, str] = {}
-    started: list[Worker] = []
-    try:
-        for system, scripts in SYSTEMS.items():
-            for environment, script in scripts if wanted(options.only, SYSTEMS, system) else ():
-                worker = start(environment, script, system, cores, scratch)
-                started.append(worker)
-                versions |= worker.call("versions")
-                for case, medium, threads in worker.call("cases"):
-                    if wanted(options.only, CASES, case) and wanted(options.only, MEDIA, medium):
-                        workers[Key(medium, case, threads, system)] = worker
-        facts = machine.facts(scratch, cores, dict(sorted(versions.items())))
-        samples, not_run = take_turns(workers, options.rounds)
-    finally:
-        for worker in started:
-            worker.close()
-    rows = samples.rows()
-    show(samples, rows, not_run)
+    facts, run = machine.facts(scratch, cores), Run()
+    for number in range(options.sets):
+        folders = {medium: os.path.join(folder, f"set-{number}") for medium, folder in scratch.items()}
+        with workers(options.only, cores, folders, run) as by_key:
+            take_turns(by_key, options.rounds, run, f"set {number + 1} of {options.sets}")
+        for folder in folders.values():
+            shutil.rmtree(folder)
+    rows, not_run = run.samples.rows(), [f"{name_of(key)}: {reason}" for key, reason in run.not_run.items()]
+    show(run.samples, rows, not_run)
     if options.json:
-        facts |= {"rounds": options.rounds, "method": MOVES, "not_run": not_run}
-        facts["disturbance"] = round(samples.disturbance(), 2)
-        facts["other_floors"] = samples.other_floors()
+        facts["versions"] |= dict(sorted(run.versions.items()))
+        facts |= {"rounds": options.sets * options.rounds, "sets": options.sets, "method": METHOD, "not_run": not_run}
+        facts["disturbance"] = round(run.samples.disturbance(), 2)
+        facts["memcpy_ms"] = run.samples.memcpy_ms()
+        facts["other_floors"] = run.samples.other_floors()
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
         print(f"wrote {options.json}")
     return 0
 
 
-def start(environment: str, script: str, system: str, cores: list[int], scratch: dict[str, str]) -> Worker:
+@contextlib.contextmanager
+def workers(only: set[str], cores: list[int], folders: dict[str, str], run: Run) -> Iterator[dict[Key, Worker]]:
+    """A new process for each system, ready for its turns: by row, without those that cannot be run."""
+    started: list[tuple[str, Worker]] = []
+    by_key: dict[Key, Worker] = {}
+    try:
+        for system, scripts in SYSTEMS.items():
+            for environment, script in scripts if wanted(only, SYSTEMS, system) else ():
+                started.append((system, start(environment, script, system, cores, folders)))
+        # They import together, and get their memory one after the other: who is first gets other pages.
+        for system, worker in run.shuffle.sample(started, len(started)):
+            run.versions |= worker.call("versions")
+            for case, medium, threads in worker.call("cases"):
+                key = Key(medium, case, threads, system)
+                if wanted(only, CASES, case) and wanted(only, MEDIA, medium) and key not in run.not_run:
+                    by_key[key] = worker
+        yield by_key
+    finally:
+        for _, worker in started:
+            worker.close()
+
+
+def start(environment: str, script: str, system: str, cores: list[int], folders: dict[str, str]) -> Worker:
     python = ROOT / environment / "bin" / "python"
     if not python.exists():
         name = environment.removeprefix(".venv").removeprefix("-") or "main"
         raise WorkerFailed(f"{environment} is missing; build it: tests/env/build.sh {name}")
-    folders = {medium: str(Path(folder, system)) for medium, folder in scratch.items()}
+    folders = {medium: str(Path(folder, system)) for medium, folder in folders.items()}
     for folder in folders.values():
         os.makedirs(folder, exist_ok=True)
     return Worker(str(python), script, cores=cores, folders=folders)
@@ -148,31 +183,33 @@ def wanted(only: set[str], kind, name: str) -> bool:
     return name in only or not only.intersection(kind)
 
 
-def take_turns(workers: dict[Key, Worker], rounds: int) -> tuple[Samples, list[str]]:
-    """Round 0 is not counted: it opens files, fills stores and starts threads."""
-    samples, not_run = Samples(), []
-    keys = sorted(workers)
-    shuffle = random.Random(0)
+def take_turns(by_key: dict[Key, Worker], rounds: int, run: Run, title: str) -> None:
+    """The first round is not counted: it opens files, fills stores and starts threads."""
+    keys = sorted(by_key)
     total = len(keys) * (rounds + 1)
     with tqdm(total=total, file=sys.stderr, unit="turn", mininterval=1, dynamic_ncols=True) as progress:
         for number in range(rounds + 1):
-            for key in in_turn(keys, shuffle):
-                progress.set_description(f"{key.system} {key.case} {key.medium} {key.threads}", refresh=False)
+            for key in in_turn(keys, run.shuffle):
+                progress.set_description(f"{title}: {name_of(key)}", refresh=False)
                 try:
                     arguments = {
                         "case": key.case,
                         "medium": key.medium,
                         "threads": key.threads,
-                        "round_number": number,
+                        "round_number": run.rounds_begun,
                     }
-                    sample = Sample(**workers[key].call("turn", **arguments))
+                    sample = Sample(**by_key[key].call("turn", **arguments))
                     if number:
-                        samples.add(key, sample)
+                        run.samples.add(key, sample)
                 except NotRun as reason:
-                    not_run.append(f"{key.system} {key.case} {key.medium} {key.threads}: {reason}")
+                    run.not_run[key] = str(reason)
                     keys.remove(key)
                 progress.update()
-    return samples, not_run
+            run.rounds_begun += 1
+
+
+def name_of(key: Key) -> str:
+    return f"{key.system} {key.case} {key.medium} {key.threads}"
 
 
 def in_turn(keys: list[Key], shuffle: random.Random) -> list[Key]:
@@ -182,6 +219,7 @@ def in_turn(keys: list[Key], shuffle: random.Random) -> list[Key]:
 
 
 def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
+    floors = {row["medium"]: row["ms"] for row in rows if row["case"] == "copy"}
     for row in rows:
         key = Key(row["medium"], row["case"], row["threads"], row["system"])
         name = f"{key.system:18} {key.case:18} {key.medium:7} {key.threads}"
@@ -190,18 +228,19 @@ def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
             continue
         fastest, slowest = samples.spread(key)
         spread = f"[{fastest * 1e3:.1f}..{slowest * 1e3:.1f}]"
-        print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s{row['of_memcpy']:7.3f} of memcpy")
+        print(f"{name} {row['ms']:8.2f} ms {spread:16} {row['gbps']:6.2f} GB/s", end="")
+        print(f" {row['of_memcpy']:7.3f} of memcpy ({floors[key.medium]:.2f} ms)")
     other_floors = samples.other_floors()
     for floor in other_floors:
         name = f"{floor['system']:18} {floor['case']:18} {floor['medium']:7} {floor['threads']}"
         print(f"{name} {floor['of_floor']:7.3f} of {floor['floor']}", end="")
         print(f" ({floor['floor_ms']:.2f} ms, {floor['floor_of_memcpy']:.3f} of memcpy)")
+    for place, ms in samples.memcpy_ms().items():
+        print(f"memcpy took {ms:6.2f} ms in {place}")
     for line in not_run:
         print(f"NOT RUN: {line}")
     if samples.disturbance() > DISTURBED:
-        print(
-            f"The machine was busy: memcpy itself varied by {samples.disturbance():.1f}x. Run again when it is quiet."
-        )
+        print(f"The machine was busy: memcpy on the same pages varied by {samples.disturbance():.1f}x. Run it again.")
     print("\nBars (for information):")
     for bar in bars(rows, other_floors):
         print(f"  {mark(bar)} {bar.text}")

@@ -27,6 +27,7 @@ from workload import (
     Floor,
     PagedCache,
     scattered,
+    touch,
 )
 
 example_connector.logger.setLevel(logging.ERROR)
@@ -61,7 +62,9 @@ class System:
         os.sched_setaffinity(0, cores[:1])
         torch.set_num_threads(1)
         self._floor, self._folders = Floor(), folders
-        self._source, self._target = PagedCache().fill_with_noise(), PagedCache()
+        self._source, self._target = PagedCache(), PagedCache()
+        touch([*self._floor.buffers, *self._source.buffers, *self._target.buffers])
+        self._source.fill_with_noise()
         self._source_layers = tensors_of(self._source)
         self._attention = {name: object() for name in LAYER_NAMES}
         layers = zip(LAYER_NAMES, tensors_of(self._target), strict=True)

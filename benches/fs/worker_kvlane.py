@@ -4,18 +4,22 @@ Checksums are on, as by default. A store is timed from `begin_store` to the end 
 can find every block; a load from `load` to the end of the job. The folder holds two and a half requests and each
 turn stores a new one, so every store recycles slots of an older request, except `first-fill`, which times the first
 store into a folder that was empty a moment ago. `load-fresh-reader` includes opening the folder.
+
+A row's threads are the copying ones. On a disk kvlane starts four more for reads from the device, whatever
+`io_threads` says, so a `load-cold` row of one thread is 1 copying and 4 reading threads, on one core.
 """
 
 import os
+import statistics
 import sys
 from pathlib import Path
 
 from files import BareWrite, DirectRead, drop, empty, settle
 from kvlane import _native
 from kvlane_side import REQUESTS_TO_FILL, keys_of, open_worker, store
-from rows import BARE_WRITE, DIRECT_READ, TWO_MEMCPYS
+from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, TWO_MEMCPYS
 from turns import Worker, serve
-from workload import BLOCK_BYTES, BLOCKS, REQUEST_BYTES, Floor, PagedCache, Sample, scattered
+from workload import BLOCK_BYTES, BLOCKS, REQUEST_BYTES, Floor, PagedCache, Sample, scattered, touch
 
 THREADS = (1, 2)
 
@@ -24,8 +28,11 @@ class System:
     def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
         os.sched_setaffinity(0, cores[:1])
         self._cores, self._folders, self._floor = cores, folders, Floor()
-        self._source = PagedCache().fill_with_noise()
+        self._source = PagedCache()
+        touch([*self._floor.buffers, *self._source.buffers])
+        self._source.fill_with_noise()
         self._reader = Worker(sys.executable, "worker_kvlane_reader.py", cores=cores)
+        self._reader.call("has_memory")
         self._writers: dict[str, _native.FsWorker] = {}
         self._serial = 0
         self._direct_read: DirectRead | None = None
@@ -58,11 +65,13 @@ class System:
         else:
             store(writer, keys_of(serial), scattered("source", serial))
             self._drop(folder) if is_cold else settle(folder)
-            floor = self._direct_floor() if is_cold else None
+            # Before and after, as with memcpy: the device's speed drifts too.
+            floors = [self._direct_floors()] if is_cold else []
             sample = self._read("load_afresh" if case == "load-fresh-reader" else "load", folder, threads, serial)
-            if floor is not None:
-                # Before and after, as with memcpy: the device's speed drifts too.
-                sample.other_floors[DIRECT_READ] = (floor + self._direct_floor()) / 2
+            if is_cold:
+                floors.append(self._direct_floors())
+                for name in floors[0]:
+                    sample.other_floors[name] = statistics.mean(floor[name] for floor in floors)
         if medium == "tmpfs" and threads == 2 and case in ("store", "load"):
             sample.other_floors[TWO_MEMCPYS] = self._floor.seconds_of_two(self._cores)
         settle(folder)
@@ -87,16 +96,17 @@ class System:
         empty(folder)
         serial = self._next_serial()
         writer = open_worker(folder, self._source, self._cores, threads, can_store=True)
-        sample = self._timed_store(writer, serial)
+        # No memcpy after it: on tmpfs the rest of the new segment is populated then, on the same core.
+        sample = self._timed_store(writer, serial, is_timed_after=False)
         self._read("load", folder, threads, serial)
         self._reader.call("forget", folder=folder)
         writer.close()
         empty(folder)
         return sample
 
-    def _timed_store(self, writer: _native.FsWorker, serial: int) -> Sample:
+    def _timed_store(self, writer: _native.FsWorker, serial: int, is_timed_after: bool = True) -> Sample:
         keys, blocks = keys_of(serial), scattered("source", serial)
-        return self._floor.around(lambda: store(writer, keys, blocks))
+        return self._floor.around(lambda: store(writer, keys, blocks), is_timed_after)
 
     def _read(self, method: str, folder: str, threads: int, serial: int) -> Sample:
         return Sample(**self._reader.call(method, folder=folder, threads=threads, serial=serial))
@@ -111,10 +121,13 @@ class System:
         runs = [[layer[block].data for layer in self._source.layers] for block in scattered("source", serial)]
         return self._bare_write.seconds(runs, is_cold)
 
-    def _direct_floor(self) -> float:
+    def _direct_floors(self) -> dict[str, float]:
         if self._direct_read is None:
             self._direct_read = DirectRead(self._folders["disk"], REQUEST_BYTES)
-        return self._direct_read.seconds()
+        return {
+            DIRECT_READ: self._direct_read.seconds(reads_at_a_time=1),
+            DIRECT_READS: self._direct_read.seconds(reads_at_a_time=COLD_READS),
+        }
 
     def _next_serial(self) -> int:
         self._serial += 1

@@ -44,7 +44,9 @@ NAMESPACE = _native.namespace_id([("model", "benchmark of calls")])
 class System:
     def __init__(self, cores: list[int], folders: dict[str, str]) -> None:
         os.sched_setaffinity(0, cores[:1])
-        self._cores, self._folder = cores, Path(folders["tmpfs"], "calls")
+        self._cores = cores
+        # Apart: the cases come in another order in each run.
+        self._prompt_folder, self._engine_folder = (Path(folders["tmpfs"], name) for name in ("prompt", "engine"))
         self._prompt = np.random.default_rng(22).integers(0, VOCABULARY, PROMPT_TOKENS).tolist()
         self._reader = self._writer = self._engine = None
         self._numbers = itertools.count()
@@ -58,7 +60,7 @@ class System:
     def turn(self, case: str, medium: str, threads: int, round_number: int) -> Sample:
         if self._reader is None and case != "idle-step":
             self._store_prompt()
-            self._reader = _native.FsReader(str(self._folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
+            self._reader = _native.FsReader(str(self._prompt_folder), [NAMESPACE], {"capacity_bytes": CAPACITY_BYTES})
             settings = SchedulerSettings(block_tokens=BLOCK_TOKENS, can_store=False, can_load=True)
             self._scheduler = SchedulerHalf(Options(), settings)
             self._scheduler.open(self._reader)
@@ -77,14 +79,14 @@ class System:
 
     def _store_prompt(self) -> None:
         """Commit all blocks of the prompt. The writer stays: a folder in use has live writers."""
-        self._folder.mkdir()
+        self._prompt_folder.mkdir()
         cache = anonymous(SMALL_BLOCK_BYTES * STORE_BLOCKS)
         cache[:] = 1
         shape, strides = [STORE_BLOCKS, SMALL_BLOCK_BYTES], [SMALL_BLOCK_BYTES, 1]
         layout = _native.Layout([("layer", cache.ctypes.data, "cpu", 1, shape, strides)], STORE_BLOCKS, 0)
         options = {"io_threads": 1, "capacity_bytes": CAPACITY_BYTES}
         with threads_on(self._cores, 1):
-            self._writer = _native.FsWorker(str(self._folder), NAMESPACE, layout, cache, options)
+            self._writer = _native.FsWorker(str(self._prompt_folder), NAMESPACE, layout, cache, options)
         chain = _native.Chain(BLOCK_TOKENS)
         chain.extend(self._prompt)
         for first in range(0, PROMPT_BLOCKS, STORE_BLOCKS):
@@ -134,7 +136,7 @@ class System:
             # vLLM's imports take seconds, so only a run that has this case pays for them.
             from idle_engine import IdleEngine
 
-            self._engine = IdleEngine(self._folder / "engine")
+            self._engine = IdleEngine(self._engine_folder)
         return seconds(self._engine.step, None)
 
 

@@ -25,6 +25,7 @@ from workload import (
     Sample,
     WrongBytes,
     anonymous,
+    touch,
 )
 
 UNIT_BYTES = BLOCK_BYTES * (256 // BLOCK_TOKENS)
@@ -38,6 +39,7 @@ class System:
         os.sched_setaffinity(0, cores[:1])
         self._cores, self._folders, self._floor = cores, folders, Floor()
         self._saved, self._loaded = anonymous(REQUEST_BYTES), anonymous(REQUEST_BYTES)
+        touch([*self._floor.buffers, self._saved, self._loaded])
         self._noise = np.frombuffer(np.random.default_rng(NOISE_SEED).bytes(REQUEST_BYTES), np.uint8)
         self._client_type = compiled_client()
         self._clients = {}

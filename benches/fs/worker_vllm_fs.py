@@ -29,6 +29,7 @@ from workload import (
     Sample,
     anonymous,
     scattered,
+    touch,
 )
 
 PRIMARY_SLOTS = 2 * BLOCKS
@@ -41,8 +42,10 @@ class System:
         os.sched_setaffinity(0, cores[:1])
         assert tier_io._HAS_FSIO_C, "vLLM's compiled file I/O is missing; the Python fallback would be an unfair peer"
         self._cores, self._folders, self._floor = cores, folders, Floor()
-        self._source, self._target = PagedCache().fill_with_noise(), PagedCache()
+        self._source, self._target = PagedCache(), PagedCache()
         self._primary = anonymous(PRIMARY_SLOTS * BLOCK_BYTES, shared=True).reshape(PRIMARY_SLOTS, LAYERS, RUN_BYTES)
+        touch([*self._floor.buffers, *self._source.buffers, *self._target.buffers, self._primary])
+        self._source.fill_with_noise()
         self._view = memoryview(self._primary).cast("B")
         self._pools: dict[int, DualQueueThreadPool] = {}
         self._direct_when_cold = {medium: tier_io.probe_o_direct(folder) for medium, folder in folders.items()}

@@ -6,18 +6,20 @@ scattered over a cache four times as large, at other places on each side and in 
 an earlier round never pass for right ones.
 
 All memory is anonymous, private, touched beforehand and of 4 KiB pages: what an engine without huge pages
-has, and the same for every system and for the floor.
+has, and the same for every system and for the floor (see `touch`).
 """
 
 import ctypes
 import mmap
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +35,7 @@ BLOCK_BYTES = RUN_BYTES * LAYERS
 REQUEST_BYTES = BLOCK_BYTES * BLOCKS
 POOL_BLOCKS = 4 * BLOCKS
 NOISE_SEED = 20
+PIECE_BYTES = 2 << 20
 
 
 class WrongBytes(Exception):
@@ -41,20 +44,38 @@ class WrongBytes(Exception):
 
 @dataclass
 class Sample:
-    """One timed case: its seconds, those of the memcpys right before and after it, and of other floors by name."""
+    """One timed case: its seconds, those of the memcpys right before and after it, and of other floors by name.
+
+    ``floor_place`` names the buffers of these memcpys: a process and a pair of its buffers.
+    """
 
     seconds: float
     floor_seconds: list[float]
     other_floors: dict[str, float] = field(default_factory=dict)
+    floor_place: str = ""
 
 
 def anonymous(size_bytes: int, shared: bool = False) -> np.ndarray:
-    """Touched zero bytes in 4 KiB pages."""
+    """Zero bytes in 4 KiB pages. Nothing is touched yet."""
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE))
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
-    array = np.frombuffer(mapping, np.uint8)
-    array[:] = 0
-    return array
+    return np.frombuffer(mapping, np.uint8)
+
+
+def touch(buffers: list[np.ndarray]) -> None:
+    """Give all buffers of a process their pages, piece by piece, in one shuffled order.
+
+    How fast a buffer is copied depends on the pages that it got, by a third where this was written. A process is
+    first given what other processes gave back page by page, and later whole stretches of memory: if its buffers were
+    touched one after the other, the first one (the floor's, or the cache's) would always be the slow one. Dealt out
+    in pieces, all buffers of a process get the same mixture. What differs between processes and between runs is left
+    to the number of processes: see run.py.
+    """
+    flat = [buffer.reshape(-1) for buffer in buffers]
+    pieces = [whole[first : first + PIECE_BYTES] for whole in flat for first in range(0, whole.size, PIECE_BYTES)]
+    random.shuffle(pieces)
+    for piece in pieces:
+        piece[:] = 0
 
 
 class PagedCache:
@@ -62,6 +83,7 @@ class PagedCache:
 
     def __init__(self) -> None:
         self.layers = anonymous(LAYERS * POOL_BLOCKS * RUN_BYTES).reshape(LAYERS, POOL_BLOCKS, RUN_BYTES)
+        self.buffers = [self.layers]
 
     def fill_with_noise(self) -> "PagedCache":
         """The same noise in every process, so that a reader knows what a writer stored."""
@@ -95,19 +117,20 @@ def scattered(side: str, round_number: int, pool: int = POOL_BLOCKS) -> list[int
 
 
 class Floor:
-    """One libc memcpy of the request's size between two buffers."""
+    """One libc memcpy of the request's size, in each turn between another pair of buffers."""
+
+    PAIRS = 2
 
     def __init__(self) -> None:
-        self._source, self._target = anonymous(REQUEST_BYTES), anonymous(REQUEST_BYTES)
-        self._source[:] = 1
+        self.buffers = [anonymous(REQUEST_BYTES) for _ in range(2 * self.PAIRS)]
+        self._pair = 0
         self._memcpy = ctypes.CDLL(None).memcpy
         self._memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self._memcpy.restype = ctypes.c_void_p
         self._pool = self._ready = None
-        self.seconds()
 
     def seconds(self) -> float:
-        target, source = self._target.ctypes.data, self._source.ctypes.data
+        target, source = self._addresses()
         start = time.perf_counter()
         self._memcpy(target, source, REQUEST_BYTES)
         return time.perf_counter() - start
@@ -115,7 +138,7 @@ class Floor:
     def seconds_of_two(self, cores: list[int]) -> float:
         """Half of the same memcpy on each of two cores."""
         half = REQUEST_BYTES // 2
-        target, source = self._target.ctypes.data, self._source.ctypes.data
+        target, source = self._addresses()
         if self._pool is None:
             pin = iter(cores[:2])
             self._pool = ThreadPoolExecutor(2, initializer=lambda: os.sched_setaffinity(0, [next(pin)]))
@@ -130,10 +153,18 @@ class Floor:
         spans = list(self._pool.map(copy, [0, half]))
         return max(end for _, end in spans) - min(start for start, _ in spans)
 
-    def around(self, work: Callable[[], object]) -> Sample:
-        """Time ``work`` with a memcpy right before and right after it."""
-        before = self.seconds()
+    def around(self, work: Callable[[], object], is_timed_after: bool = True) -> Sample:
+        """Time ``work`` with a memcpy right before it and, if not told otherwise, right after it."""
+        self._pair = (self._pair + 1) % self.PAIRS
+        floor_seconds = [self.seconds()]
         start = time.perf_counter()
         work()
         taken = time.perf_counter() - start
-        return Sample(taken, [before, self.seconds()])
+        if is_timed_after:
+            floor_seconds.append(self.seconds())
+        place = f"{Path(sys.argv[0]).stem} {os.getpid()}, pair {self._pair}"
+        return Sample(taken, floor_seconds, floor_place=place)
+
+    def _addresses(self) -> tuple[int, int]:
+        target, source = self.buffers[2 * self._pair : 2 * self._pair + 2]
+        return target.ctypes.data, source.ctypes.data

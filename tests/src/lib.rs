@@ -12,6 +12,7 @@ pub mod claims;
 pub mod fixture;
 pub mod layouts;
 pub mod process;
+pub mod soak;
 pub mod worker;
 
 /// Generates one `#[test]` per claim for the factory that the expression names.

@@ -4,15 +4,12 @@
 //! they say is shown, never trusted with more than that.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use kvlane_core::NamespaceId;
+use kvlane_fs::inspect;
 use serde::{Deserialize, Serialize};
 
-/// A descriptor holds a model configuration; more than this is none.
-const DESCRIPTOR_BYTES_MAX: u64 = 4 << 20;
 /// Resets that are followed back: blocks of older epochs keep a number for a name.
 const EPOCHS_BACK_MAX: u64 = 256;
 
@@ -116,36 +113,26 @@ struct Content {
 }
 
 fn descriptors(folder: &Path) -> Vec<Descriptor> {
-    let entries = match std::fs::read_dir(Names::folder(folder)) {
-        Ok(entries) => entries,
-        Err(error) => {
-            tracing::debug!(%error, "no descriptors");
-            return Vec::new();
-        }
-    };
-    let mut found: Vec<(PathBuf, Descriptor)> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
-        .filter_map(|path| match read_one(&path) {
-            Ok(descriptor) => Some((path, descriptor)),
+    let mut found = Vec::new();
+    let read = inspect::descriptors(folder, |path, text| {
+        let descriptor = text
+            .map_err(|error| error.to_string())
+            .and_then(|text| parse(&text));
+        match descriptor {
+            Ok(descriptor) => found.push(descriptor),
             Err(problem) => {
                 tracing::warn!(path = %path.display(), problem, "a descriptor is left out");
-                None
             }
-        })
-        .collect();
-    // The same answer on every run where two of them name one namespace.
-    found.sort_by(|(left, _), (right, _)| left.cmp(right));
-    found.into_iter().map(|(_, descriptor)| descriptor).collect()
+        }
+    });
+    if let Err(error) = read {
+        tracing::warn!(%error, "no descriptors are read");
+    }
+    found
 }
 
-fn read_one(path: &Path) -> Result<Descriptor, String> {
-    let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(DESCRIPTOR_BYTES_MAX).read_to_string(&mut text))
-        .map_err(|error| error.to_string())?;
-    let content: Content = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+fn parse(text: &str) -> Result<Descriptor, String> {
+    let content: Content = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let namespace = namespace(&content.namespace).ok_or("its namespace is not 64 hex digits")?;
     let rank = |fact: &str, rank: u32| {
         content

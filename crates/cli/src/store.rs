@@ -64,8 +64,8 @@ enum StoreError {
         source: tokens::TokensError,
     },
     #[error(
-        "no server left a descriptor in {0} that says how many tokens a block has: give --block-tokens (the \
-         servers' --block-size)"
+        "no descriptor in {0} says how many tokens a block has (a server takes its own away when it stops): give \
+         --block-tokens (the servers' --block-size)"
     )]
     BlockTokensUnknown(PathBuf),
     #[error("the tokens cannot be cut into blocks: {0}")]
@@ -87,7 +87,6 @@ pub(crate) fn run(arguments: StoreArguments) -> Exit {
 /// The folder with the control file that `path` stands for, or would stand for once a server has started.
 pub(crate) fn store_folder(path: &Path) -> PathBuf {
     let below = path.join("kvlane");
-    let has_control = |folder: &Path| folder.join("control").exists();
     // A server's own subfolder comes first: the control file of a cgroup or the like may lie beside it.
     if has_control(&below) || (!has_control(path) && path.file_name().is_none_or(|name| name != "kvlane")) {
         below
@@ -96,10 +95,15 @@ pub(crate) fn store_folder(path: &Path) -> PathBuf {
     }
 }
 
+/// Whether a store was made there, of whatever kind its control file is now: a link or a pipe is refused, not missing.
+pub(crate) fn has_control(folder: &Path) -> bool {
+    folder.join("control").symlink_metadata().is_ok()
+}
+
 /// As [`store_folder`], if there is a store.
 fn existing_store(path: &Path) -> Result<PathBuf, StoreError> {
     let folder = store_folder(path);
-    if folder.join("control").exists() {
+    if has_control(&folder) {
         Ok(folder)
     } else {
         Err(StoreError::Missing(path.to_owned()))

@@ -112,6 +112,41 @@ fn a_capacity_beyond_the_volume_is_a_problem() {
 }
 
 #[test]
+fn a_store_that_cannot_be_used_is_not_taken_for_none_yet() {
+    let shared = tempfile::tempdir().unwrap();
+    let folder = shared.path().join("kvlane");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o700)).unwrap();
+    let control = folder.join("control");
+    let pipe = || {
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &control, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    };
+    let zeroes = || write_control(&folder, &[0; 8192]);
+    let dangling = || std::os::unix::fs::symlink("nowhere", &control).unwrap();
+    for (what, make) in [
+        ("a pipe", &pipe as &dyn Fn()),
+        ("zeroes", &zeroes),
+        ("a link to nothing", &dangling),
+    ] {
+        make();
+        let found = problems(shared.path());
+        assert!(
+            found.len() == 1 && found[0].starts_with("The store cannot be used"),
+            "{what}: {found:?}"
+        );
+        let shown = text(&kvlane(&["doctor"], Some(shared.path()), &[]).stdout);
+        assert!(
+            shown.contains("\nstore     not usable\n") && !shown.contains("none yet"),
+            "{what}: {shown}"
+        );
+        let report = json(&kvlane(&["doctor", "--json"], Some(shared.path()), &[]));
+        assert!(report["folder"]["store_refused"].is_string(), "{what}: {report}");
+        std::fs::remove_file(&control).unwrap();
+    }
+}
+
+#[test]
 fn rubbish_in_a_store_is_a_problem() {
     let store = Store::new();
     std::fs::write(store.folder().join("seg-00000000000000ff.kvlane"), b"short").unwrap();

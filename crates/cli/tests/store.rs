@@ -7,6 +7,7 @@ mod support;
 
 use std::time::Duration;
 
+use kvlane_core::MissReason;
 use support::{LAYER_BYTES, LAYERS, Store, json, kvlane, kvlane_with, text};
 
 fn prompt(blocks: u32) -> Vec<u32> {
@@ -226,6 +227,41 @@ fn explain_names_the_first_miss_and_its_reason() {
 }
 
 #[test]
+fn a_block_that_a_load_found_bad_is_a_miss_for_explain_and_damaged_for_ls_and_stat() {
+    let mut store = Store::new();
+    let tokens = prompt(4);
+    store.store(&tokens, 0..4);
+    store.describe(16);
+    let (segment, slot) = place_of(&store, &tokens, 1);
+    store.flip(&segment, store.header(&segment).slot_offset(slot) + 7);
+    // A living owner uses the slot again at once.
+    store.stop_writer();
+    assert_eq!(store.load(&tokens), Some((vec![1], MissReason::Corrupt)));
+
+    let explained = explain(&store, &tokens, &[]);
+    let namespace = &explained["namespaces"][0];
+    assert_eq!(
+        (&namespace["ready_blocks"], &namespace["present_blocks"]),
+        (&1.into(), &3.into())
+    );
+    assert_eq!(namespace["blocks"][1]["state"], "bad");
+    assert_eq!(
+        namespace["first_miss"],
+        "block 1 is damaged: its bytes did not match, it will be recomputed"
+    );
+    let path = Some(store.shared.path());
+    let shown = text(&kvlane_with(&["store", "explain", "--tokens", "-"], path, &[], &words(&tokens)).stdout);
+    assert!(shown.contains("  block 1: damaged\n"), "{shown}");
+    let stat = json(&kvlane(&["store", "stat"], path, &["--json"]));
+    assert_eq!(
+        (&stat["slots"]["committed"], &stat["slots"]["damaged"]),
+        (&3.into(), &1.into())
+    );
+    let listed = json(&kvlane(&["store", "ls"], path, &["--json"]));
+    assert_eq!(listed["segments"][0]["damaged"], 1);
+}
+
+#[test]
 fn explain_says_what_all_ranks_of_a_server_have_together() {
     let store = Store::new();
     let tokens = prompt(4);
@@ -298,6 +334,90 @@ fn explain_tells_promises_and_resets_apart() {
         reason(&store).contains("not stored"),
         "an orderly end takes its promises back"
     );
+}
+
+#[test]
+fn explain_of_an_idle_folder_that_was_reset_never_says_that_there_is_no_miss() {
+    let mut store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    // As servers leave it: one takes its descriptor away when it stops.
+    store.stop_writer();
+    let path = store.shared.path().to_owned();
+    let shown = |tokens: &[u32]| {
+        let arguments = ["store", "explain", "--tokens", "-", "--block-tokens", "16"];
+        text(&kvlane_with(&arguments, Some(&path), &[], &words(tokens)).stdout)
+    };
+    assert!(shown(&tokens).contains("no miss"), "{}", shown(&tokens));
+
+    store.start_writer();
+    store.reset();
+    store.stop_writer();
+    let after = shown(&tokens);
+    assert!(
+        !after.contains("no miss")
+            && after.contains("first miss: block 0 if all of this is of before a reset"),
+        "{after}"
+    );
+    let explained = explain(&store, &tokens, &["--block-tokens", "16"]);
+    let namespace = &explained["namespaces"][0];
+    assert_eq!(namespace["ready_blocks"], serde_json::Value::Null);
+    assert_eq!(namespace["present_blocks"], 2);
+    // What is missing in any case is said without an if.
+    let other: Vec<u32> = tokens.iter().map(|token| token + 1).collect();
+    let other = explain(&store, &other, &["--block-tokens", "16"]);
+    let namespace = &other["namespaces"][0];
+    assert_eq!(namespace["ready_blocks"], 0);
+    let reason = namespace["first_miss"].as_str().unwrap();
+    assert!(reason.starts_with("block 0 is not there"), "{reason}");
+}
+
+#[test]
+fn explain_mentions_files_of_which_it_knows_nothing() {
+    let mut store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    let (segment, _) = place_of(&store, &tokens, 0);
+    store.stop_writer();
+    let shown = || {
+        let arguments = ["store", "explain", "--tokens", "-", "--block-tokens", "16"];
+        text(&kvlane_with(&arguments, Some(store.shared.path()), &[], &words(&tokens)).stdout)
+    };
+    assert!(!shown().contains("not usable"), "{}", shown());
+    store.set_version(&segment, 2);
+    let after = shown();
+    assert!(after.contains("1 file is not usable (see `store ls`)"), "{after}");
+    assert!(
+        after.contains("first miss: nothing usable is stored in this folder"),
+        "{after}"
+    );
+    assert_eq!(
+        explain(&store, &tokens, &["--block-tokens", "16"])["rejected_files"],
+        1
+    );
+}
+
+#[test]
+fn what_else_lies_among_the_descriptors_is_left_out_and_not_waited_for() {
+    let store = Store::new();
+    let tokens = prompt(2);
+    store.store(&tokens, 0..2);
+    store.describe(16);
+    let folder = store.folder().join("descriptors");
+    let pipe = folder.join("pipe.json");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    std::os::unix::fs::symlink("e-pp0-tp1.json", folder.join("link.json")).unwrap();
+    let stat = kvlane(&["store", "stat"], Some(store.shared.path()), &["--json"]);
+    assert_eq!(json(&stat)["namespaces"][0]["name"]["model"], "org/model");
+    let complaints = text(&stat.stderr);
+    assert!(
+        complaints.contains("pipe.json is not a regular file")
+            && complaints.contains("link.json is a symbolic"),
+        "{complaints}"
+    );
+    let explained = explain(&store, &tokens, &[]);
+    assert_eq!(explained["namespaces"][0]["ready_blocks"], 2);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Looking into a folder from outside: what `kvlane store` shows. Works on live and on idle folders, and creates nothing.
 
+mod descriptors;
 mod explain;
 mod folder;
 mod gc;
@@ -18,7 +19,8 @@ use crate::options::FsOptions;
 use crate::segment::SegmentView;
 use crate::shared::MARK_MS;
 
-pub use explain::{BlockInfo, Explanation, Presence, explain};
+pub use descriptors::descriptors;
+pub use explain::{BlockInfo, ExplainReport, Explanation, Presence, explain};
 pub use folder::{FolderInfo, folder};
 pub use gc::{GcReport, KeptFile, gc};
 pub use verify::{BadBlock, VerifyReport, verify};
@@ -85,7 +87,7 @@ pub struct SegmentInfo {
     pub writing: u32,
     /// Slots that hold nothing.
     pub free: u32,
-    /// Slots whose record is damaged: never served.
+    /// Slots that are never served: their record is damaged, or somebody found that the bytes of their block are not its own.
     pub damaged: u32,
     /// Last use of any block, Unix milliseconds, in steps of 10 s.
     pub last_used_unix_ms: u64,
@@ -202,7 +204,7 @@ fn describe(name: String, view: &SegmentView) -> SegmentInfo {
         match state(view, slot) {
             SlotView::Empty => info.free += 1,
             SlotView::Writing(_) => info.writing += 1,
-            SlotView::Damaged => info.damaged += 1,
+            SlotView::Damaged | SlotView::Bad(_) => info.damaged += 1,
             SlotView::Whole(record) => match record.state {
                 SlotState::Free => info.free += 1,
                 SlotState::Reserved => info.reserved += 1,
@@ -242,6 +244,8 @@ enum SlotView {
     /// Being changed, with what it was before: the promise of a block is filled in its own slot.
     Writing(Option<SlotRecord>),
     Damaged,
+    /// A block whose bytes somebody found not to be its own: nobody is served it any more.
+    Bad(SlotRecord),
     Whole(SlotRecord),
 }
 
@@ -257,6 +261,9 @@ fn state(view: &SegmentView, slot: u32) -> SlotView {
             return SlotView::Writing(before);
         }
         match view.record(slot, sequence) {
+            Ok(record) if record.state == SlotState::Committed && view.is_bad(slot) => {
+                return SlotView::Bad(record);
+            }
             Ok(record) => return SlotView::Whole(record),
             Err(_) if view.sequence(slot) == sequence => return SlotView::Damaged,
             Err(_) => {}
@@ -288,6 +295,8 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::{Folder, commit, key};
+    use crate::format::BAD_MARK;
     use crate::reader::FsReader;
 
     #[test]
@@ -300,5 +309,20 @@ mod tests {
         let reader = FsReader::open(root.path(), vec![], &FsOptions::default()).unwrap();
         assert_eq!(reader.usage_bytes(), (0, 0));
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_block_that_was_marked_bad_counts_as_damaged_and_is_still_verified() {
+        let folder = Folder::new(1 << 30);
+        let segment = folder.segment(3, 1);
+        for slot in 0..2 {
+            commit(&segment, slot, key(slot), slot, 0);
+        }
+        segment.set_mark(1, BAD_MARK);
+        let info = list(folder.path()).unwrap().segments.remove(0);
+        assert_eq!((info.committed, info.damaged, info.free), (1, 1, 1));
+        assert_eq!(info.namespaces.values().sum::<u32>(), 1);
+        // Both have other checksums than their records say.
+        assert_eq!(verify(folder.path(), &mut |_, _| {}).unwrap().bad_blocks.len(), 2);
     }
 }

@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import stat
-import tempfile
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvlane.vllm.identity import Facts
@@ -44,9 +44,20 @@ _CLEANING_S = 1.0
 class Descriptor:
     """A worker's file in the folder, locked while the worker lives."""
 
-    def __init__(self, path: str, handle: int) -> None:
-        self.path = path
+    def __init__(self, root: str, name: str, handle: int) -> None:
+        self.path = os.path.join(root, FOLDER, name)
+        self._root = root
+        self._name = name
         self._handle: int | None = handle
+
+    def is_gone(self) -> bool:
+        """Whether nothing has this name any more."""
+        try:
+            with _folder(self._root) as folder:
+                os.stat(self._name, dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return False
 
     def remove(self) -> None:
         """Takes the file out of the folder, unless the next worker of this name has replaced it."""
@@ -54,9 +65,23 @@ class Descriptor:
         if handle is None:
             return
         try:
-            _unlink(self.path, handle)
+            with contextlib.suppress(FileNotFoundError), _folder(self._root) as folder:
+                _unlink(folder, self._name, handle)
         finally:
             os.close(handle)
+
+
+def leave_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: Facts, block_tokens: int) -> Descriptor:
+    """Writes this worker's descriptor and removes left-overs. Raises OSError where it cannot be written."""
+    try:
+        descriptor = write_descriptor(root, engine_id, worker, facts, block_tokens)
+    finally:
+        remove_left_over(root)
+    if descriptor.is_gone():
+        # Whoever removed the one before us, its worker or another start, looked at the name and then removed ours.
+        descriptor.remove()
+        descriptor = write_descriptor(root, engine_id, worker, facts, block_tokens)
+    return descriptor
 
 
 def write_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: Facts, block_tokens: int) -> Descriptor:
@@ -69,101 +94,118 @@ def write_descriptor(root: str, engine_id: str, worker: WorkerHandshake, facts: 
         "block_tokens": block_tokens,
         "facts": dict(facts),
     }
-    folder = os.path.join(root, FOLDER)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    # Renamed into place, so that a reader sees the whole file or none. The mode of temporary files is 0600.
-    handle, staged = tempfile.mkstemp(prefix=_STAGED, dir=folder)
-    try:
-        # The lock ends with the process, however that ends, and is seen by all processes of this kernel.
-        if _lock(handle) is True:
-            content["boot_id"] = _boot_id()
-        with open(handle, "w", closefd=False) as file:
-            json.dump(content, file, indent=1)
-        path = _path(root, engine_id, worker.pp_rank, worker.tp_rank)
-        os.replace(staged, path)
-    except BaseException:
-        os.close(handle)
-        os.unlink(staged)
-        raise
-    return Descriptor(path, handle)
+    os.makedirs(os.path.join(root, FOLDER), mode=0o700, exist_ok=True)
+    # Renamed into place, so that a reader sees the whole file or none.
+    staged, name = f"{_STAGED}{uuid.uuid4().hex}", _name(engine_id, worker.pp_rank, worker.tp_rank)
+    with _folder(root) as folder:
+        access = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(staged, access, 0o600, dir_fd=folder)
+        try:
+            # The lock ends with the process, however that ends, and is seen by all processes of this kernel.
+            if _lock(handle) is True:
+                content["boot_id"] = _boot_id()
+            with open(handle, "w", closefd=False) as file:
+                json.dump(content, file, indent=1)
+            os.replace(staged, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            os.close(handle)
+            os.unlink(staged, dir_fd=folder)
+            raise
+    return Descriptor(root, name, handle)
 
 
 def read_descriptor(root: str, engine_id: str, pp_rank: int, tp_rank: int) -> bytes | None:
     """The namespace that a worker of this engine left, None if it is not there, not readable or not to be trusted."""
-    path = _path(root, engine_id, pp_rank, tp_rank)
+    name = _name(engine_id, pp_rank, tp_rank)
     try:
-        handle = _open_trusted(path, os.O_RDONLY)
+        with _folder(root) as folder:
+            handle = _open_trusted(folder, name, os.O_RDONLY)
         try:
             content = _content(handle)
         finally:
             os.close(handle)
-        namespace = bytes.fromhex(content["namespace"])
     except _Untrusted as refusal:
-        _warn_once(str(refusal))
+        _warn_once(f"a worker's descriptor is refused: {os.path.join(root, FOLDER, name)}: {refusal}")
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    same = content.get("engine_id") == engine_id and len(namespace) == 32
-    return namespace if same else None
+    return _namespace(content) if content.get("engine_id") == engine_id else None
 
 
 def remove_left_over(root: str) -> None:
     """Removes what workers left that were killed: descriptors that nobody locks any more, and very old ones."""
-    folder = os.path.join(root, FOLDER)
     end_s = time.monotonic() + _CLEANING_S
     try:
-        with os.scandir(folder) as entries:
+        with _folder(root) as folder, os.scandir(folder) as entries:
             for entry in entries:
                 if time.monotonic() > end_s:
                     return
                 if entry.name.endswith(".json") or entry.name.startswith(_STAGED):
                     with contextlib.suppress(OSError):
-                        _remove_if_left_over(entry.path)
+                        _remove_if_left_over(folder, entry.name)
     except OSError as error:
-        logger.debug("kvlane: no left-overs were looked for in %s: %s", folder, error)
+        logger.debug("kvlane: no left-overs were looked for in %s: %s", os.path.join(root, FOLDER), error)
 
 
-def _remove_if_left_over(path: str) -> None:
-    handle = _open_trusted(path, os.O_RDWR)  # NFS gives this kind of lock only to who may write
+def _remove_if_left_over(folder: int, name: str) -> None:
+    handle = _open_trusted(folder, name, os.O_RDWR)  # NFS gives this kind of lock only to who may write
     try:
         age_s = time.time() - os.fstat(handle).st_mtime
         is_free = _lock(handle)
         if is_free is False:
             return
-        if os.path.basename(path).startswith(_STAGED):
+        if name.startswith(_STAGED):
             is_left_over = age_s > _STAGED_AGE_MAX_S
-        elif age_s > _DESCRIPTOR_AGE_MAX_S:
-            is_left_over = True
         else:
+            content = _content(handle)
+            if _namespace(content) is None or not isinstance(content.get("engine_id"), str):
+                return
             # Another machine's lock may be invisible here.
             boot_id = _boot_id()
-            is_left_over = is_free is True and boot_id is not None and _content(handle).get("boot_id") == boot_id
+            is_of_this_boot = boot_id is not None and content.get("boot_id") == boot_id
+            is_left_over = age_s > _DESCRIPTOR_AGE_MAX_S or (is_free is True and is_of_this_boot)
         if is_left_over:
-            _unlink(path, handle)
+            _unlink(folder, name, handle)
     except ValueError:
-        pass  # no descriptor of ours; it goes when it is old
+        pass  # no descriptor of ours, so it is not ours to remove
     finally:
         os.close(handle)
 
 
 class _Untrusted(OSError):
-    """A file that somebody else could have put there."""
+    """A file or folder that somebody else could have put there."""
 
 
-def _open_trusted(path: str, access: int) -> int:
-    """Opens a file without following a link, and refuses what another user made."""
+@contextlib.contextmanager
+def _folder(root: str) -> Iterator[int]:
+    """The folder of descriptors as an open handle: a link in its place is not followed, then or later."""
+    path = os.path.join(root, FOLDER)
     if os.path.islink(path):
-        raise _Untrusted(f"{path} is a symbolic link, allowed: regular files")
-    handle = os.open(path, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        raise _Untrusted(f"{path} is a symbolic link, allowed: folders")
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        owner, own = os.fstat(handle).st_uid, os.geteuid()
+        if owner != own:
+            raise _Untrusted(f"{path} belongs to user {owner}, allowed: folders of user {own}")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _open_trusted(folder: int, name: str, access: int) -> int:
+    """Opens a file without following a link, and refuses what another user made."""
+    if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        raise _Untrusted("it is a symbolic link, allowed: regular files")
+    handle = os.open(name, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     status, own = os.fstat(handle), os.geteuid()
     problem = None
     if not stat.S_ISREG(status.st_mode):
-        problem = "is not a regular file, allowed: regular files"
+        problem = "it is not a regular file, allowed: regular files"
     elif status.st_uid != own:
-        problem = f"belongs to user {status.st_uid}, allowed: files of user {own}"
+        problem = f"it belongs to user {status.st_uid}, allowed: files of user {own}"
     if problem is not None:
         os.close(handle)
-        raise _Untrusted(f"{path} {problem}")
+        raise _Untrusted(problem)
     return handle
 
 
@@ -182,6 +224,15 @@ def _content(handle: int) -> dict[str, Any]:
     return content
 
 
+def _namespace(content: dict[str, Any]) -> bytes | None:
+    """The namespace that a descriptor names, None if it names none."""
+    try:
+        namespace = bytes.fromhex(content["namespace"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return namespace if len(namespace) == 32 else None
+
+
 def _lock(handle: int) -> bool | None:
     """Locks a file without waiting. False: somebody else has the lock. None: this file system has no such locks."""
     try:
@@ -193,10 +244,10 @@ def _lock(handle: int) -> bool | None:
     return True
 
 
-def _unlink(path: str, handle: int) -> None:
+def _unlink(folder: int, name: str, handle: int) -> None:
     """Removes the name of an open file if the name is still that file's."""
-    if os.path.samestat(os.lstat(path), os.fstat(handle)):
-        os.unlink(path)
+    if os.path.samestat(os.stat(name, dir_fd=folder, follow_symlinks=False), os.fstat(handle)):
+        os.unlink(name, dir_fd=folder)
 
 
 @functools.lru_cache(maxsize=1)
@@ -210,7 +261,7 @@ def _boot_id() -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _warn_once(problem: str) -> None:
-    logger.warning("kvlane: a worker's descriptor is refused: %s", problem)
+    logger.warning("kvlane: %s", problem)
 
 
 class NamespaceSearch:
@@ -238,9 +289,15 @@ class NamespaceSearch:
 
     def start_reading(self) -> None:
         """Looks for the missing ranks' files in the background, because the folder may not answer at once."""
-        if self._thread is None and self._found is not None:
-            self._thread = threading.Thread(target=self._read, name="kvlane-descriptors", daemon=True)
-            self._thread.start()
+        if self._thread is not None or self._found is None:
+            return
+        thread = threading.Thread(target=self._read, name="kvlane-descriptors", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads; the next request that asks tries again
+            _warn_once(f"the workers' descriptors cannot be looked for now: {error}")
+            return
+        self._thread = thread
 
     def close(self) -> None:
         self._stop.set()
@@ -286,7 +343,6 @@ class NamespaceSearch:
             self._finding.release()
 
 
-def _path(root: str, engine_id: str, pp_rank: int, tp_rank: int) -> str:
+def _name(engine_id: str, pp_rank: int, tp_rank: int) -> str:
     # An engine id is the operator's text and may hold slashes.
-    name = hashlib.sha256(engine_id.encode()).hexdigest()[:32]
-    return os.path.join(root, FOLDER, f"{name}-pp{pp_rank}-tp{tp_rank}.json")
+    return f"{hashlib.sha256(engine_id.encode()).hexdigest()[:32]}-pp{pp_rank}-tp{tp_rank}.json"

@@ -4,34 +4,21 @@ All of it is read from vLLM's configuration objects by name, so nothing of vLLM 
 """
 
 import dataclasses
-import hashlib
-import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvlane._native import Chain, RecentChains, namespace_id
+from kvlane.vllm.canonical import canonical_json, config_dict
+from kvlane.vllm.weights import Facts, file_facts, weight_facts, weights_elsewhere
 
-#: A fact is a name and a value; equal facts mean equal KV bytes.
-Facts = list[tuple[str, str]]
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-# Parts of a model's configuration that say where it came from or how it is run, not what it computes.
-_VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "_attn_implementation", "_commit_hash"}
-# Loaders that read the model's own files. Others read something else than the files that lie there: an archive with a
-# name of its own, another process, or whatever a plugin reads.
-_LOAD_FORMATS_OF_FILES = {
-    "auto", "bitsandbytes", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt",
-    "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
-}  # fmt: skip
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# A name in a hub cache's blob folder is a hash of the content.
-_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # With these the angle of a rotation depends on the longest sequence that the server allows.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
+
+# Ways to speculate that add no KV layers. vLLM gives some of them the target model's own configuration.
+_DRAFTS_WITHOUT_KV = {"ngram", "ngram_gpu", "custom_class", "suffix", "medusa", "mlp_speculator"}
 
 #: How long a request waits for the state of its adapter's files. A local disk answers in a fraction of it; a file
 #: system that does not is not waited for again.
@@ -54,7 +41,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ("model dtype", str(model.dtype)),
         ("kv dtype", kv_dtype(cache.cache_dtype, model.dtype)),
         ("kv skipped layers", canonical_json(getattr(cache, "kv_cache_dtype_skip_layers", None) or [])),
-        ("quantization", str(getattr(model, "quantization", None))),
+        *quantization_facts(model),
         ("hf overrides", canonical_json(getattr(model, "hf_overrides", None))),
         ("runner", str(getattr(model, "runner_type", None))),
         ("block tokens", str(cache.block_size)),
@@ -73,53 +60,45 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
             ("draft method", str(vllm_config.speculative_config.method)),
             ("draft config", canonical_json(config_dict(draft.hf_config))),
         ]
+        facts += _prefixed("draft", quantization_facts(draft))
         facts += _prefixed("draft weights", weight_facts(draft, _draft_load_config(vllm_config), None))
     return facts
+
+
+def quantization_facts(model: Any) -> Facts:
+    """How weights are quantized: the method, and for one that quantizes while it loads also what it does."""
+    return [
+        ("quantization", str(getattr(model, "quantization", None))),
+        ("quantization config", canonical_json(getattr(model, "quantization_config", None))),
+    ]
 
 
 def unnamed_weights(vllm_config: Any, model_identity: str | None) -> str | None:
     """Where the engine has weights from that its facts do not tell from others, None if there are none.
 
-    What lies at an address may be replaced, and nothing of it is seen here. So only the operator can name such weights.
+    What lies at an address, or at a hub, may be replaced, and only files that are here can be looked at. So only the
+    operator can name such weights.
     """
     if model_identity is not None:
         return None
     model, draft = vllm_config.model_config, _draft_model(vllm_config)
-    where = _weights_elsewhere(model, vllm_config.load_config)
+    where = weights_elsewhere(model, vllm_config.load_config)
     if where is None and draft is not None:
-        where = _weights_elsewhere(draft, _draft_load_config(vllm_config))
+        where = weights_elsewhere(draft, _draft_load_config(vllm_config))
     return where
 
 
-def _weights_elsewhere(model: Any, load_config: Any) -> str | None:
-    load_format = _load_format(load_config)
-    if load_format.endswith("dummy"):
-        return None
-    if load_format not in _LOAD_FORMATS_OF_FILES:
-        return f"the loader '{load_format}'"
-    name = _weights_name(model)
-    return f"'{name}'" if _ADDRESS.match(name) else None
-
-
 def _draft_model(vllm_config: Any) -> Any:
+    """The configuration of a draft model that has KV layers, None if there is none."""
     speculative = getattr(vllm_config, "speculative_config", None)
-    if getattr(speculative, "method", None) in ("ngram", "suffix"):
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is vllm_config.model_config or getattr(speculative, "method", None) in _DRAFTS_WITHOUT_KV:
         return None
-    return getattr(speculative, "draft_model_config", None)
+    return draft
 
 
 def _draft_load_config(vllm_config: Any) -> Any:
     return getattr(vllm_config.speculative_config, "draft_load_config", None) or vllm_config.load_config
-
-
-def _load_format(load_config: Any) -> str:
-    return str(getattr(load_config, "load_format", "auto"))
-
-
-def _weights_name(model: Any) -> str:
-    """The file, folder, hub name or address that weights are loaded from. For an address, `model` is a local copy of
-    the rest of the model."""
-    return str(getattr(model, "model_weights", None) or model.model)
 
 
 def attention_backends(vllm_config: Any) -> str:
@@ -152,75 +131,6 @@ def rank_facts(layer_names: Iterable[str], fingerprint: bytes, pp: tuple[int, in
 def namespace_of(facts: Facts) -> bytes:
     """The id of a namespace."""
     return namespace_id(facts)
-
-
-def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Facts:
-    """The identity of a model's weights.
-
-    In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
-    hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
-    files in its folder, because weights may be in files of an unknown kind. Where that is not enough,
-    `unnamed_weights` says so.
-    """
-    if model_identity is not None:
-        return [("identity", model_identity)]
-    load_format = _load_format(load_config)
-    facts = [("format", load_format)]
-    loader = getattr(load_config, "model_loader_extra_config", None)
-    if loader:
-        # May hold passwords of an object store, and facts are left in the folder as text.
-        facts.append(("loader config", hashlib.sha256(canonical_json(loader).encode()).hexdigest()))
-    if getattr(model, "model_weights", None):
-        facts.append(("address", str(model.model_weights)))
-    if load_format.endswith("dummy"):
-        return [*facts, ("random seed", str(getattr(model, "seed", None)))]
-    path = model_path(model, load_config)
-    files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
-    if files:
-        return [*facts, *files]
-    facts += [("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
-    return [*facts, *(file_facts(path) if path else [])]
-
-
-def model_path(model: Any, load_config: Any) -> str | None:
-    """The local file or folder that a model is loaded from, None if there is none."""
-    name = _weights_name(model)
-    if os.path.exists(name):
-        return name
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(
-            name,
-            "config.json",
-            cache_dir=getattr(load_config, "download_dir", None),
-            revision=getattr(model, "revision", None),
-        )
-    except (ImportError, ValueError, OSError):  # not a hub name, or no hub client
-        return None
-    return os.path.dirname(cached) if isinstance(cached, str) else None
-
-
-def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
-    """Name, size and content hash or modification time of a file, or of the files directly in a folder."""
-    if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if suffixes is None or name.endswith(suffixes))
-        paths = [(name, os.path.join(path, name)) for name in names]
-    else:
-        paths = [(os.path.basename(path), path)]
-    facts = []
-    for name, file in paths:
-        target = os.path.realpath(file)
-        if not os.path.isfile(target):
-            continue
-        status = os.stat(target)
-        folder, blob = os.path.split(target)
-        if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob):
-            version = f"hash {blob}"
-        else:
-            version = f"time {status.st_mtime_ns}"
-        facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
-    return facts
 
 
 @dataclasses.dataclass
@@ -376,45 +286,8 @@ def kv_dtype(cache_dtype: Any, model_dtype: Any) -> str:
     return str(model_dtype).removeprefix("torch.") if name == "auto" else name
 
 
-def config_dict(config: Any) -> dict[str, Any]:
-    """A model configuration without what does not change the model."""
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
-    return _without_volatile(values)
-
-
-def canonical_json(value: Any) -> str:
-    """One text for equal values, whatever the order of their keys."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
-
-
 def _prefixed(prefix: str, facts: Facts) -> Facts:
     return [(f"{prefix} {name}", value) for name, value in facts]
-
-
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_volatile(v) for k, v in value.items() if k not in _VOLATILE_CONFIG_KEYS}
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Turns whatever a configuration holds into what JSON has, never into text with an address in it."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, dict):
-        return {str(_plain(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=repr)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    if hasattr(value, "to_dict"):
-        return _plain(config_dict(value))
-    text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def _rope_types(config: Any) -> set[str]:

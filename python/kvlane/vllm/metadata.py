@@ -31,6 +31,8 @@ class LoadJob:
     request_id: str
     keys: bytes
     block_ids: list[int]
+    #: What is left of `load_timeout_ms` after the wait for the prefill. None: all of it.
+    timeout_ms: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,9 @@ logger = logging.getLogger("vllm.kvlane")
 #: A promise to store lasts this long; a chunked prefill renews it when a third has passed.
 RESERVATION_MS = 60_000
 
+#: A load that starts after a wait gets at least this share of `load_timeout_ms`, so that it is not begun for nothing.
+SHORTEST_LOAD_SHARE = 0.1
+
 #: Mark of a request id that a prefill/decode proxy made: the prompt is being computed elsewhere.
 PREFILL_MARK = "___prefill_addr_"
 
@@ -76,6 +79,9 @@ class _Request:
     reserved_s: float | None = None
     #: When its KV was first asked for.
     asked_s: float | None = None
+    #: Whether the last answer was to ask again, and how long it did so before its load.
+    is_waiting: bool = False
+    waited_ms: float = 0.0
     #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
     own_blocks: int = 0
@@ -163,7 +169,7 @@ class SchedulerHalf:
         state = self._request(request)
         if self._room is not None and self._room.somebody_waits_to_start(request.request_id):
             return None, False
-        if state.chain is None or state.load_failed or _must_compute(request):
+        if state.chain is None or state.load_failed or must_compute(request):
             return 0, False
         block_tokens = self._settings.block_tokens
         local = state.local_blocks = computed_tokens // block_tokens
@@ -180,18 +186,23 @@ class SchedulerHalf:
         if state.asked_s is None:
             state.asked_s = now_s
         waited_ms = (now_s - state.asked_s) * 1000
+        if state.is_waiting:  # else vLLM kept it in its queue
+            state.waited_ms, state.is_waiting = waited_ms, False
         ready, pending = self._reader.lookup(state.chain, limit)
         if pending and ready + pending > local:
             if waited_ms < self._options.load_timeout_ms:
+                state.is_waiting = True
                 return None, False
             state.miss_reason = "timeout"
         elif ready < limit and waited_ms < self._options.prefill_grace_ms and self._expects_prefill(request):
+            state.is_waiting = True
             return None, False
         found = ready - local
         if found <= 0:
             return 0, False
         if self._room is not None and not self._options.sync_load and not self._room.has_room_for(request):
             if waited_ms < self._options.load_timeout_ms:
+                state.is_waiting = True
                 return None, False
             state.miss_reason = "no_room"
             return 0, False
@@ -216,7 +227,11 @@ class SchedulerHalf:
         except Exception:
             logger.exception("kvlane: internal error, request %s recomputes its prompt", request.request_id)
             keys = b""  # the worker reports such a load as failed, which releases the request
-        self._loads.append(LoadJob(request.request_id, keys, targets))
+        # The wait and the load share one deadline.
+        whole_ms = self._options.load_timeout_ms
+        timeout_ms = max(int(whole_ms - state.waited_ms), int(whole_ms * SHORTEST_LOAD_SHARE), 1)
+        state.waited_ms = 0.0  # a load after a preemption begins anew
+        self._loads.append(LoadJob(request.request_id, keys, targets, timeout_ms))
         state.loading = set(targets)
         if self._options.sync_load:
             self._quiet_steps = self._steps_until_known
@@ -470,7 +485,7 @@ class SchedulerHalf:
             self._counters[name] = self._counters.get(name, 0) + amount
 
 
-def _must_compute(request: Any) -> bool:
+def must_compute(request: Any) -> bool:
     """Whether the request needs the prompt's own logits, which loaded KV does not bring."""
     if getattr(request, "skip_reading_prefix_cache", False):
         return True

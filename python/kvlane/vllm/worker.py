@@ -92,6 +92,8 @@ class WorkerHalf:
         self._step: StepMetadata = IDLE
         #: Stores of this step and their keys, until they were waited for.
         self.step_stores: list[tuple[int, bytes]] = []
+        #: Those of them whose end a poll met, and the positions of blocks that were not stored.
+        self._ended_stores: dict[int, Sequence[int]] = {}
         #: No stores before this time, and how long that pause is; 0 after a store in time.
         self._stores_pause_until_s = 0.0
         self._stores_pause_s = 0.0
@@ -156,7 +158,7 @@ class WorkerHalf:
                 self._start_load(load)
             except Exception as error:
                 # vLLM waits for every load, so this one must end.
-                _log_once("start of a load", error)
+                log_once("start of a load", error)
                 self._load_ended(_Load(load.request_id, load.block_ids, 0.0), list(range(len(load.block_ids))))
         if self._options.sync_load and not self._settings.layerwise_load:
             self._finish_step_loads()
@@ -181,11 +183,13 @@ class WorkerHalf:
             return
         self._saved_layers.add(layer)
         for job, _ in self.step_stores:
-            self._try("layer_ready", self._layer_ready, job, layer)
+            if job not in self._ended_stores:
+                self._try("layer_ready", self._layer_ready, job, layer)
 
     def finish_stores(self) -> None:
         """After the forward pass: everything is copied out, or given up after `store_timeout_ms`."""
         jobs, self.step_stores = self.step_stores, []
+        ended_early, self._ended_stores = self._ended_stores, {}
         if self._store is None:
             return
         if self.step_loads:
@@ -194,19 +198,21 @@ class WorkerHalf:
             return
         deadline_s = self._clock() + self._options.store_timeout_ms / 1000
         for job, _ in jobs:
-            self._try("finish_store", self._finish_store, job)
+            if job not in ended_early:
+                self._try("finish_store", self._finish_store, job)
         late = 0
         for job, keys in jobs:
-            remaining_ms = max(int((deadline_s - self._clock()) * 1000), 0)
-            ended = self._try("wait", self._store.wait, job, remaining_ms)
-            if ended is None:
+            failed = ended_early.get(job)
+            if failed is None:
+                failed = self._wait_for_store(job, keys, deadline_s)
+            if failed is None:
                 # From here on vLLM may reuse the blocks; a cancelled store never becomes visible.
                 self._try("cancel", self._store.cancel, job)
                 self._forgotten.add(job)
                 late += 1
                 missing = keys
             else:
-                missing = b"".join(keys[32 * position : 32 * position + 32] for position in ended[0])
+                missing = b"".join(keys[32 * position : 32 * position + 32] for position in failed)
             if missing:
                 # Nobody keeps these promises any more, so nobody shall wait for them.
                 self._try("withdraw", self._store.withdraw, missing)
@@ -215,6 +221,20 @@ class WorkerHalf:
         elif self._stores_pause_s:
             logger.info("kvlane: the folder takes stores again")
             self._stores_pause_s = 0.0
+
+    def _wait_for_store(self, job: int, keys: bytes, deadline_s: float) -> Sequence[int] | None:
+        """The positions of blocks that were not stored, None if the store is late."""
+        assert self._store is not None
+        remaining_ms = max(int((deadline_s - self._clock()) * 1000), 0)
+        try:
+            ended = self._store.wait(job, remaining_ms)
+        except Exception as error:
+            # The store does not know this job, so it has ended; what became of it is not known. Should it be otherwise,
+            # it must not read blocks that others write.
+            log_once("wait", error)
+            self._try("cancel", self._store.cancel, job)
+            return range(len(keys) // 32)
+        return ended[0] if ended is not None else None
 
     def _finish_store(self, job: int) -> None:
         assert self._store is not None
@@ -239,7 +259,12 @@ class WorkerHalf:
         self._stores_pause_until_s = self._clock() + self._stores_pause_s
 
     def finished(self) -> tuple[set[str] | None, set[str] | None]:
-        """Requests that may be freed after an aborted load, and requests whose load ended. Each is reported once."""
+        """Requests that may be freed after an aborted load, and requests whose load ended. Each is reported once.
+
+        With speculation vLLM asks before `finish_stores`, and after the layers of the step were computed. A load of the
+        step ends here, because bad blocks have to be known together with the tokens that were computed from them."""
+        if self.step_loads:
+            self._finish_step_loads()
         if self._loads or self._forgotten:
             self._poll()
         if not (self._sent or self._received):
@@ -283,16 +308,17 @@ class WorkerHalf:
         self._loads.clear()
         self.step_loads.clear()
         self.step_stores.clear()
+        self._ended_stores.clear()
         self._forgotten.clear()
 
     # ---- loads
 
     def _start_load(self, load: LoadJob) -> None:
-        entry = _Load(load.request_id, load.block_ids, self._clock() + self._options.load_timeout_ms / 1000)
+        timeout_ms = self._options.load_timeout_ms if load.timeout_ms is None else load.timeout_ms
+        entry = _Load(load.request_id, load.block_ids, self._clock() + timeout_ms / 1000)
         job = None
         if self._store is not None and len(load.keys) == 32 * len(load.block_ids):
             layer_major = self._options.sync_load and self._settings.layerwise_load
-            timeout_ms = self._options.load_timeout_ms
             job = self._try(
                 "load", self._store.load, load.keys, load.block_ids, timeout_ms, layer_major, *self._stream()
             )
@@ -325,8 +351,10 @@ class WorkerHalf:
             load = self._loads.pop(job, None)
             if load is not None:
                 self._load_ended(load, positions, reason)
-            else:
-                self._forgotten.discard(job)
+            elif job in self._forgotten:
+                self._forgotten.remove(job)
+            elif any(job == number for number, _ in self.step_stores):
+                self._ended_stores[job] = positions
 
     def _load_ended(self, load: _Load, positions: Sequence[int], reason: str = "refused") -> None:
         self._job_of_request.pop(load.request_id, None)
@@ -361,7 +389,8 @@ class WorkerHalf:
             elif pieces % PIECES_PER_WARNING == 1:
                 logger.warning(
                     "kvlane: the folder holds up a copy into %d blocks of request %s, and this step with it, for %d s "
-                    "past load_timeout_ms (%d)",
+                    "past load_timeout_ms (%d); vLLM ends an engine with worker processes whose step takes longer than "
+                    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
                     len(load.block_ids), load.request_id, pieces * FENCE_MS // 1000, self._options.load_timeout_ms,
                 )  # fmt: skip
             ended = self._wait_for_load(job, load, FENCE_MS)
@@ -374,7 +403,7 @@ class WorkerHalf:
             return self._store.wait(job, timeout_ms)
         except Exception as error:
             # The store does not know this job, so it has ended; what became of it is not known.
-            _log_once("wait", error)
+            log_once("wait", error)
             return range(len(load.block_ids)), "lost"
 
     def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -382,7 +411,7 @@ class WorkerHalf:
         try:
             return call(*arguments)
         except Exception as error:
-            _log_once(what, error)
+            log_once(what, error)
             return None
 
 
@@ -422,7 +451,7 @@ def _no_stream() -> tuple[int, ...]:
 _logged: set[str] = set()
 
 
-def _log_once(what: str, error: Exception) -> None:
+def log_once(what: str, error: Exception) -> None:
     line = f"{what}: {type(error).__name__}: {error}"
     if what not in _logged:
         _logged.add(what)

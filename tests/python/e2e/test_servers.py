@@ -26,6 +26,10 @@ pytestmark = pytest.mark.timeout(600)
 
 OUTPUT_TOKENS = 16
 LOAD_TIMEOUT_MS = 4_000
+ANSWER_S = 120
+# A test stops the prefill server, and where that falls into the save of a step, the step shall still store its blocks:
+# it is stopped for as long as decode takes to answer, at most.
+STORE_TIMEOUT_MS = (ANSWER_S + 60) * 1_000
 STOPS = 12
 
 
@@ -40,12 +44,13 @@ def servers(model):
         by_path = transfer_config(
             "consumer", store, name=OWN_NAME, by_module_path=True, load_timeout_ms=LOAD_TIMEOUT_MS
         )
+        patient = transfer_config("producer", store, store_timeout_ms=STORE_TIMEOUT_MS)
         started = [
             vllm_server(
                 "e2e-prefill",
                 model,
                 first,
-                transfer=transfer_config("producer", store),
+                transfer=patient,
                 arguments=CHUNKED_SERVER_ARGUMENTS,
             ),
             vllm_server(
@@ -221,8 +226,8 @@ def answer_of_decode_while_prefill_stands_still(servers, prompts, prompt, fillin
         with prefill.suspended():
             # Others are served while that request waits.
             _, other_s = timed(decode.url, prompts.tokens(3 * BLOCK_TOKENS), 4)
-            answer, took_s = waiting.result(120)
-        filling.result(120)
+            answer, took_s = waiting.result(ANSWER_S)
+        filling.result(ANSWER_S)
     assert other_s < LOAD_TIMEOUT_MS / 1e3
     return answer, took_s
 

@@ -1,15 +1,23 @@
 """Risk: a worker is not found, so its engine loads nothing; or the folder fills with files that nobody removes."""
 
+import errno
 import json
 import os
 import threading
 import time
+import types
 
 import pytest
 
 from kvlane import StoreError
 from kvlane.vllm import connector, descriptors
-from kvlane.vllm.descriptors import NamespaceSearch, read_descriptor, remove_left_over, write_descriptor
+from kvlane.vllm.descriptors import (
+    NamespaceSearch,
+    leave_descriptor,
+    read_descriptor,
+    remove_left_over,
+    write_descriptor,
+)
 from kvlane.vllm.metadata import WorkerHandshake
 
 NAMESPACE = bytes(range(32))
@@ -38,7 +46,7 @@ def test_a_descriptor_says_its_workers_namespace_to_its_own_engine_only(tmp_path
     descriptor = write(tmp_path)
     assert read_descriptor(str(tmp_path), "e", 0, 0) == NAMESPACE
     assert read_descriptor(str(tmp_path), "f", 0, 0) is None
-    os.rename(descriptor.path, descriptors._path(str(tmp_path), "f", 0, 0))
+    os.rename(descriptor.path, tmp_path / "descriptors" / descriptors._name("f", 0, 0))
     assert read_descriptor(str(tmp_path), "f", 0, 0) is None
 
 
@@ -93,6 +101,101 @@ def test_half_made_descriptors_go_when_they_are_old_and_other_files_stay(tmp_pat
     (folder / "link.json").symlink_to(folder / "notes.txt")
     remove_left_over(str(tmp_path))
     assert files(tmp_path) == [".staged-new", "link.json", "notes.txt", "rubbish.json"]
+
+
+@pytest.mark.parametrize("makes_it", ["a link", "another user"])
+def test_a_folder_that_somebody_else_put_in_the_place_of_the_descriptors_is_left_alone(
+    tmp_path, makes_it, monkeypatch, caplog
+):
+    descriptors._warn_once.cache_clear()
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    root.mkdir()
+    left = write(elsewhere)
+    kill(left)
+    make_older(left.path, 31 * DAY_S)
+    if makes_it == "a link":
+        (root / "descriptors").symlink_to(elsewhere / "descriptors")
+        problem = "symbolic link"
+    else:
+        os.rename(elsewhere / "descriptors", root / "descriptors")
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        problem = "belongs to user"
+    before = files(root)
+    remove_left_over(str(root))
+    with pytest.raises(OSError, match=problem):
+        write(root, "new")
+    assert read_descriptor(str(root), "e", 0, 0) is None
+    assert problem in caplog.text
+    assert files(root) == before == [os.path.basename(left.path)]
+
+
+def test_a_worker_that_stops_removes_nothing_behind_a_link_that_took_the_folders_place(tmp_path):
+    descriptor = write(tmp_path)
+    os.rename(tmp_path / "descriptors", tmp_path / "moved")
+    (tmp_path / "descriptors").symlink_to(tmp_path / "moved")
+    with pytest.raises(OSError, match="symbolic link"):
+        descriptor.remove()
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("content", ["[[", "{}", '{"namespace": "zz", "engine_id": "e"}', '{"namespace": "%s"}'])
+def test_a_file_that_is_no_descriptor_stays_however_old_it_is(tmp_path, content):
+    (tmp_path / "descriptors").mkdir()
+    path = tmp_path / "descriptors" / "somebodys.json"
+    path.write_text(content.replace("%s", NAMESPACE.hex()))
+    make_older(path, 400 * DAY_S)
+    remove_left_over(str(tmp_path))
+    assert files(tmp_path) == ["somebodys.json"]
+
+
+def leave(root):
+    return leave_descriptor(str(root), "e", WorkerHandshake(NAMESPACE, 0, 0), [], 16)
+
+
+def test_a_worker_whose_descriptor_was_removed_in_place_of_the_one_before_leaves_it_again(tmp_path, monkeypatch):
+    def remove_the_one_before(root):
+        # It compared the name with its own file, stood still, and goes on now.
+        os.unlink(tmp_path / "descriptors" / descriptors._name("e", 0, 0))
+
+    monkeypatch.setattr(descriptors, "remove_left_over", remove_the_one_before)
+    descriptor = leave(tmp_path)
+    assert read_descriptor(str(tmp_path), "e", 0, 0) == NAMESPACE
+    descriptor.remove()
+    assert files(tmp_path) == []
+
+
+def test_a_worker_that_was_replaced_meanwhile_leaves_the_next_ones_descriptor_alone(tmp_path, monkeypatch):
+    next_one = []
+    monkeypatch.setattr(descriptors, "remove_left_over", lambda root: next_one.append(write(tmp_path)))
+    leave(tmp_path)
+    assert os.path.samestat(os.stat(next_one[0].path), os.fstat(next_one[0]._handle))
+
+
+def test_a_start_removes_left_overs_also_where_it_can_write_nothing(tmp_path, monkeypatch):
+    killed = write(tmp_path, "killed")
+    kill(killed)
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dump", lambda *arguments, **named: os.stat(tmp_path / "no space left"))
+        with pytest.raises(FileNotFoundError):
+            leave(tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(("is_needed", "level"), [(True, "WARNING"), (False, "INFO")])
+def test_a_descriptor_that_could_not_be_left_is_warned_of_where_it_is_needed(is_needed, level, monkeypatch, caplog):
+    def read_only(*arguments):
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(connector, "leave_descriptor", read_only)
+    monkeypatch.setattr(connector, "_handshakes_may_be_missing", lambda parallel: is_needed)
+    worker = connector.KvlaneFsConnector.__new__(connector.KvlaneFsConnector)
+    worker._options = types.SimpleNamespace(root="/nowhere")
+    worker._vllm_config = types.SimpleNamespace(cache_config=types.SimpleNamespace(block_size=16), parallel_config=None)
+    worker._engine_id, worker._descriptor = "e", None
+    with caplog.at_level("INFO", logger="vllm.kvlane"):
+        worker._leave_descriptor(WorkerHandshake(NAMESPACE, 0, 0), [])
+    said = [record for record in caplog.records if "no descriptor was left" in record.message]
+    assert [record.levelname for record in said] == [level]
 
 
 def test_where_there_are_no_descriptors_nothing_is_removed(tmp_path):
@@ -169,6 +272,25 @@ def test_a_folder_that_cannot_be_opened_is_tried_again_until_it_can(tmp_path, sh
     searching.add(WorkerHandshake(NAMESPACE, 0, 0))
     searching.start_reading()
     assert folder.tries == 6
+    descriptor.remove()
+
+
+def test_a_search_that_got_no_thread_is_started_by_the_next_request(tmp_path, short_pauses, monkeypatch, caplog):
+    descriptors._warn_once.cache_clear()
+    folder = Folder(failures=0)
+    searching = search(tmp_path, folder)
+    descriptor = write(tmp_path)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        searching.start_reading()
+        searching.start_reading()
+    assert len([record for record in caplog.records if "cannot be looked for now" in record.message]) == 1
+    searching.start_reading()
+    assert folder.opened.wait(10), "it was never tried again"
     descriptor.remove()
 
 

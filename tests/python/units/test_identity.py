@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import pydantic
 import pytest
 
 from kvlane._native import Chain, RecentChains
@@ -139,6 +140,7 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
     [
         {"model_config__dtype": "torch.float16"},
         {"model_config__quantization": "awq"},
+        {"model_config__quantization_config": {"linear": "fp8_per_tensor"}},
         {"model_config__hf_overrides": {"rope_theta": 1}},
         {"cache_config__cache_dtype": "fp8_e4m3"},
         {"cache_config__block_size": 32},
@@ -151,6 +153,41 @@ def test_the_operators_word_stands_for_the_files(folder, tmp_path):
 )
 def test_a_changed_fact_is_another_namespace(folder, changes):
     assert namespace(engine(folder, **changes)) != namespace(engine(folder))
+
+
+def test_what_a_server_quantizes_while_it_loads_is_a_fact_whatever_object_says_it(folder):
+    """vLLM 0.32 has a class for it, and only the word "online" in the method's name."""
+
+    class Arguments(pydantic.BaseModel):
+        linear: str
+        targets: dict[str, str]
+
+    def quantized(**arguments):
+        return namespace(engine(folder, model_config__quantization_config=Arguments(**arguments)))
+
+    one = {"linear": "fp8_per_tensor", "targets": {"a": "b", "c": "d"}}
+    assert quantized(**one) == quantized(**{**one, "targets": {"c": "d", "a": "b"}})
+    assert quantized(**one) != quantized(**{**one, "targets": {"a": "b"}})
+    draft = types.SimpleNamespace(model=str(folder), hf_config=ModelConfig(), quantization_config=None)
+    speculative = types.SimpleNamespace(method="eagle", draft_model_config=draft)
+    config = engine(folder, model_config__quantization_config=None)
+    config.speculative_config = speculative
+    before = namespace(config)
+    draft.quantization_config = {"linear": "fp8_per_tensor"}
+    assert namespace(config) != before
+
+
+def test_vllms_own_quantization_arguments_are_compared_by_value(folder):
+    quantization = pytest.importorskip("vllm.config.quantization", reason="vLLM 0.15 has no such arguments")
+
+    def quantized(**arguments):
+        arguments = quantization.QuantizationConfigArgs(**arguments)
+        return namespace(engine(folder, model_config__quantization_config=arguments))
+
+    assert quantized(linear="fp8_per_tensor") == quantized(linear="fp8_per_tensor")
+    ways = {quantized(linear="fp8_per_tensor"), quantized(linear="fp8_per_block"), quantized(moe="fp8_per_tensor")}
+    ways.add(quantized(linear="fp8_per_tensor", ignore=["lm_head"]))
+    assert len(ways) == 4
 
 
 FROM_ADDRESS = {"model_config__model_weights": "s3://models/llama", "load_config__load_format": "runai_streamer"}
@@ -179,14 +216,38 @@ def test_weights_at_an_address_have_only_the_name_that_the_operator_gives_them(f
     "changes",
     [
         {},
-        {"model_config__model": "org/name"},
-        {"model_config__model": "org/name", "load_config__load_format": "runai_streamer"},
+        {"load_config__load_format": "runai_streamer"},
         {"load_config__load_format": "safetensors"},
         {"model_config__model": "s3://models/llama", "load_config__load_format": "dummy"},
     ],
 )
-def test_weights_in_files_and_of_a_hub_name_need_no_name_from_the_operator(folder, changes):
+def test_weights_in_files_need_no_name_from_the_operator(folder, changes):
     assert identity.unnamed_weights(engine(folder, **changes), None) is None
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "custom_class", "medusa", "mlp_speculator"])
+@pytest.mark.parametrize("drafts", ["itself", "another"])
+def test_a_server_that_speculates_without_kv_of_a_draft_shares_with_one_that_does_not_speculate(folder, method, drafts):
+    """Decode servers speculate and prefill servers do not: with other namespaces nothing would ever be found."""
+    config = engine(folder)
+    another = types.SimpleNamespace(model="org/heads", hf_config=ModelConfig())
+    draft = config.model_config if drafts == "itself" else another
+    config.speculative_config = types.SimpleNamespace(method=method, draft_model_config=draft)
+    assert namespace(config) == namespace(engine(folder))
+    assert identity.unnamed_weights(config, None) is None
+
+
+def test_a_method_of_a_newer_vllm_that_drafts_with_the_model_itself_adds_no_kv(folder):
+    config = engine(folder)
+    config.speculative_config = types.SimpleNamespace(method="new", draft_model_config=config.model_config)
+    assert namespace(config) == namespace(engine(folder))
+
+
+def test_a_draft_model_with_kv_layers_is_another_namespace(folder):
+    config = engine(folder)
+    draft = types.SimpleNamespace(model=str(folder), hf_config=ModelConfig())
+    config.speculative_config = types.SimpleNamespace(method="eagle", draft_model_config=draft)
+    assert namespace(config) != namespace(engine(folder))
 
 
 def test_a_draft_models_weights_at_an_address_count_too(folder):

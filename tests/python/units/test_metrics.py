@@ -9,7 +9,7 @@ import types
 import prometheus_client
 import pytest
 
-from kvlane.vllm import connector, metrics
+from kvlane.vllm import hooks, metrics
 from kvlane.vllm.connector import ExampleConnector, KvlaneFsConnector
 from kvlane.vllm.metrics import KvlaneStats
 
@@ -80,7 +80,7 @@ def connector_with(worker=None, scheduler=None):
 
 def test_a_worker_reports_now_and_then_where_the_schedulers_counts_travel_with_its_own(monkeypatch):
     """A server that only misses has nothing to say on the worker's side; vLLM before 0.24 then drops the misses."""
-    monkeypatch.setattr(connector, "_SCHEDULERS_COUNTS_NEED_WORKERS", True)
+    monkeypatch.setattr(hooks, "SCHEDULERS_COUNTS_NEED_WORKERS", True)
     worker = connector_with(worker=Half())
     first, second = worker.get_kv_connector_stats(), worker.get_kv_connector_stats()
     assert first.data == {}
@@ -91,7 +91,7 @@ def test_a_worker_reports_now_and_then_where_the_schedulers_counts_travel_with_i
 
 
 def test_an_idle_worker_says_nothing_to_a_newer_vllm(monkeypatch):
-    monkeypatch.setattr(connector, "_SCHEDULERS_COUNTS_NEED_WORKERS", False)
+    monkeypatch.setattr(hooks, "SCHEDULERS_COUNTS_NEED_WORKERS", False)
     assert connector_with(worker=Half()).get_kv_connector_stats() is None
 
 

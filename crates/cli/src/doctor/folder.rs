@@ -6,7 +6,7 @@ use indicatif::HumanBytes;
 use kvlane_fs::inspect::{self, FolderInfo, StoreInfo};
 use serde::Serialize;
 
-use crate::store::store_folder;
+use crate::store::{has_control, store_folder};
 
 /// What was found out about the folder.
 #[derive(Debug, Default, Serialize)]
@@ -15,8 +15,10 @@ pub(super) struct FolderState {
     path: String,
     /// File system and access, of the store's folder or, before there is one, of the folder around it.
     place: Option<FolderInfo>,
-    /// Null before a server has started.
+    /// Null before a server has started, and where the store cannot be used.
     store: Option<StoreState>,
+    /// Why the store cannot be used; null where it can, or where there is none yet.
+    store_refused: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -55,13 +57,16 @@ pub(super) fn check(path: &Path, headroom_bytes: Option<u64>, problems: &mut Vec
         }
     };
     problems.extend(place_problems(&info, place == folder));
-    if folder.join("control").exists() {
+    if has_control(&folder) {
         match inspect::list(&folder) {
             Ok(store) => {
                 problems.extend(store_problems(&store, &info, headroom_bytes));
                 state.store = Some(StoreState::of(&store));
             }
-            Err(error) => problems.push(format!("The store cannot be used: {error}.")),
+            Err(error) => {
+                problems.push(format!("The store cannot be used: {error}."));
+                state.store_refused = Some(error.to_string());
+            }
         }
     }
     state.place = Some(info);
@@ -167,6 +172,7 @@ impl FolderState {
                 store.segments,
                 store.live_writers
             ),
+            None if self.store_refused.is_some() => "not usable".to_owned(),
             None => format!(
                 "none yet; the first server creates it, with {} unless capacity_bytes says otherwise",
                 HumanBytes(place.default_capacity_bytes)

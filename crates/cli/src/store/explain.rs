@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kvlane_core::{Chain, ChainRoot};
-use kvlane_fs::inspect::{self, BlockInfo, Explanation, Presence, Progress};
+use kvlane_fs::inspect::{self, BlockInfo, ExplainReport, Explanation, Presence, Progress};
 use serde::Serialize;
 
 use super::progress::with_bar;
@@ -26,7 +26,7 @@ pub(super) struct ExplainArguments {
     /// numbers with space between.
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
-    /// Tokens per block: the servers' --block-size [default: what the servers left in the folder].
+    /// Tokens per block: the servers' --block-size [default: what running servers say in the folder; needed if none runs].
     #[arg(long, value_name = "COUNT")]
     block_tokens: Option<u32>,
     /// The request's cache_salt.
@@ -36,7 +36,8 @@ pub(super) struct ExplainArguments {
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let folder = existing_store(&arguments.folder.path)?;
-    let names = Names::read(&folder, inspect::epoch(&folder)?);
+    let epoch = inspect::epoch(&folder)?;
+    let names = Names::read(&folder, epoch);
     let sizes: BTreeSet<u32> = match arguments.block_tokens {
         Some(given) => [given].into(),
         None => names.current().map(|(_, name)| name.block_tokens).collect(),
@@ -49,13 +50,15 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
         source,
     })?;
     let mut namespaces: BTreeMap<String, NamespaceReport> = BTreeMap::new();
+    let mut rejected_files = 0;
     for block_tokens in sizes {
         let chain = chain(&tokens, block_tokens, arguments.cache_salt.as_deref())?;
         let found = with_bar(arguments.folder.json, |progress| {
             explain(&folder, &chain, &names, progress)
         })?;
-        for explanation in found {
-            let report = NamespaceReport::new(explanation, &chain, &names, block_tokens);
+        rejected_files = found.rejected_files;
+        for explanation in found.namespaces {
+            let report = NamespaceReport::new(explanation, &chain, &names, epoch, block_tokens);
             if arguments.block_tokens.is_none() && report.is_of_another_size() {
                 continue;
             }
@@ -71,6 +74,7 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<Exit, StoreError> {
     let report = ChainReport {
         path: folder.display().to_string(),
         tokens: tokens.len(),
+        rejected_files,
         servers: names
             .servers()
             .filter_map(|ranks| ServerReport::new(ranks, &namespaces))
@@ -96,9 +100,10 @@ fn explain(
     chain: &Chain,
     names: &Names,
     progress: Progress<'_>,
-) -> Result<Vec<Explanation>, StoreError> {
+) -> Result<ExplainReport, StoreError> {
     let mut found = inspect::explain(folder, &chain.keys(), progress)?;
     for (namespace, _) in names.current() {
+        let found = &mut found.namespaces;
         if !found.iter().any(|other| other.namespace == *namespace) {
             found.push(Explanation::nothing(namespace.clone(), chain.block_count()));
         }
@@ -110,6 +115,8 @@ fn explain(
 struct ChainReport {
     path: String,
     tokens: usize,
+    /// Of these nothing is known; `ls` names them.
+    rejected_files: u64,
     servers: Vec<ServerReport>,
     namespaces: Vec<NamespaceReport>,
 }
@@ -126,12 +133,15 @@ struct ServerReport {
 impl ServerReport {
     fn new(ranks: &BTreeSet<String>, found: &BTreeMap<String, NamespaceReport>) -> Option<Self> {
         let reports: Option<Vec<&NamespaceReport>> = ranks.iter().map(|rank| found.get(rank)).collect();
-        let worst = reports?.into_iter().min_by_key(|report| report.ready_blocks)?;
+        let (ready_blocks, worst) = reports?
+            .into_iter()
+            .filter_map(|report| Some((report.ready_blocks?, report)))
+            .min_by_key(|(ready_blocks, _)| *ready_blocks)?;
         let name = worst.name.as_ref()?;
         Some(Self {
             model: name.model.clone(),
             namespaces: ranks.iter().cloned().collect(),
-            ready_blocks: worst.ready_blocks,
+            ready_blocks,
             first_miss: worst
                 .first_miss
                 .as_ref()
@@ -161,24 +171,35 @@ struct NamespaceReport {
     block_tokens: u32,
     /// Tokens behind the last full block: they are never stored.
     rest_tokens: u64,
-    ready_blocks: usize,
+    /// Leading blocks that can be had; null where nothing tells whether they are from before a reset.
+    ready_blocks: Option<usize>,
     present_blocks: usize,
     first_miss: Option<String>,
     blocks: Vec<BlockInfo>,
 }
 
 impl NamespaceReport {
-    fn new(explanation: Explanation, chain: &Chain, names: &Names, block_tokens: u32) -> Self {
+    fn new(explanation: Explanation, chain: &Chain, names: &Names, epoch: u64, block_tokens: u32) -> Self {
         let name = names.get(&explanation.namespace).cloned();
-        let is_current = name.as_ref().is_none_or(|name| name.is_current);
-        let first_miss = if is_current {
-            explanation.first_miss
-        } else {
-            Some("the cache was reset since: nothing of this namespace is found any more".to_owned())
+        let (ready_blocks, first_miss) = match &name {
+            Some(name) if !name.is_current => {
+                let reason = "the cache was reset since: nothing of this namespace is found any more";
+                (Some(0), Some(reason.to_owned()))
+            }
+            // A namespace is a hash, also of the epoch: only a descriptor tells which epoch that is.
+            None if epoch > 0 && explanation.ready_blocks > 0 => {
+                let otherwise = explanation.first_miss.as_deref().unwrap_or("there is none");
+                let reason = format!(
+                    "block 0 if all of this is of before a reset (the cache was reset, and no descriptor tells); \
+                     else {otherwise}"
+                );
+                (None, Some(reason))
+            }
+            _ => (Some(explanation.ready_blocks), explanation.first_miss),
         };
         Self {
             rest_tokens: chain.token_count() - chain.block_count() as u64 * u64::from(block_tokens),
-            ready_blocks: if is_current { explanation.ready_blocks } else { 0 },
+            ready_blocks,
             namespace: explanation.namespace,
             name,
             block_tokens,
@@ -197,8 +218,18 @@ impl NamespaceReport {
 impl Report for ChainReport {
     fn text(&self) -> String {
         let mut text = format!("{}: {} tokens\n", self.path, self.tokens);
+        match self.rejected_files {
+            0 => {}
+            1 => text += "1 file is not usable (see `store ls`): what is in it counts as not there\n",
+            files => {
+                text += &format!(
+                    "{files} files are not usable (see `store ls`): what is in them counts as not there\n"
+                )
+            }
+        }
         if self.namespaces.is_empty() {
-            text += "first miss: nothing is stored in this folder\n";
+            let usable = if self.rejected_files > 0 { " usable" } else { "" };
+            text += &format!("first miss: nothing{usable} is stored in this folder\n");
         }
         for namespace in &self.namespaces {
             text += &namespace.text();
@@ -263,6 +294,7 @@ fn state_text(state: Presence) -> &'static str {
         Presence::Promised => "promised",
         Presence::Overdue => "promised too long ago",
         Presence::Orphaned => "promised by a writer that is gone",
+        Presence::Bad => "damaged",
         Presence::Absent => "not there",
         _ => "unknown",
     }

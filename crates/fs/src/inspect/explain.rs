@@ -11,6 +11,16 @@ use crate::directory::unix_ms;
 use crate::error::Result;
 use crate::format::SlotState;
 
+/// What a folder has of a chain.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct ExplainReport {
+    /// For each namespace in the folder.
+    pub namespaces: Vec<Explanation>,
+    /// Files that are not usable segments: whatever is in them counts as absent.
+    pub rejected_files: u64,
+}
+
 /// What a folder has of a chain, in one namespace.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
@@ -81,6 +91,8 @@ pub enum Presence {
     Overdue,
     /// It was promised, or being filled, by a writer that is gone.
     Orphaned,
+    /// It is there, but somebody found that its bytes are not its own: nobody is served it.
+    Bad,
     /// Nothing is known of it.
     Absent,
 }
@@ -89,24 +101,32 @@ pub enum Presence {
 ///
 /// # Errors
 /// There is no store at `path`, or it cannot be read.
-pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Result<Vec<Explanation>> {
+pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Result<ExplainReport> {
     let directory = open(path)?;
     let wanted: HashMap<BlockKey, usize> = chain.iter().enumerate().map(|(at, key)| (*key, at)).collect();
     let mut seen: BTreeMap<[u8; 32], HashMap<usize, BlockInfo>> = BTreeMap::new();
+    let mut rejected_files = 0;
     let now_ms = unix_ms();
     each_segment(&directory, progress, |name, view, _| {
-        // A file that is no segment has no blocks; `verify` and `list` name it.
-        let Ok(view) = view else { return };
+        // `verify` and `list` name it.
+        let Ok(view) = view else {
+            rejected_files += 1;
+            return;
+        };
         let alive = view.owner_lives();
         for slot in 0..view.header.slot_count {
-            let (record, writing) = match state(&view, slot) {
-                SlotView::Whole(record) => (record, false),
+            let (record, is_bad, writing) = match state(&view, slot) {
+                SlotView::Whole(record) => (record, false, false),
+                SlotView::Bad(record) => (record, true, false),
                 // A promise is filled in its own slot. Other slots say nothing of what they will hold.
-                SlotView::Writing(Some(before)) if before.state == SlotState::Reserved => (before, true),
+                SlotView::Writing(Some(before)) if before.state == SlotState::Reserved => {
+                    (before, false, true)
+                }
                 _ => continue,
             };
             let state = match record.state {
                 SlotState::Free => continue,
+                SlotState::Committed if is_bad => Presence::Bad,
                 SlotState::Committed => Presence::Ready,
                 SlotState::Reserved if record.deadline_unix_ms < now_ms => Presence::Overdue,
                 SlotState::Reserved if !alive => Presence::Orphaned,
@@ -134,7 +154,10 @@ pub fn explain(path: &Path, chain: &[BlockKey], progress: Progress<'_>) -> Resul
         let block = |at| found.remove(&at).unwrap_or(BlockInfo::ABSENT);
         Explanation::new(hex(&namespace), (0..chain.len()).map(block).collect())
     };
-    Ok(seen.into_iter().map(explain_one).collect())
+    Ok(ExplainReport {
+        namespaces: seen.into_iter().map(explain_one).collect(),
+        rejected_files,
+    })
 }
 
 /// Why block `at` cannot be had, as a sentence; `None` behind the end.
@@ -149,6 +172,7 @@ fn first_miss(blocks: &[BlockInfo], at: usize) -> Option<String> {
         Presence::Orphaned => "was promised by a writer that is gone",
         Presence::Writing => "is being written",
         Presence::Promised => "is promised and not there yet",
+        Presence::Bad => "is damaged: its bytes did not match, it will be recomputed",
         Presence::Ready => return None,
     };
     Some(format!("block {at} {reason}"))
@@ -158,9 +182,10 @@ impl Presence {
     /// Whether a record in this state says more about a block than one in the other.
     fn beats(self, other: Self) -> bool {
         let rank = |state| match state {
-            Presence::Ready => 5,
-            Presence::Writing => 4,
-            Presence::Promised => 3,
+            Presence::Ready => 6,
+            Presence::Writing => 5,
+            Presence::Promised => 4,
+            Presence::Bad => 3,
             Presence::Overdue => 2,
             Presence::Orphaned => 1,
             Presence::Absent => 0,
@@ -173,6 +198,7 @@ impl Presence {
 mod tests {
     use super::*;
     use crate::fixture::{Folder, commit, key, put, record};
+    use crate::format::BAD_MARK;
 
     fn reason(states: &[Presence]) -> Option<String> {
         let block = |&state: &Presence| BlockInfo {
@@ -184,13 +210,14 @@ mod tests {
 
     #[test]
     fn each_state_of_the_first_missing_block_has_a_reason_of_its_own() {
-        use Presence::{Absent, Orphaned, Overdue, Promised, Ready, Writing};
+        use Presence::{Absent, Bad, Orphaned, Overdue, Promised, Ready, Writing};
         let reasons: Vec<String> = [
             &[Ready, Absent, Ready][..],
             &[Ready, Promised],
             &[Ready, Writing],
             &[Ready, Overdue],
             &[Ready, Orphaned],
+            &[Ready, Bad],
         ]
         .iter()
         .map(|states| reason(states).unwrap())
@@ -213,6 +240,27 @@ mod tests {
         assert!(Presence::Ready.beats(Presence::Promised));
         assert!(Presence::Promised.beats(Presence::Overdue));
         assert!(!Presence::Orphaned.beats(Presence::Orphaned));
+        assert!(Presence::Promised.beats(Presence::Bad) && Presence::Bad.beats(Presence::Overdue));
+    }
+
+    #[test]
+    fn a_block_that_was_marked_bad_is_a_miss_unless_another_slot_has_it() {
+        let folder = Folder::new(1 << 30);
+        let segment = folder.segment(4, 1);
+        for slot in 0..2 {
+            commit(&segment, slot, key(slot), slot, 0);
+        }
+        segment.set_mark(1, BAD_MARK);
+        let found = || {
+            let mut found = explain(folder.path(), &[key(0), key(1)], &mut |_, _| {}).unwrap();
+            found.namespaces.remove(0)
+        };
+        let one = found();
+        assert_eq!((one.ready_blocks, one.present_blocks), (1, 1));
+        assert_eq!(one.blocks[1].state, Presence::Bad);
+        assert!(one.first_miss.unwrap().starts_with("block 1 is damaged"));
+        commit(&segment, 2, key(1), 1, 0);
+        assert_eq!(found().first_miss, None);
     }
 
     #[test]
@@ -227,7 +275,7 @@ mod tests {
         }
         let states = || {
             let found = explain(folder.path(), &[key(0), key(1), key(2)], &mut |_, _| {}).unwrap();
-            found[0]
+            found.namespaces[0]
                 .blocks
                 .iter()
                 .map(|block| block.state)

@@ -74,7 +74,7 @@ impl VerifyReport {
         for slot in 0..view.header.slot_count {
             match state(view, slot) {
                 SlotView::Damaged => self.damaged_records += 1,
-                SlotView::Whole(record) if record.state == SlotState::Committed => {
+                SlotView::Whole(record) | SlotView::Bad(record) if record.state == SlotState::Committed => {
                     let read = view
                         .file
                         .read_exact_at(&mut payload, view.header.slot_offset(slot));

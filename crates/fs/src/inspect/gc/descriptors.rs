@@ -3,23 +3,21 @@
 use std::fs::File;
 use std::io::Read;
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{AtFlags, FlockOperation, flock};
 use rustix::io::Errno;
 use serde::Deserialize;
 
+use super::super::descriptors::{DESCRIPTOR_BYTES_MAX, FOLDER, names, open_folder};
 use super::{Fate, GcReport, LEFTOVER_AGE_MIN_MS};
 use crate::control::open_trusted;
 use crate::directory::Directory;
 use crate::error::{FsError, Result};
 
-const FOLDER: &str = "descriptors";
 /// A descriptor that is being made.
 const STAGED: &str = ".staged-";
 const STAGED_AGE_MIN_MS: u64 = 3_600_000;
 /// Whether a worker of another machine lives cannot be seen from here.
 const FOREIGN_AGE_MIN_MS: u64 = 30 * 86_400_000;
-/// A descriptor holds a model configuration; more than this is none.
-const DESCRIPTOR_BYTES_MAX: u64 = 4 << 20;
 
 /// What is read of a descriptor.
 #[derive(Deserialize)]
@@ -36,21 +34,16 @@ pub(super) fn collect(
     report: &mut GcReport,
 ) -> Result<()> {
     let path = directory.path.join(FOLDER);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let folder = match rustix::fs::openat(&directory.folder, FOLDER, flags, Mode::empty()) {
-        Ok(folder) => File::from(folder),
-        // No server with vLLM ever ran here, or something else has the name.
-        Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(()),
-        Err(errno) => return Err(FsError::io("open the folder", &path)(errno.into())),
+    let folder = match open_folder(&directory.folder, &path) {
+        Ok(Some(folder)) => folder,
+        // Something else may have the name; that is nothing to remove.
+        Ok(None) | Err(FsError::Untrusted { .. }) => return Ok(()),
+        Err(error) => return Err(error),
     };
-    let entries = std::fs::read_dir(&path).map_err(FsError::io("list", &path))?;
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| name.starts_with(STAGED) || name.ends_with(".json"))
-        .collect();
-    names.sort_unstable();
-    for name in names {
+    for name in names(&folder, &path)? {
+        if !name.starts_with(STAGED) && !name.ends_with(".json") {
+            continue;
+        }
         let shown = format!("{FOLDER}/{name}");
         match remove(
             directory,

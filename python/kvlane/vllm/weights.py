@@ -1,0 +1,130 @@
+"""The identity of a model's weights: which files, or which name, they were loaded from."""
+
+import hashlib
+import os
+import re
+from typing import Any
+
+from kvlane.vllm.canonical import canonical_json
+
+#: A fact is a name and a value; equal facts mean equal KV bytes.
+Facts = list[tuple[str, str]]
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Loaders that read the model's own files. Others read something else than the files that lie there: an archive with a
+# name of its own, another process, or whatever a plugin reads.
+_LOAD_FORMATS_OF_FILES = {
+    "auto", "bitsandbytes", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt",
+    "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
+}  # fmt: skip
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# A name in a hub cache's blob folder is a hash of the content.
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def weights_elsewhere(model: Any, load_config: Any) -> str | None:
+    """Where weights come from that `weight_facts` does not tell from others, None if it does."""
+    load_format = _load_format(load_config)
+    if load_format.endswith("dummy"):
+        return None
+    if load_format not in _LOAD_FORMATS_OF_FILES:
+        return f"the loader '{load_format}'"
+    name = _weights_name(model)
+    if _ADDRESS.match(name):
+        return f"'{name}'"
+    path = model_path(model, load_config)
+    if path is None or not file_facts(path, _WEIGHT_SUFFIXES):
+        return f"'{name}', of which no weight files were found here,"
+    if path != name and _config_commit(model) not in (None, os.path.basename(path)):
+        # The hub's branch moved on between the start and now, so nobody knows which of the two was loaded.
+        return f"'{name}', which another download replaced meanwhile,"
+    return None
+
+
+def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Facts:
+    """The identity of a model's weights.
+
+    In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
+    hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
+    files in its folder, because weights may be in files of an unknown kind. That last is not enough to share, and
+    `weights_elsewhere` says so.
+    """
+    if model_identity is not None:
+        return [("identity", model_identity)]
+    load_format = _load_format(load_config)
+    facts = [("format", load_format)]
+    loader = getattr(load_config, "model_loader_extra_config", None)
+    if loader:
+        # May hold passwords of an object store, and facts are left in the folder as text.
+        facts.append(("loader config", hashlib.sha256(canonical_json(loader).encode()).hexdigest()))
+    if getattr(model, "model_weights", None):
+        facts.append(("address", str(model.model_weights)))
+    if load_format.endswith("dummy"):
+        return [*facts, ("random seed", str(getattr(model, "seed", None)))]
+    path = model_path(model, load_config)
+    files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
+    if files:
+        return [*facts, *files]
+    facts += [("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
+    return [*facts, *(file_facts(path) if path else [])]
+
+
+def model_path(model: Any, load_config: Any) -> str | None:
+    """The local file or folder that a model's weights are loaded from, None if there is none."""
+    name = _weights_name(model)
+    if os.path.exists(name):
+        return name
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true"):
+        return None  # a cache of another kind; what a hub's cache has under this name was not loaded
+    try:
+        from huggingface_hub import snapshot_download
+
+        # Asks nothing but the local cache, the one that vLLM puts weights into; no file is required to be in it.
+        return snapshot_download(
+            name,
+            revision=getattr(model, "revision", None),
+            cache_dir=getattr(load_config, "download_dir", None),
+            local_files_only=True,
+            ignore_patterns="*",
+        )
+    except (ImportError, ValueError, OSError):  # no hub client, not a hub name, not there
+        return None
+
+
+def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
+    """Name, size and content hash or modification time of a file, or of the files directly in a folder."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if suffixes is None or name.endswith(suffixes))
+        paths = [(name, os.path.join(path, name)) for name in names]
+    else:
+        paths = [(os.path.basename(path), path)]
+    facts = []
+    for name, file in paths:
+        target = os.path.realpath(file)
+        if not os.path.isfile(target):
+            continue
+        status = os.stat(target)
+        folder, blob = os.path.split(target)
+        if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob):
+            version = f"hash {blob}"
+        else:
+            version = f"time {status.st_mtime_ns}"
+        facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
+    return facts
+
+
+def _load_format(load_config: Any) -> str:
+    return str(getattr(load_config, "load_format", "auto"))
+
+
+def _weights_name(model: Any) -> str:
+    """The file, folder, hub name or address that weights are loaded from. For an address, `model` is a local copy of
+    the rest of the model."""
+    return str(getattr(model, "model_weights", None) or model.model)
+
+
+def _config_commit(model: Any) -> str | None:
+    """The commit of the hub that a model's configuration was read from, if it is the weights' own and known."""
+    if getattr(model, "hf_config_path", None):
+        return None
+    return getattr(getattr(model, "hf_config", None), "_commit_hash", None)
