@@ -17,6 +17,7 @@ import shutil
 import signal
 import statistics
 import sys
+import time
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "python"))
@@ -47,6 +48,8 @@ SERVER_ARGUMENTS = [
 # What a run of this program puts on the disk: logs, the model, and the store if /dev/shm has no room for it.
 DISK_BYTES_WANTED = 2 << 30
 PROGRESS_EVERY_S = 10
+REPORTS = 10
+FLUSH_PROMPT = [5, 6, 7]
 
 
 class Pair(NamedTuple):
@@ -174,7 +177,7 @@ def ask_over_lane(lane, prefill, decode, proxy, kv_ports, warm_up, requests):
     for prompt in requests:
         before = external_hits(decode.url), pulled_bytes(decode.url, lane)
         handed_over = complete(proxy.url, prompt, OUTPUT_TOKENS)
-        after = external_hits(decode.url), pulled_bytes(decode.url, lane)
+        after = external_hits(decode.url), settled_bytes(decode, lane, before[1] + len(prompt) * token_bytes("float32"))
         # Another hand-over of the same prompt, of which only decode's part is timed.
         request_id = transfer_id(*(f"127.0.0.1:{port}" for port in kv_ports))
         complete(prefill.url, prompt, 1, request_id=request_id)
@@ -182,6 +185,17 @@ def ask_over_lane(lane, prefill, decode, proxy, kv_ports, warm_up, requests):
         answers.append(Pair(handed_over, after[0] - before[0], decode_alone, after[1] - before[1]))
         show_progress(answers, prompt)
     return answers
+
+
+def settled_bytes(decode, lane, expected):
+    """The bytes that arrived, once they are as many as expected or a few reports have come: a worker tells its figures
+    with the steps of later requests."""
+    for _ in range(REPORTS):
+        if pulled_bytes(decode.url, lane) >= expected:
+            break
+        complete(decode.url, FLUSH_PROMPT, 2)
+        time.sleep(0.3)
+    return pulled_bytes(decode.url, lane)
 
 
 def show_progress(answers, prompt):
