@@ -87,7 +87,7 @@ class KvlaneP2pConnector(KvlaneConnector):
         obsolete = obsolete_options(transfer)
         if obsolete:
             logger.info("kvlane: obsolete and without effect: %s", ", ".join(obsolete))
-        if self._secret is None:
+        if self._secret is None and transfer.is_kv_producer:
             logger.warning(
                 "kvlane: there is no secret_file, so whoever reaches port %d may read KV or take part", self._first_port
             )

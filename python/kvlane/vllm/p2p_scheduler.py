@@ -208,6 +208,10 @@ class P2pSchedulerHalf:
         if place is None:
             return
         if external_tokens <= 0:
+            if state.is_pulled and getattr(request, "num_external_computed_tokens", 0) < 0:
+                # vLLM 0.15 takes a failed partial last block for a whole one, and then adds a negative number to a
+                # counter, which ends the engine. It does so right after this call.
+                request.num_external_computed_tokens = 0
             if not state.is_pulled:
                 self._settle_without_pull(state, place)
             return

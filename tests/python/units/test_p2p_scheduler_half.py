@@ -152,6 +152,19 @@ def test_a_request_whose_pull_failed_never_pulls_again(how):
     assert half.take_counters()["recomputed_requests"] == 1
 
 
+def test_vllms_negative_count_after_a_failed_partial_block_is_taken_back():
+    half, asker, _ = make()
+    asker.answer = "ready"
+    asked = named("u")
+    half.matched_tokens(asked, 32)
+    allocate(half, asked, list(range(1, 8)), 68)
+    half.step(output())
+    half.workers_answered([asked.request_id], [], {3})
+    asked.num_external_computed_tokens = -27  # what 0.15.0 makes of it; its counter refuses to go back
+    allocate(half, asked, list(range(1, 8)), 0)
+    assert asked.num_external_computed_tokens == 0
+
+
 def test_a_preempted_request_does_not_pull():
     half, asker, _ = make()
     asker.answer = "ready"
