@@ -89,8 +89,12 @@ wheel: preflight-wheel target/make/wheel ## build dist/kvlane-*.whl (abi3, manyl
 
 # ---- what people run -----------------------------------------------------------------------------------------------
 
-demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV over through a folder
-	$(VENV)/bin/python examples/demo.py
+# From the command line only: a variable of this name in somebody's environment means something else.
+ifneq ($(origin BACKEND),command line)
+BACKEND := fs
+endif
+demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV over; BACKEND=p2p: not through a folder
+	$(VENV)/bin/python examples/demo.py --backend $(BACKEND)
 
 test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 	@rm -rf target/test

@@ -32,6 +32,8 @@ class Chain:
     def token_count(self) -> int: ...
     def keys(self, first_block: int, block_count: int) -> bytes:
         """The keys of a span of blocks, 32 bytes each, concatenated."""
+    def digest(self) -> bytes:
+        """32 bytes that name the whole prompt, its last partial block included."""
 
 @final
 class RecentChains:
@@ -140,6 +142,77 @@ class FsWorker:
     def reset(self) -> bool: ...
     def stats(self) -> dict[str, float] | None:
         """Counters since the last call; None when nothing happened."""
+    def close(self) -> None: ...
+
+@final
+class P2pAsker:
+    """The scheduler's part of the P2P backend: asks prefill servers. Listens nowhere."""
+
+    def __new__(cls, options: dict[str, Any]) -> P2pAsker: ...
+    def ask(self, key: str, host: str, port: int, tokens: int, digest: bytes, timeout_ms: int) -> str:
+        """'pending', 'started', 'ready', or a reason: 'none', 'mismatch', 'unreachable', 'refused', 'timeout', 'busy'.
+        The first call sends the question, later ones (every step) read the answer: one lock, no system call."""
+    def forget(self, key: str) -> None: ...
+    def stats(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+@final
+class P2pWorker:
+    """One worker's part of the P2P backend: holds its blocks for others, and fills them from others."""
+
+    def __new__(
+        cls, layout: Layout, owner: object, namespace: bytes, block_tokens: int, options: dict[str, Any]
+    ) -> P2pWorker:
+        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves)."""
+    @property
+    def port(self) -> int:
+        """The bound port, 0 if it does not listen."""
+    def offer(self, key: str, tokens: int, digest: bytes, block_ids: list[int]) -> None: ...
+    def extend(self, key: str, block_ids: list[int]) -> None: ...
+    def progress(self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int) -> None:
+        """Blocks ``[0, done_blocks)`` are complete in all layers, and blocks ``[done_blocks, wave_blocks)`` in layers
+        ``[0, wave_layers)``."""
+    def finish(self, key: str) -> None:
+        """The request has ended and vLLM keeps its blocks until ``released`` names the key."""
+    def revoke(self, key: str) -> None:
+        """The blocks may be written by others as soon as this returns. The key is not named by ``released``."""
+    def released(self) -> list[str]:
+        """Keys finished before whose lease has ended since; each once."""
+    def pull(
+        self,
+        key: str,
+        host: str,
+        port: int,
+        tokens: int,
+        digest: bytes,
+        first_block: int,
+        block_ids: list[int],
+        timeout_ms: int,
+    ) -> int: ...
+    def release(self, key: str, host: str, port: int, digest: bytes) -> None:
+        """Tells prefill that this rank needs nothing (a full local hit)."""
+    def cancel(self, job: int) -> None: ...
+    def poll(self) -> list[tuple[int, list[int], str]]:
+        """Completions not delivered yet: (job, bad positions, reason). One atomic load when idle."""
+    def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None: ...
+    def stats(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+@final
+class P2pPing:
+    """Tells a proxy every three seconds that this instance is there, on a thread of its own."""
+
+    def __new__(
+        cls,
+        proxy_host: str,
+        proxy_port: int,
+        is_prefill: bool,
+        http_address: str,
+        zmq_address: str,
+        texts: list[tuple[str, str]],
+        numbers: list[tuple[str, int]],
+    ) -> P2pPing:
+        """``texts`` and ``numbers``: further fields behind the three that old proxies know."""
     def close(self) -> None: ...
 
 def run_cli(arguments: Sequence[str], facts: str) -> int:

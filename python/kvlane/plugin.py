@@ -1,14 +1,15 @@
 """Entry point of the group ``vllm.general_plugins``: takes over the connector names that kvlane replaces.
 
-vLLM calls `register` once in every process, before the first look-up of a connector. It only changes the registry:
-nothing is imported that is not needed, nothing is started.
+vLLM calls `register` once in every process, before it parses a command line and before the first look-up of a
+connector. It only changes the registry and what the configuration accepts: nothing is imported that is not needed,
+nothing is started.
 """
 
 import logging
 import os
 
 #: Connector names that kvlane answers to: taken over where vLLM knows them, added where it does not.
-CONNECTOR_NAMES = ("ExampleConnector", "KvlaneFsConnector")
+CONNECTOR_NAMES = ("ExampleConnector", "KvlaneFsConnector", "KvlaneP2pConnector", "P2pNcclConnector")
 
 _MODULE = "kvlane.vllm"
 
@@ -23,6 +24,7 @@ def register() -> None:
     if not enabled():
         logger.info("kvlane: KVLANE_PLUGIN=0, so vLLM's own connectors stay")
         return
+    _accept_old_keys()
     try:
         taken_over = _take_over()
     except Exception as error:
@@ -35,6 +37,16 @@ def register() -> None:
         )
         return
     logger.info("kvlane: %s is registered, taken over from vLLM: %s", ", ".join(CONNECTOR_NAMES), ", ".join(taken_over))
+
+
+def _accept_old_keys() -> None:
+    """Manifests for the old P2pNcclConnector hold keys that end the start of vLLM 0.32 and newer."""
+    try:
+        from kvlane import compat  # its import does it, and says so if it cannot
+
+        compat.install()
+    except Exception as error:
+        logging.getLogger("vllm.kvlane").debug("kvlane: no old keys are accepted: %s", error)
 
 
 def _take_over() -> list[str]:

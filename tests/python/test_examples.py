@@ -10,6 +10,7 @@ import pytest
 
 from kvlane import ConfigError
 from kvlane.vllm.options import parse_options
+from kvlane.vllm.p2p_options import parse_p2p_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "examples/kv-transfer-config").glob("*.json"))
@@ -31,17 +32,20 @@ def test_every_config_file_is_accepted_by_vllm_and_names_a_connector_of_kvlane(p
     from kvlane.plugin import register
 
     given = json.loads(path.read_text())
-    config = KVTransferConfig(**given)
     if "kv_connector_module_path" not in given:
         register()
+    config = KVTransferConfig(**given)
     connector = KVConnectorFactory.get_connector_class(config)
     assert connector.__module__.split(".")[0] == "kvlane"
-    options = parse_options(config.kv_connector_extra_config)
-    assert options.shared_storage_path == "/kv_cache"
+    if "P2p" in given["kv_connector"]:
+        parse_p2p_options(config.kv_connector_extra_config)
+    else:
+        assert parse_options(config.kv_connector_extra_config).shared_storage_path == "/kv_cache"
 
 
 def test_the_files_of_one_folder_agree_on_its_capacity() -> None:
-    given = [json.loads(path.read_text())["kv_connector_extra_config"] for path in CONFIGS]
+    given = [json.loads(path.read_text()) for path in CONFIGS]
+    given = [config["kv_connector_extra_config"] for config in given if "P2p" not in config["kv_connector"]]
     limits = {parse_options(options).capacity_bytes for options in given if "capacity_bytes" in options}
     assert limits == {64 << 30}
 
@@ -76,3 +80,13 @@ def test_the_readme_lists_every_option() -> None:
     readme = (ROOT / "README.md").read_text()
     for field in dataclasses.fields(Options):
         assert f"| `{field.name}` |" in readme, field.name
+
+
+def test_the_page_of_the_p2p_connector_lists_every_option() -> None:
+    import dataclasses
+
+    from kvlane.vllm.p2p_options import P2pOptions
+
+    page = (ROOT / "docs/p2p.md").read_text()
+    for field in dataclasses.fields(P2pOptions):
+        assert re.search(rf"^\|.*`{field.name}`.*\|.*\|", page, re.MULTILINE), field.name

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvlane_proxy::config::DEFAULT_KV_PORT;
-use kvlane_proxy::{KvBackend, ProxyConfig, ServeError, UpstreamAddress, serve};
+use kvlane_proxy::{Dispatch, KvBackend, ProxyConfig, ServeError, UpstreamAddress, serve};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,8 +14,8 @@ use crate::exit::Exit;
 
 /// Serve OpenAI requests by a prefill and a decode server that hand over KV.
 ///
-/// Each request goes to a prefill server for its prompt and then to a decode server, whose answer is streamed back. A
-/// server is given as http://HOST:PORT, for the p2p backend optionally with the port of its connector: http://HOST:PORT=KV_PORT.
+/// Each request goes to a prefill server for its prompt and to a decode server, whose answer is streamed back. A server
+/// is given as http://HOST:PORT, for the p2p backend optionally with the port of its connector: http://HOST:PORT=KV_PORT.
 #[derive(Args, Debug)]
 pub(crate) struct ProxyArguments {
     /// Prefill server; repeat it, or separate by commas, for several.
@@ -27,6 +27,9 @@ pub(crate) struct ProxyArguments {
     /// How KV moves between the servers: through a shared folder, or from server to server.
     #[arg(long, env = "KVLANE_KV_BACKEND", value_name = "BACKEND")]
     kv_backend: Backend,
+    /// Whether decode is called when prefill has answered, or together with it, which only the p2p backend can.
+    #[arg(long, env = "KVLANE_DISPATCH", value_name = "DISPATCH", value_enum, default_value_t = Order::Sequential)]
+    dispatch: Order,
     /// Port of the p2p connectors on servers that do not name one.
     #[arg(long, default_value_t = DEFAULT_KV_PORT, value_parser = clap::value_parser!(u16).range(1..))]
     kv_port: u16,
@@ -65,6 +68,14 @@ enum Backend {
     Fs,
     /// From server to server.
     P2p,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Order {
+    /// Prefill first; decode when it has answered.
+    Sequential,
+    /// Both at once: decode takes layers while prefill computes others.
+    Concurrent,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +122,7 @@ async fn listen_and_serve(arguments: ProxyArguments) -> Result<(), ProxyFailure>
         prefill = names(&config.prefill),
         decode = names(&config.decode),
         backend = ?config.backend,
+        dispatch = ?config.dispatch,
         "listening"
     );
     let shutdown = async move {
@@ -139,6 +151,10 @@ impl ProxyArguments {
         };
         let mut config = ProxyConfig::new(self.prefill, self.decode, backend);
         config.kv_port = self.kv_port;
+        config.dispatch = match self.dispatch {
+            Order::Sequential => Dispatch::Sequential,
+            Order::Concurrent => Dispatch::Concurrent,
+        };
         for (given, setting) in [
             (self.connect_timeout_ms, &mut config.connect_timeout),
             (self.prefill_timeout_ms, &mut config.prefill_timeout),
@@ -203,7 +219,7 @@ mod tests {
             .skip(1)
             .filter_map(|rest| rest.split_once(']'))
             .map(|(value, _)| value)
-            .filter(|value| !["0.0.0.0", "8080", "14579"].contains(value))
+            .filter(|value| !["0.0.0.0", "8080", "14579", "sequential"].contains(value))
             .collect();
         let expected: Vec<&str> = milliseconds.iter().chain(&counts).map(String::as_str).collect();
         assert_eq!(named, expected);
@@ -213,6 +229,7 @@ mod tests {
     fn every_option_reaches_its_setting() {
         let config = config(&[
             "--kv-port=1",
+            "--dispatch=concurrent",
             "--connect-timeout-ms=2",
             "--prefill-timeout-ms=3",
             "--first-byte-timeout-ms=4",
@@ -232,7 +249,7 @@ mod tests {
             config.idle_timeout,
             config.drain_timeout,
         ];
-        assert_eq!(config.kv_port, 1);
+        assert_eq!((config.kv_port, config.dispatch), (1, Dispatch::Concurrent));
         assert_eq!(waits.map(|wait| wait.as_millis()), [2, 3, 4, 5, 6]);
         assert_eq!((config.body_limit_bytes, config.in_flight_limit), (7, 8));
     }

@@ -159,3 +159,16 @@ fn a_port_that_is_taken_is_a_failure_that_names_it() {
             .contains(&format!("cannot listen on 127.0.0.1:{port}"))
     );
 }
+
+#[test]
+fn both_calls_at_once_through_a_folder_are_refused_with_a_reason() {
+    let output = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args(["proxy", "--prefill", "http://a:1", "--decode", "http://b:1"])
+        .args(["--kv-backend", "fs", "--dispatch", "concurrent"])
+        .args(["--host", "127.0.0.1", "--port", "0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(log.contains("concurrent dispatch needs the p2p backend"), "{log}");
+}

@@ -16,6 +16,9 @@ use crate::namespace::FORMAT_VERSION;
 /// Separates root hashes from every other use of blake3. Changing it changes every key.
 const ROOT_CONTEXT: &str = "kvlane 2026-11 chain root";
 
+/// Separates the hash of a whole prompt from those of its blocks.
+const DIGEST_CONTEXT: &str = "kvlane 2026-11 chain digest";
+
 /// The name of one block's content: a 32-byte hash of the whole prefix that ends with the block.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(transparent)]
@@ -340,6 +343,18 @@ impl Chain {
         }
     }
 
+    /// Names all tokens so far, those behind the last full block included, and what else decides their KV.
+    pub fn digest(&self) -> BlockKey {
+        let mut hasher = blake3::Hasher::new_derive_key(DIGEST_CONTEXT);
+        hasher.update(&self.token_count().to_le_bytes());
+        // The key of the last full block, or the root, and the tokens behind it.
+        hasher.update(&self.block);
+        self.hash_images(self.token_count(), |bytes| {
+            hasher.update(bytes);
+        });
+        BlockKey(*hasher.finalize().as_bytes())
+    }
+
     /// Number of full blocks.
     pub fn block_count(&self) -> usize {
         self.block_count
@@ -357,25 +372,12 @@ impl Chain {
 
     /// The key of the block that is full now.
     fn close_block(&mut self) -> BlockKey {
-        let first_token = self.block_count as u64 * self.block_tokens;
-        let end_token = first_token + self.block_tokens;
+        let end_token = (self.block_count as u64 + 1) * self.block_tokens;
         // No lengths are needed before the items: the parent and the tokens have a fixed size under one root.
-        let mut ended = false;
-        for image in self
-            .images
-            .iter()
-            .take_while(|image| image.start_token < end_token)
-        {
-            // An item that began in an earlier block starts at a negative place, so its middle differs from its head.
-            let start = image.start_token as i64 - first_token as i64;
-            self.block
-                .extend_from_slice(&(image.identifier.len() as u64).to_le_bytes());
-            self.block.extend_from_slice(image.identifier.as_bytes());
-            self.block.extend_from_slice(&start.to_le_bytes());
-            self.block
-                .extend_from_slice(&(image.end_token - image.start_token).to_le_bytes());
-            ended |= image.end_token <= end_token;
-        }
+        let mut items = Vec::new();
+        self.hash_images(end_token, |bytes| items.extend_from_slice(bytes));
+        self.block.extend_from_slice(&items);
+        let ended = self.images.iter().any(|image| image.end_token <= end_token);
         let key = BlockKey(*blake3::hash(&self.block).as_bytes());
         if ended {
             self.images.retain(|image| image.end_token > end_token);
@@ -383,6 +385,23 @@ impl Chain {
         self.block.clear();
         self.block.extend_from_slice(key.as_bytes());
         key
+    }
+
+    /// Hands on the items that reach into the tokens from the block being filled to `end_token`.
+    fn hash_images(&self, end_token: u64, mut add: impl FnMut(&[u8])) {
+        let first_token = self.block_count as u64 * self.block_tokens;
+        let in_reach = self
+            .images
+            .iter()
+            .take_while(|image| image.start_token < end_token);
+        for image in in_reach {
+            // An item that began in an earlier block starts at a negative place, so its middle differs from its head.
+            let start = image.start_token as i64 - first_token as i64;
+            add(&(image.identifier.len() as u64).to_le_bytes());
+            add(image.identifier.as_bytes());
+            add(&start.to_le_bytes());
+            add(&(image.end_token - image.start_token).to_le_bytes());
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub struct ProxyConfig {
     pub decode: Vec<UpstreamAddress>,
     /// How KV moves from prefill to decode; decides which addresses the request id names.
     pub backend: KvBackend,
+    /// Whether decode is called after prefill or together with it.
+    pub dispatch: Dispatch,
     /// Port of the p2p backend on servers whose address does not name one.
     pub kv_port: u16,
     /// Longest wait for a TCP connection to a server.
@@ -57,6 +59,16 @@ pub enum KvBackend {
     P2p,
 }
 
+/// When decode is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dispatch {
+    /// When prefill has answered. A prefill that fails costs decode no wait, and another server can take its place.
+    Sequential,
+    /// Together with prefill, so that layers move while others are computed. Only for [`KvBackend::P2p`], whose decode
+    /// side asks prefill and waits; a prefill that fails costs what that question takes.
+    Concurrent,
+}
+
 /// One vLLM server: where it answers HTTP, and where its p2p connector listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamAddress {
@@ -82,6 +94,24 @@ pub enum ConfigError {
     /// No server was named for a stage.
     #[error("no {0} server was given")]
     NoServer(&'static str),
+    /// Two prefill servers at one KV address: decode could reach only one of them.
+    #[error(
+        "the prefill servers {first} and {second} have the same KV address {address}; name the port of each: \
+         http://HOST:PORT=KV_PORT"
+    )]
+    SharedKvAddress {
+        /// One of the servers.
+        first: String,
+        /// The other.
+        second: String,
+        /// What both have.
+        address: String,
+    },
+    /// Both calls at once need a decode side that waits for prefill.
+    #[error(
+        "concurrent dispatch needs the p2p backend: through a folder, decode does not wait for what is not there yet"
+    )]
+    ConcurrentFolder,
     /// A bound of zero would refuse every request.
     #[error("{0} is 0, at least 1 is needed")]
     Zero(&'static str),
@@ -94,6 +124,7 @@ impl ProxyConfig {
             prefill,
             decode,
             backend,
+            dispatch: Dispatch::Sequential,
             kv_port: DEFAULT_KV_PORT,
             connect_timeout: Duration::from_secs(2),
             prefill_timeout: Duration::from_secs(120),
@@ -122,6 +153,28 @@ impl ProxyConfig {
         ] {
             if value == 0 {
                 return Err(ConfigError::Zero(name));
+            }
+        }
+        match self.backend {
+            KvBackend::P2p => self.check_kv_addresses(),
+            KvBackend::Fs if self.dispatch == Dispatch::Concurrent => Err(ConfigError::ConcurrentFolder),
+            KvBackend::Fs => Ok(()),
+        }
+    }
+
+    /// Of decode's addresses two may be equal: a server that only takes KV listens nowhere.
+    fn check_kv_addresses(&self) -> Result<(), ConfigError> {
+        for (at, second) in self.prefill.iter().enumerate() {
+            let address = self.transfer_address(second);
+            let same = |first: &&UpstreamAddress| {
+                first.authority() != second.authority() && self.transfer_address(first) == address
+            };
+            if let Some(first) = self.prefill[..at].iter().find(same) {
+                return Err(ConfigError::SharedKvAddress {
+                    first: first.authority(),
+                    second: second.authority(),
+                    address,
+                });
             }
         }
         Ok(())

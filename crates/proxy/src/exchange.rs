@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Sleep;
 
+use crate::beside::PrefillCall;
 use crate::metrics::{Metrics, Stage};
 use crate::upstream::Lease;
 
@@ -30,12 +31,14 @@ pub(crate) struct Exchange {
     end: Option<End>,
     /// What became of prefill, for the log and the answer's header.
     pub(crate) prefill: Option<&'static str>,
+    /// Prefill's call, if it goes on beside decode's. It ends with the exchange.
+    pub(crate) prefill_call: Option<PrefillCall>,
     /// The id both servers got.
     pub(crate) transfer_id: Option<String>,
     /// The server that answers; counts as busy until the answer ended.
     pub(crate) lease: Option<Lease>,
     /// The request's share of the bound on requests in flight.
-    pub(crate) permit: Option<OwnedSemaphorePermit>,
+    pub(crate) permit: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 /// How an exchange ended, unless the client left.
@@ -76,6 +79,7 @@ impl Exchange {
             first_token: None,
             end: None,
             prefill: None,
+            prefill_call: None,
             transfer_id: None,
             lease: None,
             permit: None,
@@ -95,9 +99,21 @@ impl Exchange {
         self.status = Some(status);
     }
 
+    /// What is known of prefill by now.
+    pub(crate) fn prefill_outcome(&self) -> Option<&'static str> {
+        self.prefill
+            .or_else(|| self.prefill_call.as_ref().map(PrefillCall::outcome))
+    }
+
     pub(crate) fn finish(&mut self, end: End) {
         if self.end.is_none() {
             self.end = Some(end);
+            if end == End::Complete
+                && self.status.is_some_and(|status| status.is_success())
+                && let Some(call) = &mut self.prefill_call
+            {
+                call.decode_is_done();
+            }
         }
     }
 }
@@ -120,7 +136,7 @@ impl Drop for Exchange {
                 None => "client left",
             },
             stage = ?self.stage,
-            prefill = self.prefill,
+            prefill = self.prefill_outcome(),
             request_id = self.transfer_id,
             server = self.lease.as_ref().map(|lease| lease.address()),
             first_token_ms = self.first_token.map(millis),

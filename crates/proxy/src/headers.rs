@@ -6,7 +6,8 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 pub const CLIENT_REQUEST_ID: HeaderName = HeaderName::from_static("x-client-request-id");
 /// On answers: the id under which both servers know the request.
 pub const TRANSFER_ID: HeaderName = HeaderName::from_static("x-kvlane-request-id");
-/// On answers: `done` when prefill computed the prompt, else why decode worked alone.
+/// On answers: `done` when prefill computed the prompt, `pending` when it was called together with decode and has not
+/// answered yet, else why decode worked alone.
 pub const PREFILL_OUTCOME: HeaderName = HeaderName::from_static("x-kvlane-prefill");
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

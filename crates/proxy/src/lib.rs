@@ -1,8 +1,9 @@
 //! The prefill/decode proxy: one OpenAI request in, two vLLM requests out.
 //!
-//! The same prompt goes first to a prefill server, which answers one token and leaves its KV cache in the store, and then,
-//! unchanged, to a decode server, whose answer is streamed to the client byte for byte. Both calls carry one
-//! `X-Request-Id` from which kvlane's connectors recognise the pair (see [`request_id`]).
+//! The same prompt goes first to a prefill server, which answers one token and leaves its KV cache where decode finds it,
+//! and then, unchanged, to a decode server, whose answer is streamed to the client byte for byte. With [`Dispatch::Concurrent`]
+//! both are called at once. Both calls carry one `X-Request-Id` from which kvlane's connectors recognise the pair (see
+//! [`request_id`]).
 //!
 //! What holds:
 //!
@@ -20,6 +21,7 @@ pub mod config;
 pub mod request_id;
 pub mod rewrite;
 
+mod beside;
 mod client;
 mod client_body;
 mod error;
@@ -32,7 +34,7 @@ mod server;
 mod split;
 mod upstream;
 
-pub use config::{ConfigError, KvBackend, ProxyConfig, UpstreamAddress};
+pub use config::{ConfigError, Dispatch, KvBackend, ProxyConfig, UpstreamAddress};
 pub use headers::{CLIENT_REQUEST_ID, PREFILL_OUTCOME, TRANSFER_ID};
 pub use routes::Proxy;
 pub use server::{ServeError, serve};

@@ -145,7 +145,7 @@ async fn answer(shared: &Arc<Shared>, route: &'static str, request: Request<Body
     let result = match Arc::clone(&shared.slots).try_acquire_owned() {
         Err(_full) => Err(ProxyError::Overloaded(shared.config.in_flight_limit)),
         Ok(permit) => {
-            exchange.permit = Some(permit);
+            exchange.permit = Some(Arc::new(permit));
             match how {
                 How::Split => split(shared, &mut exchange, request).await,
                 How::Pass => pass_through(shared, &mut exchange, request).await,
@@ -157,7 +157,7 @@ async fn answer(shared: &Arc<Shared>, route: &'static str, request: Request<Body
         .transfer_id
         .as_deref()
         .and_then(|id| HeaderValue::from_str(id).ok());
-    let prefill = exchange.prefill.map(HeaderValue::from_static);
+    let prefill = exchange.prefill_outcome().map(HeaderValue::from_static);
     let mut response = match result {
         Ok(response) => forward(shared, exchange, response),
         Err(error) => refuse(exchange, error),

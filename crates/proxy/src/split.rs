@@ -1,5 +1,6 @@
 //! How a request is served: prefill, then decode, or decode alone; and how other requests pass through.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::Body;
@@ -10,8 +11,10 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use crate::beside::PrefillCall;
 use crate::client::SendError;
 use crate::client_body::{PassedBody, read_body, refuse_declared};
+use crate::config::Dispatch;
 use crate::error::ProxyError;
 use crate::exchange::Exchange;
 use crate::headers;
@@ -25,10 +28,9 @@ use crate::upstream::{Lease, Server};
 /// of them.
 const PREFILL_FAILURES_MAX: usize = 2;
 
-/// Serves a completion: the prompt to prefill, then the client's body to decode. The answer is decode's, or prefill's
-/// refusal when the request itself is at fault.
+/// Serves a completion: the prompt to prefill, the client's body to decode, after it or at the same time.
 pub(crate) async fn split(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     exchange: &mut Exchange,
     request: Request<Body>,
 ) -> Result<Response<Incoming>, ProxyError> {
@@ -40,9 +42,23 @@ pub(crate) async fn split(
         headers: headers::to_upstream(&head.headers),
     };
 
+    match shared.config.dispatch {
+        Dispatch::Sequential => one_after_the_other(shared, exchange, &call, prompt_only, body).await,
+        Dispatch::Concurrent => both_at_once(shared, exchange, &call, prompt_only, body).await,
+    }
+}
+
+/// The answer is decode's, or prefill's refusal when the request itself is at fault.
+async fn one_after_the_other(
+    shared: &Shared,
+    exchange: &mut Exchange,
+    call: &Call,
+    prompt_only: Bytes,
+    body: Bytes,
+) -> Result<Response<Incoming>, ProxyError> {
     let decode = pick_decode(shared)?;
     exchange.enter(Stage::Prefill);
-    let id = match prefill(shared, exchange, &call, &decode, prompt_only).await {
+    let id = match prefill(shared, exchange, call, &decode, prompt_only).await {
         Prefill::Done(id) => {
             exchange.prefill = Some("done");
             id
@@ -66,6 +82,49 @@ pub(crate) async fn split(
     exchange.transfer_id = Some(id.clone());
     let call = call.with_id(&id);
     send_to_decode(shared, exchange, decode, |server| call.post(server, body.clone())).await
+}
+
+/// The answer is decode's. Which prefill server computes is settled before either call, so no other can take its place;
+/// when it fails, decode's connector learns that from it, or by its own deadline, and computes the prompt.
+async fn both_at_once(
+    shared: &Arc<Shared>,
+    exchange: &mut Exchange,
+    call: &Call,
+    prompt_only: Bytes,
+    body: Bytes,
+) -> Result<Response<Incoming>, ProxyError> {
+    let decode = pick_decode(shared)?;
+    let id = match shared.prefill.pick(&[], false) {
+        Some(prefill) => {
+            let id = request_id::transfer_id(&prefill.transfer_address, &decode.transfer_address);
+            let request = call.with_id(&id).post(&prefill, prompt_only);
+            exchange.prefill_call = Some(PrefillCall::start(
+                shared,
+                exchange.permit.clone(),
+                prefill,
+                request,
+            ));
+            id
+        }
+        None => {
+            exchange.prefill = Some(Fallback::Unreachable.name());
+            shared.metrics.fell_back(Fallback::Unreachable);
+            request_id::unique_part()
+        }
+    };
+    exchange.enter(Stage::Decode);
+    exchange.transfer_id = Some(id.clone());
+    let call = call.with_id(&id);
+    let result = send_to_decode(shared, exchange, decode, |server| call.post(server, body.clone())).await;
+    if !result
+        .as_ref()
+        .is_ok_and(|response| response.status().is_success())
+        && let Some(call) = &mut exchange.prefill_call
+    {
+        // Nobody will come for what it computes.
+        call.give_up();
+    }
+    result
 }
 
 /// Hands any other request to a decode server as it is, without holding its body in memory.
@@ -121,22 +180,14 @@ async fn prefill(
                 exchange.lease = Some(server);
                 return Prefill::Refused(refusal);
             }
-            Err((Fallback::TimedOut, _)) => {
+            Err((Fallback::TimedOut, cause)) => {
                 // The time for all of them is over.
-                server.cool_down();
+                note_failure(&server, Fallback::TimedOut, &cause);
                 return Prefill::Failed(Fallback::TimedOut);
             }
             Err((failure, cause)) => {
-                tracing::warn!(
-                    server = server.address(),
-                    reason = failure.name(),
-                    cause,
-                    "a prefill server failed"
-                );
-                if failure == Fallback::Unreachable {
-                    server.cool_down();
-                } else {
-                    server.failed();
+                note_failure(&server, failure, &cause);
+                if failure != Fallback::Unreachable {
                     failures += 1;
                     reason = failure;
                 }
@@ -147,8 +198,22 @@ async fn prefill(
     Prefill::Failed(reason)
 }
 
+/// Has the next requests go past a prefill server that failed.
+pub(crate) fn note_failure(server: &Server, failure: Fallback, cause: &str) {
+    tracing::warn!(
+        server = server.address(),
+        reason = failure.name(),
+        cause,
+        "a prefill server failed"
+    );
+    match failure {
+        Fallback::Unreachable | Fallback::TimedOut => server.cool_down(),
+        Fallback::Broken | Fallback::Failed => server.failed(),
+    }
+}
+
 /// One prefill server's work on a prompt: done, or its refusal of the request, or why another may be asked.
-async fn ask_prefill(
+pub(crate) async fn ask_prefill(
     shared: &Shared,
     request: Request<Body>,
     deadline: Instant,

@@ -115,6 +115,11 @@ impl Chain {
         })
     }
 
+    /// 32 bytes that name the whole prompt, its last partial block included.
+    fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.inner.digest().as_bytes())
+    }
+
     #[getter]
     fn block_count(&self) -> usize {
         self.inner.block_count()

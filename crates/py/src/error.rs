@@ -73,6 +73,17 @@ pub(crate) fn cuda_error(py: Python<'_>, error: &CudaError) -> PyErr {
     }
 }
 
+/// Converts an error of the P2P backend.
+pub(crate) fn p2p_error(py: Python<'_>, error: &kvlane_p2p::Error) -> PyErr {
+    use kvlane_p2p::Error;
+    match error {
+        Error::Listen { source, .. } | Error::Io { source, .. } => {
+            store_error(py, source.raw_os_error(), with_sources(error))
+        }
+        _ => config_error(py, with_sources(error)),
+    }
+}
+
 /// Converts an error that came through the transfer trait.
 pub(crate) fn transfer_error(py: Python<'_>, error: &kvlane_core::Error) -> PyErr {
     match error {

@@ -11,6 +11,8 @@ mod fs;
 mod ints;
 mod layout;
 mod logs;
+mod p2p;
+mod ping;
 
 use pyo3::prelude::*;
 
@@ -28,6 +30,10 @@ mod _native {
     use crate::layout::{Layout, namespace_id};
     #[pymodule_export]
     use crate::logs::{end_logs, next_logs};
+    #[pymodule_export]
+    use crate::p2p::{P2pAsker, P2pWorker};
+    #[pymodule_export]
+    use crate::ping::P2pPing;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

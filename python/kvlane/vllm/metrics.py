@@ -13,6 +13,15 @@ GAUGES = {
     "segments": "Segment files in the folder.",
 }
 
+#: States of the P2P connector. Workers hold the same requests, so the largest one holds here too.
+P2P_GAUGES = {
+    "peers_up": "Other servers' workers that a worker is connected with.",
+    "leased_blocks": "Blocks that are held for decode servers.",
+    "parked_blocks": "Blocks of requests whose KV is still coming.",
+}
+
+_STATES = {*GAUGES, *P2P_GAUGES}
+
 # Metrics of this process. vLLM's front end asks for them once per connector class, and a name can be taken once only.
 _made: dict[tuple[Any, ...], Any] = {}
 
@@ -65,6 +74,70 @@ COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
 )
 
 
+P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "vllm:kvlane_p2p_bytes",
+        "Bytes of KV that left for other servers and that arrived from them.",
+        "direction",
+        {"sent": "sent_bytes", "received": "received_bytes"},
+    ),
+    (
+        "vllm:kvlane_p2p_lane_bytes",
+        "Bytes of KV that arrived, by lane.",
+        "lane",
+        {"shm": "shm_bytes", "tcp": "tcp_bytes"},
+    ),
+    (
+        "vllm:kvlane_p2p_seconds",
+        "Time that pulls spent copying, and that requests waited for an answer and for room.",
+        "what",
+        {"pull": "pull_seconds", "wait": "wait_seconds"},
+    ),
+    (
+        "vllm:kvlane_p2p_descriptors",
+        "Pieces of memory that pulls had to copy, before and after neighbours were merged.",
+        "when",
+        {"before": "descriptors_before", "after": "descriptors_after"},
+    ),
+    (
+        "vllm:kvlane_p2p_requests",
+        "Requests that name a prefill server, by what became of their question.",
+        "outcome",
+        {
+            outcome: f"request_{outcome}"
+            for outcome in (
+                "pulled", "local", "none", "mismatch", "unreachable", "refused", "timeout", "busy", "no_room",
+                "must_compute", "parameters", "unnamed", "error",
+            )
+        },
+    ),
+    (
+        "vllm:kvlane_p2p_failed_pulls",
+        "Pulls that failed, so that the request recomputes, by reason.",
+        "reason",
+        {
+            reason: f"failed_{reason}"
+            for reason in (
+                "none", "mismatch", "unreachable", "refused", "timeout", "lapsed", "lost", "cancelled", "closed",
+            )
+        },
+    ),
+    (
+        "vllm:kvlane_p2p_leases",
+        "Leases of prefill that ended, by how.",
+        "end",
+        {end: f"{end}_leases" for end in ("released", "expired", "revoked", "dropped")},
+    ),
+    (
+        "vllm:kvlane_p2p_events",
+        "Requests that waited for an answer, that recompute after a failed pull, and whose KV was not held because "
+        "their blocks were taken away first.",
+        "event",
+        {"wait": "waits", "recomputed_request": "recomputed_requests", "not_held_request": "not_held_requests"},
+    ),
+)  # fmt: skip
+
+
 class KvlaneStats(KVConnectorStats):
     """Counters since the last report, by name."""
 
@@ -74,14 +147,14 @@ class KvlaneStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, value in other.data.items():
             known = self.data.get(name, 0)
-            self.data[name] = max(known, value) if name in GAUGES else known + value
+            self.data[name] = max(known, value) if name in _STATES else known + value
         return self
 
     def reduce(self) -> dict[str, int | float]:
         shown: dict[str, int | float] = {}
         for name, value in sorted(self.data.items()):
             shown[name] = round(value, 3)
-        for direction, amount in (("store", "stored_bytes"), ("load", "loaded_bytes")):
+        for direction, amount in (("store", "stored_bytes"), ("load", "loaded_bytes"), ("pull", "received_bytes")):
             seconds = self.data.get(f"{direction}_seconds", 0)
             if seconds > 0:
                 shown[f"{direction}_GBps"] = round(self.data.get(amount, 0) / seconds / 1e9, 2)
@@ -94,6 +167,11 @@ class KvlaneStats(KVConnectorStats):
 class KvlanePromMetrics(KVConnectorPromMetrics):
     """Prometheus metrics of one front end, one series per engine."""
 
+    counters = COUNTERS
+    gauges = GAUGES
+    #: What stands between "vllm:kvlane_" and a gauge's name.
+    gauge_prefix = ""
+
     def __init__(
         self,
         vllm_config: Any,
@@ -105,15 +183,15 @@ class KvlanePromMetrics(KVConnectorPromMetrics):
         # (engine, stat) -> series. Made once: looking a series up by labels takes a lock.
         self._counters: dict[tuple[int, str], Any] = {}
         self._gauges: dict[tuple[int, str], Any] = {}
-        for name, text, label, stats in COUNTERS:
+        for name, text, label, stats in self.counters:
             counter = _make(metric_types[Counter], name=name, documentation=text, labelnames=[*labelnames, label])
             for engine, values in per_engine_labelvalues.items():
                 for label_value, stat in stats.items():
                     self._counters[engine, stat] = counter.labels(*values, label_value)
-        for stat, text in GAUGES.items():
+        for stat, text in self.gauges.items():
             gauge = _make(
                 metric_types[Gauge],
-                name=f"vllm:kvlane_{stat}",
+                name=f"vllm:kvlane_{self.gauge_prefix}{stat}",
                 documentation=text,
                 labelnames=labelnames,
                 multiprocess_mode="mostrecent",
@@ -130,6 +208,14 @@ class KvlanePromMetrics(KVConnectorPromMetrics):
             counter = self._counters.get((engine_idx, stat))
             if counter is not None and value > 0:
                 counter.inc(value)
+
+
+class P2pPromMetrics(KvlanePromMetrics):
+    """The metrics of the P2P connector."""
+
+    counters = P2P_COUNTERS
+    gauges = P2P_GAUGES
+    gauge_prefix = "p2p_"
 
 
 def _make(kind: Callable[..., Any], *, name: str, labelnames: list[str], **options: Any) -> Any:

@@ -13,6 +13,9 @@ from kvlane._native import ConfigError
 MEDIA = ("auto", "memory", "disk", "network")
 LOAD_FAILURE_POLICIES = ("recompute", "keep")
 
+#: Where `kvlane.compat` puts keys that newer vLLM versions dropped. No connector needs them.
+LEGACY = "legacy"
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -67,20 +70,27 @@ class Options:
 
 def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
     """Reads the options; an unknown name or a value of a wrong kind is a `ConfigError` that says what is allowed."""
-    given = dict(extra_config or {})
-    given.pop("legacy", None)  # where a configuration shim puts keys that newer vLLM versions dropped
-    unknown = sorted(set(given) - set(_READERS))
-    if unknown:
-        raise ConfigError(
-            f"kv_connector_extra_config has an unknown option '{unknown[0]}' = {_shown(given[unknown[0]])}, "
-            f"allowed: {', '.join(sorted(_READERS))}"
-        )
-    options = Options(**{name: _READERS[name](name, value) for name, value in given.items()})
+    options = Options(**read_options(extra_config, _READERS))
     if options.layerwise_load and not options.sync_load:
         raise ConfigError(
             "layerwise_load is True while sync_load is False, allowed: both True, or layerwise_load False"
         )
     return options
+
+
+def read_options(
+    extra_config: Mapping[str, Any] | None, readers: Mapping[str, Callable[[str, Any], Any]]
+) -> dict[str, Any]:
+    """Reads every option that is given, each by the reader of its name."""
+    given = dict(extra_config or {})
+    given.pop(LEGACY, None)
+    unknown = sorted(set(given) - set(readers))
+    if unknown:
+        raise ConfigError(
+            f"kv_connector_extra_config has an unknown option '{unknown[0]}' = {shown(given[unknown[0]])}, "
+            f"allowed: {', '.join(sorted(readers))}"
+        )
+    return {name: readers[name](name, value) for name, value in given.items()}
 
 
 def parse_bytes(name: str, value: Any, low: int = 1, high: int = (1 << 63) - 1) -> int:
@@ -95,7 +105,7 @@ def parse_bytes(name: str, value: Any, low: int = 1, high: int = (1 << 63) - 1) 
             scale = (1024 if binary else 1000) ** ("KMGTP".index(unit.upper()) + 1) if unit else 1
             total = round(Decimal(amount) * scale)
     if total is None or not low <= total <= high:
-        raise _refused(name, value, f'{low} to {high} bytes, as a whole number or a text such as "500MB" or "64GiB"')
+        raise refused(name, value, f'{low} to {high} bytes, as a whole number or a text such as "500MB" or "64GiB"')
     return total
 
 
@@ -106,61 +116,69 @@ _BYTES_TEXT_MAX = 64
 _SHOWN_MAX = 200
 
 
-def _refused(name: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"option '{name}' is {_shown(value)}, allowed: {allowed}")
+def refused(name: str, value: Any, allowed: str) -> ConfigError:
+    """The error for an option with a value that is not allowed."""
+    return ConfigError(f"option '{name}' is {shown(value)}, allowed: {allowed}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as text for a message."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits
         return f"a value of type {type(value).__name__} that cannot be written out"
-    return shown if len(shown) <= _SHOWN_MAX else f"{shown[:_SHOWN_MAX]}..."
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
-def _flag(name: str, value: Any) -> bool:
+def read_flag(name: str, value: Any) -> bool:
+    """Reads true or false."""
     if not isinstance(value, bool):
-        raise _refused(name, value, "true or false")
+        raise refused(name, value, "true or false")
     return value
 
 
-def _text(name: str, value: Any) -> str:
+def read_text(name: str, value: Any) -> str:
+    """Reads a text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise _refused(name, value, "a text that is not empty")
+        raise refused(name, value, "a text that is not empty")
     return value
 
 
-def _number(low: int, high: int) -> Callable[[str, Any], int]:
+def read_number(low: int, high: int) -> Callable[[str, Any], int]:
+    """A reader of whole numbers in a range."""
+
     def read(name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise _refused(name, value, f"a whole number from {low} to {high}")
+            raise refused(name, value, f"a whole number from {low} to {high}")
         return value
 
     return read
 
 
-def _choice(*allowed: str) -> Callable[[str, Any], str]:
+def read_choice(*allowed: str) -> Callable[[str, Any], str]:
+    """A reader of one of a few words."""
+
     def read(name: str, value: Any) -> str:
         if value not in allowed:
-            raise _refused(name, value, ", ".join(allowed))
+            raise refused(name, value, ", ".join(allowed))
         return value
 
     return read
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
-    "shared_storage_path": _text,
+    "shared_storage_path": read_text,
     "capacity_bytes": functools.partial(parse_bytes, low=1 << 20),
-    "load_timeout_ms": _number(1, 600_000),
-    "prefill_grace_ms": _number(0, 60_000),
-    "store_timeout_ms": _number(1, 600_000),
-    "verify": _flag,
-    "io_threads": _number(1, 64),
-    "sync_load": _flag,
-    "layerwise_load": _flag,
-    "medium": _choice(*MEDIA),
+    "load_timeout_ms": read_number(1, 600_000),
+    "prefill_grace_ms": read_number(0, 60_000),
+    "store_timeout_ms": read_number(1, 600_000),
+    "verify": read_flag,
+    "io_threads": read_number(1, 64),
+    "sync_load": read_flag,
+    "layerwise_load": read_flag,
+    "medium": read_choice(*MEDIA),
     "segment_bytes": functools.partial(parse_bytes, low=1 << 16, high=1 << 40),
-    "load_failure_policy": _choice(*LOAD_FAILURE_POLICIES),
-    "model_identity": _text,
-    "block_outermost_layout": _flag,
+    "load_failure_policy": read_choice(*LOAD_FAILURE_POLICIES),
+    "model_identity": read_text,
+    "block_outermost_layout": read_flag,
 }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from kvlane._native import Chain
+from kvlane.vllm.doubt import DoubtfulSteps
 from kvlane.vllm.identity import AdapterIdentities, request_chain
 from kvlane.vllm.metadata import IDLE, LoadJob, Reservation, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
@@ -85,8 +86,6 @@ class _Request:
     #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
     own_blocks: int = 0
-    #: The step in whose planning it last asked, until it starts.
-    asked_step: int | None = None
     missing_blocks: int = 0
     miss_reason: str = "absent"
     counted: bool = False
@@ -121,14 +120,9 @@ class SchedulerHalf:
         self._loads: list[LoadJob] = []
         self._withdrawals: list[bytes] = []
         self._aborted_loads: list[str] = []
-        #: Steps that were planned, the one being planned included once vLLM has made it.
-        self._steps = 0
-        self._quiet_steps = 0
         self._planning_failed = False
-        self._sibling_logged = False
-        #: Steps, with the one being planned, until the result of the first of them is known for sure.
-        self._steps_until_known = settings.batches_in_flight + 1
-        self._unproven = UnprovenBlocks(self._steps_until_known)
+        self._doubt = DoubtfulSteps(settings.block_tokens, settings.batches_in_flight, settings.siblings_are_silent)
+        self._unproven = UnprovenBlocks(self._doubt.until_known)
         self._counters: dict[str, float] = {}
 
     def open_folder(self, folder: Reader) -> None:
@@ -161,15 +155,13 @@ class SchedulerHalf:
         """
         if self._folder is None:
             self.on_reader_missing()
-        if self._settings.siblings_are_silent:
-            state = self._request(request)
-            state.local_blocks, state.asked_step = computed_tokens // self._settings.block_tokens, self._steps + 1
+        self._doubt.asked(request.request_id, computed_tokens)
         if not self._settings.can_load:
             return 0, False
         state = self._request(request)
         if self._room is not None and self._room.somebody_waits_to_start(request.request_id):
             return None, False
-        if state.chain is None or state.load_failed or _must_compute(request):
+        if state.chain is None or state.load_failed or must_compute(request):
             return 0, False
         block_tokens = self._settings.block_tokens
         local = state.local_blocks = computed_tokens // block_tokens
@@ -211,6 +203,7 @@ class SchedulerHalf:
     def blocks_allocated(self, request: Any, block_ids: Callable[[], list[int]], external_tokens: int) -> None:
         """vLLM took up the last answer for `external_tokens` (0: not at all) and gave the request blocks."""
         state = self._request(request)
+        self._doubt.loads(request.request_id, external_tokens)
         loaded = state.own_blocks = external_tokens // self._settings.block_tokens
         if not state.counted and self._settings.can_load:
             state.counted = True
@@ -234,7 +227,7 @@ class SchedulerHalf:
         self._loads.append(LoadJob(request.request_id, keys, targets, timeout_ms))
         state.loading = set(targets)
         if self._options.sync_load:
-            self._quiet_steps = self._steps_until_known
+            self._doubt.begin()
             self._unproven.add(state.loading)
         else:
             self._loading[request.request_id] = state
@@ -245,7 +238,6 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> StepMetadata:
         """What the workers have to do in the step that `output` (vLLM's SchedulerOutput) describes."""
-        self._steps += 1
         reservations: list[Reservation] = []
         stores: list[StoreJob] = []
         epoch = None
@@ -257,7 +249,7 @@ class SchedulerHalf:
         except Exception:
             # Loads go out in any case: vLLM waits for them. What was being stored is given up, and nothing is stored
             # before it is clear again whose KV is right.
-            self._quiet_steps = self._steps_until_known
+            self._doubt.begin()
             if not self._planning_failed:
                 self._planning_failed = True
                 logger.exception("kvlane: internal error in planning a step; it costs recomputes and is logged once")
@@ -274,12 +266,8 @@ class SchedulerHalf:
     def _plan(self, output: Any, reservations: list[Reservation], stores: list[StoreJob]) -> None:
         # The KV of a step that loads synchronously, we or another connector, may turn out wrong, in this step and in
         # those planned before its result is known. Blocks left out here are stored by a later step of their request.
-        if getattr(output, "has_sync_kv_loads", False) or self._a_sibling_loaded(output):
-            self._quiet_steps = self._steps_until_known
-        quiet = self._quiet_steps > 0
-        if quiet:
-            self._quiet_steps -= 1
-        elif self._reset_waits and self._folder is None:
+        quiet = self._doubt.next_step(output)
+        if self._reset_waits and self._folder is None:
             quiet = True  # it would be void as soon as the folder is there
         self._unproven.next_step()
         for request_id in output.preempted_req_ids or ():
@@ -373,6 +361,7 @@ class SchedulerHalf:
         """A request ended. True: vLLM must keep its blocks until the workers report the request as sent."""
         self._unproven.freed(block_ids)
         state = self._requests.pop(request_id, None)
+        self._doubt.gone(request_id)
         if self._room is not None:
             self._room.gone(request_id)
         if state is None:
@@ -444,37 +433,6 @@ class SchedulerHalf:
             if first < state.prompt_blocks:
                 self._withdrawals.append(state.chain.keys(first, state.prompt_blocks - first))
 
-    def _a_sibling_loaded(self, output: Any) -> bool:
-        """Whether a request starts with more computed tokens than vLLM had and we load, in the step that asked for
-        them. One that asked earlier waited for an asynchronous load: it starts with what did load."""
-        if not self._settings.siblings_are_silent:
-            return False
-        started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
-        cached = output.scheduled_cached_reqs
-        started += [
-            (request_id, computed)
-            for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-            if request_id in cached.resumed_req_ids
-        ]
-        found = False
-        for request_id, computed_tokens in started:
-            known, waited = 0, False
-            state = self._requests.get(request_id)
-            if state is not None:
-                known = state.local_blocks + state.own_blocks
-                waited = state.asked_step is not None and state.asked_step < self._steps
-                state.asked_step = None
-            if computed_tokens // self._settings.block_tokens > known and not waited:
-                found = True
-        if found and not self._sibling_logged:
-            self._sibling_logged = True
-            logger.info(
-                "kvlane: another connector loads inside steps, so what steps compute may turn out wrong: nothing is "
-                "stored for %d steps after each",
-                self._steps_until_known,
-            )
-        return found
-
     def _load_failed(self, state: _Request | None) -> None:
         if state is not None and not state.load_failed:
             state.load_failed = True
@@ -485,7 +443,7 @@ class SchedulerHalf:
             self._counters[name] = self._counters.get(name, 0) + amount
 
 
-def _must_compute(request: Any) -> bool:
+def must_compute(request: Any) -> bool:
     """Whether the request needs the prompt's own logits, which loaded KV does not bring."""
     if getattr(request, "skip_reading_prefix_cache", False):
         return True

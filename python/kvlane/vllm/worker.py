@@ -158,7 +158,7 @@ class WorkerHalf:
                 self._start_load(load)
             except Exception as error:
                 # vLLM waits for every load, so this one must end.
-                _log_once("start of a load", error)
+                log_once("start of a load", error)
                 self._load_ended(_Load(load.request_id, load.block_ids, 0.0), list(range(len(load.block_ids))))
         if self._options.sync_load and not self._settings.layerwise_load:
             self._finish_step_loads()
@@ -231,7 +231,7 @@ class WorkerHalf:
         except Exception as error:
             # The store does not know this job, so it has ended; what became of it is not known. Should it be otherwise,
             # it must not read blocks that others write.
-            _log_once("wait", error)
+            log_once("wait", error)
             self._try("cancel", self._store.cancel, job)
             return range(len(keys) // 32)
         return ended[0] if ended is not None else None
@@ -403,7 +403,7 @@ class WorkerHalf:
             return self._store.wait(job, timeout_ms)
         except Exception as error:
             # The store does not know this job, so it has ended; what became of it is not known.
-            _log_once("wait", error)
+            log_once("wait", error)
             return range(len(load.block_ids)), "lost"
 
     def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -411,7 +411,7 @@ class WorkerHalf:
         try:
             return call(*arguments)
         except Exception as error:
-            _log_once(what, error)
+            log_once(what, error)
             return None
 
 
@@ -451,7 +451,7 @@ def _no_stream() -> tuple[int, ...]:
 _logged: set[str] = set()
 
 
-def _log_once(what: str, error: Exception) -> None:
+def log_once(what: str, error: Exception) -> None:
     line = f"{what}: {type(error).__name__}: {error}"
     if what not in _logged:
         _logged.add(what)

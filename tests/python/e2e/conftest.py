@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from p2p_pair import P2pPair
 from settings import BLOCK_TOKENS, engine_settings
 from support import cpus
 from support.connector import transfer_config
@@ -66,6 +67,18 @@ def pair_alone(processes, store, model):
     yield pair
     # Before the store goes away under open engines.
     pair.close()
+
+
+@pytest.fixture(scope="session")
+def shared_p2p_pair(processes, model):
+    """One for all tests: a pair has a port of its own, so that engines stay open from test to test."""
+    return P2pPair(*processes, model)
+
+
+@pytest.fixture
+def p2p_pair(shared_p2p_pair, model):
+    shared_p2p_pair.model = model
+    return shared_p2p_pair
 
 
 class Pair:

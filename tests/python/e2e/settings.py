@@ -7,6 +7,28 @@ CACHE_BLOCKS = 768
 # Small enough that a 2000-token prompt takes many steps.
 CHUNK_TOKENS = 256
 
+# Around a block border, and long.
+LENGTHS_TOKENS = {
+    "under one block": BLOCK_TOKENS - 12,
+    "exactly 4 blocks": 4 * BLOCK_TOKENS,
+    "4 blocks + 1": 4 * BLOCK_TOKENS + 1,
+    "4 blocks + 5": 4 * BLOCK_TOKENS + 5,
+    "about 2000": 2003,
+}
+
+SERVER_ARGUMENTS = [
+    *("--dtype", "float32", "--block-size", str(BLOCK_TOKENS), "--max-model-len", str(MODEL_LEN_TOKENS)),
+    *("--max-num-seqs", "16", "--no-enable-prefix-caching"),
+]
+# A long prompt takes many steps there, so that a test can act in the middle of one. The requests with a seed fit into
+# one step: one that prefills them in part ends vLLM 0.32 on a CPU ("CPU Generator does not use offset").
+CHUNKED_SERVER_ARGUMENTS = [
+    *SERVER_ARGUMENTS,
+    "--enable-chunked-prefill",
+    "--max-num-batched-tokens",
+    str(CHUNK_TOKENS * 3 // 2),
+]
+
 
 def engine_settings(model, *, dtype="float32", chunked=False, prefix_caching=False, **more):
     """EngineArgs as a dict."""

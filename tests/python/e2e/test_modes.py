@@ -8,17 +8,9 @@ import os
 import pytest
 
 from conftest import ask, expected_external
-from settings import BLOCK_TOKENS
+from settings import BLOCK_TOKENS, LENGTHS_TOKENS
 from support.places import remove_store
 from support.tiny_model import tiny_model
-
-LENGTHS_TOKENS = {
-    "under one block": BLOCK_TOKENS - 12,
-    "exactly 4 blocks": 4 * BLOCK_TOKENS,
-    "4 blocks + 1": 4 * BLOCK_TOKENS + 1,
-    "4 blocks + 5": 4 * BLOCK_TOKENS + 5,
-    "about 2000": 2003,
-}
 
 # prefill chunked, prefill prefix caching, decode chunked, decode prefix caching, sync load. The short list meets every
 # pair of values of every two factors; the soak runs all combinations.

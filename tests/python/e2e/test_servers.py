@@ -8,14 +8,13 @@ import concurrent.futures
 import contextlib
 import random
 import time
-import uuid
 
 import pytest
 
-from settings import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_LEN_TOKENS
+from settings import BLOCK_TOKENS, CHUNKED_SERVER_ARGUMENTS, SERVER_ARGUMENTS
 from support import cpus
 from support.client import complete
-from support.connector import OWN_NAME, transfer_config
+from support.connector import OWN_NAME, transfer_config, transfer_id
 from support.metrics import by_label, external_hits, scrape
 from support.outcome import assert_same, full_blocks_tokens
 from support.places import make_store, remove_store
@@ -32,13 +31,6 @@ ANSWER_S = 120
 # it is stopped for as long as decode takes to answer, at most.
 STORE_TIMEOUT_MS = (ANSWER_S + 60) * 1_000
 STOPS = 12
-ARGUMENTS = [
-    *("--dtype", "float32", "--block-size", str(BLOCK_TOKENS), "--max-model-len", str(MODEL_LEN_TOKENS)),
-    *("--max-num-seqs", "16", "--no-enable-prefix-caching"),
-]
-# A long prompt takes many steps there, so that a test can act in the middle of one. The requests with a seed fit into
-# one step: one that prefills them in part ends vLLM 0.32 on a CPU ("CPU Generator does not use offset").
-CHUNKED = [*ARGUMENTS, "--enable-chunked-prefill", "--max-num-batched-tokens", str(CHUNK_TOKENS * 3 // 2)]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +46,22 @@ def servers(model):
         )
         patient = transfer_config("producer", store, store_timeout_ms=STORE_TIMEOUT_MS)
         started = [
-            vllm_server("e2e-prefill", model, first, transfer=patient, arguments=CHUNKED),
             vllm_server(
-                "e2e-decode", model, second, transfer=by_path, arguments=ARGUMENTS, environment={"KVLANE_PLUGIN": "0"}
+                "e2e-prefill",
+                model,
+                first,
+                transfer=patient,
+                arguments=CHUNKED_SERVER_ARGUMENTS,
             ),
-            vllm_server("e2e-single", model, first, arguments=ARGUMENTS),
+            vllm_server(
+                "e2e-decode",
+                model,
+                second,
+                transfer=by_path,
+                arguments=SERVER_ARGUMENTS,
+                environment={"KVLANE_PLUGIN": "0"},
+            ),
+            vllm_server("e2e-single", model, first, arguments=SERVER_ARGUMENTS),
         ]
         for server in started:
             stack.enter_context(server)
@@ -213,8 +216,7 @@ def test_a_prefill_that_stops_in_the_middle_costs_a_recompute_within_the_load_ti
 def answer_of_decode_while_prefill_stands_still(servers, prompts, prompt, filling_s):
     """Decode's answer to a prompt that prefill, which needs `filling_s` for it, was stopped in, and the seconds."""
     prefill, decode = servers[:2]
-    addresses = [server.url.removeprefix("http://") for server in (prefill, decode)]
-    request_id = "___prefill_addr_{}___decode_addr_{}_{}".format(*addresses, uuid.uuid4().hex)
+    request_id = transfer_id(*(server.url.removeprefix("http://") for server in (prefill, decode)))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         filling = pool.submit(complete, prefill.url, prompt, 1, request_id=request_id)
         # Early enough to see what is promised, as the blocks in the making are not to be seen after the stop.

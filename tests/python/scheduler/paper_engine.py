@@ -39,7 +39,8 @@ ABORT_HOLDS_BLOCKS = "delay_free_blocks" in inspect.signature(Scheduler._free_re
 
 
 class PaperEngine:
-    """One engine; `role` is producer, consumer, both, or None for no connector at all.
+    """One engine; `role` is producer, consumer, both, or None for no connector at all. `transfer` is a
+    kv-transfer-config of another connector than the one through a folder.
 
     Kept per request: `answers` (its tokens), `ended` (why), `loads` and `loaded_tokens` (what vLLM agreed to load),
     `preemptions`, `seconds` (from its arrival to its last token).
@@ -55,9 +56,11 @@ class PaperEngine:
         prefix_caching=True,
         step_tokens=MODEL_LEN_TOKENS,
         requests_at_once=8,
+        transfer=None,
         **options,
     ):
-        config = _vllm_config(role, store, prefix_caching, step_tokens, requests_at_once, options)
+        transfer = transfer or (role and transfer_config(role, store, **options))
+        config = _vllm_config(transfer, prefix_caching, step_tokens, requests_at_once)
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.async_scheduling = asynchronous
         cache_config = _kv_cache_config(blocks)
@@ -83,7 +86,7 @@ class PaperEngine:
         self._block_hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         self._asynchronous = asynchronous
         self._in_flight = collections.deque()
-        self.answers, self.ended, self.seconds = {}, {}, {}
+        self.answers, self.ended, self.seconds, self.parameters = {}, {}, {}, {}
         self._arrived_s = {}
         self._watch_connector()
         self.steps = 0
@@ -97,9 +100,11 @@ class PaperEngine:
             self.worker.shutdown()
             self.connector.shutdown()
 
-    def add(self, request_id, prompt, max_tokens=8):
-        """Hands a greedy request to the scheduler."""
+    def add(self, request_id, prompt, max_tokens=8, parameters=None):
+        """Hands a greedy request to the scheduler. `parameters`: its kv_transfer_params."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        if parameters is not None:
+            sampling.extra_args = {"kv_transfer_params": parameters}
         arguments = {
             "request_id": request_id,
             "prompt_token_ids": list(prompt),
@@ -175,6 +180,7 @@ class PaperEngine:
             for output in outputs.outputs:
                 self.answers[output.request_id] += output.new_token_ids
                 if output.finish_reason is not None:
+                    self.parameters[output.request_id] = output.kv_transfer_params
                     self.ended.setdefault(output.request_id, str(output.finish_reason))
                     self.seconds[output.request_id] = time.monotonic() - self._arrived_s[output.request_id]
 
@@ -211,7 +217,7 @@ class PaperEngine:
             self.connector.set_xfer_handshake_metadata({0: metadata})
 
 
-def _vllm_config(role, store, prefix_caching, step_tokens, requests_at_once, options):
+def _vllm_config(transfer, prefix_caching, step_tokens, requests_at_once):
     return EngineArgs(
         model=str(tiny_model("float32")),
         dtype="float32",
@@ -222,7 +228,7 @@ def _vllm_config(role, store, prefix_caching, step_tokens, requests_at_once, opt
         max_num_seqs=requests_at_once,
         enable_chunked_prefill=True,
         enable_prefix_caching=prefix_caching,
-        kv_transfer_config=role and KVTransferConfig(**transfer_config(role, store, **options)),
+        kv_transfer_config=transfer and KVTransferConfig(**transfer),
     ).create_engine_config()
 
 

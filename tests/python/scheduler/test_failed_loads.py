@@ -4,7 +4,8 @@ step that was already in flight. The store is spoiled on disk, so the failure co
 import pytest
 
 from faults import corrupt_blocks
-from kvlane.vllm.connector import KvlaneFsConnector, _leaves_room_for_loads
+from kvlane.vllm.connector import KvlaneFsConnector
+from kvlane.vllm.probes import leaves_room_for_loads
 from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import LAYERS, expected_tokens
 
@@ -106,7 +107,7 @@ def test_failure_then_preemption(store, stored, prompts, asynchronous, bad, late
     spoil(*bad)
     # 12 usable blocks. The older request starts with 3 and grows to 8, the failed one needs 7; or it starts with 1, and
     # both grow until there is no room for both.
-    older_blocks, max_tokens = (3, 24) if _leaves_room_for_loads() else (1, 80)
+    older_blocks, max_tokens = (3, 24) if leaves_room_for_loads() else (1, 80)
     older = prompts(older_blocks * BLOCK_TOKENS - later_steps)
     # How many steps the load takes is up to the machine; where it was so slow that the older request had ended, again.
     for _ in range(ATTEMPTS):

@@ -38,7 +38,7 @@ def test_a_server_that_only_stores_resets_what_it_stored(store, prompts):
 @pytest.mark.parametrize("role", ["producer", "both"])
 def test_a_server_whose_workers_are_not_known_yet_resets_what_it_stored(role, store, prompts, monkeypatch):
     """MultiConnector, and pipeline stages before 0.23."""
-    monkeypatch.setattr(connector, "_handshakes_may_be_missing", lambda parallel: True)
+    monkeypatch.setattr(connector, "handshakes_may_be_missing", lambda parallel: True)
     monkeypatch.setattr(PaperEngine, "_shake_hands", lambda engine: None)
     monkeypatch.setattr(connector.NamespaceSearch, "start_reading", lambda search: None)
     prompt, later = prompts(4 * BLOCK_TOKENS + 5), prompts(4 * BLOCK_TOKENS + 5)

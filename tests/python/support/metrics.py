@@ -30,5 +30,12 @@ def by_label(url, name, label):
 
 
 def external_hits(url):
-    """Prompt tokens whose KV this server took from its connector since it started, by vLLM's own count."""
+    """Prompt tokens whose KV this server took from its connector since it started, by vLLM's own count. vLLM 0.32
+    counts when it plans a load, so one that fails counts as well."""
     return int(scrape(url)[EXTERNAL_HITS])
+
+
+def pulled_bytes(url, lane):
+    """Bytes of KV that arrived here from other servers over this lane, by kvlane's own count: what was planned and
+    failed is not in it."""
+    return int(by_label(url, "vllm:kvlane_p2p_lane_bytes", "lane").get(lane, 0))

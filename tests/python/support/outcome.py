@@ -33,6 +33,13 @@ def assert_same(result, first_run, second_run, dtype="float32", what=""):
             assert difference <= LOGPROB_TOLERANCE[dtype], f"{label}, log-probabilities differ by {difference}"
 
 
+def whole_prompt_tokens(prompt_tokens, local_tokens=0):
+    """Tokens of a prompt that vLLM counts as external when prefill hands all of them over, a block that is not full
+    included, and the server had the first `local_tokens` itself. The last one is among them although vLLM computes it
+    again to sample. Where only that one is missing nothing is asked for."""
+    return prompt_tokens - local_tokens if local_tokens < prompt_tokens - 1 else 0
+
+
 def full_blocks_tokens(prompt_tokens, block_tokens):
     """Tokens of a prompt whose KV can come from a store: whole blocks, and at least one token is left to compute."""
     return (prompt_tokens - 1) // block_tokens * block_tokens

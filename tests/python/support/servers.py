@@ -29,6 +29,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def free_ports(count):
+    """As many different ones."""
+    ports = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return sorted(ports)
+
+
 class Server:
     """A process that listens on a port of this machine. Use as a context manager, or call stop()."""
 
@@ -106,9 +114,16 @@ def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=N
     return Server(name, command, port, full_environment, VLLM_READY_LIMIT_S)
 
 
-def kvlane_proxy(prefill_url, decode_url):
-    """Starts kvlane's proxy in front of the two servers."""
+def kvlane_proxy(prefill_url, decode_url, *, kv_ports=None, dispatch=None):
+    """Starts kvlane's proxy in front of the two servers. KV goes through a folder, or, given the `kv_ports` of prefill
+    and decode, from server to server. `dispatch`: sequential (the default) or concurrent."""
     port = free_port()
+    urls = [prefill_url, decode_url]
+    if kv_ports:
+        urls = [f"{url}={kv_port}" for url, kv_port in zip(urls, kv_ports, strict=True)]
     command = [str(pathlib.Path(sys.executable).with_name("kvlane")), "proxy"]
-    command += ["--prefill", prefill_url, "--decode", decode_url, "--kv-backend", "fs", "--port", str(port)]
+    command += ["--prefill", urls[0], "--decode", urls[1], "--kv-backend", "p2p" if kv_ports else "fs"]
+    command += ["--port", str(port)]
+    if dispatch:
+        command += ["--dispatch", dispatch]
     return Server("proxy", command, port, dict(os.environ), PROXY_READY_LIMIT_S)

@@ -47,6 +47,11 @@ def vocabulary_size(folder):
     return json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
+def token_bytes(dtype="float32"):
+    """What keys and values of one token take in all layers."""
+    return LAYERS * 2 * KV_HEADS * HEAD_DIM * {"float32": 4, "bfloat16": 2}[dtype]
+
+
 def build(dtype):
     """Builds beside the final place and renames, so that a killed build leaves nothing half done."""
     folder = MODELS / f"tiny-{dtype}"

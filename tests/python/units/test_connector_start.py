@@ -5,14 +5,15 @@ import types
 import pytest
 
 from kvlane import ConfigError
-from kvlane.vllm import connector
+from kvlane.vllm import probes, start
 from kvlane.vllm.options import parse_options
 from kvlane.vllm.unproven import NEXT_OUTPUT, STALE_TOKENS, UnprovenBlocks
 
 
 def set_policy(vllms_own, **options):
     transfer = types.SimpleNamespace(kv_load_failure_policy=vllms_own)
-    connector._set_failure_policy(transfer, parse_options(options))
+    given = parse_options(options)
+    start.set_failure_policy(transfer, given.load_failure_policy, given.sync_load)
     return transfer.kv_load_failure_policy
 
 
@@ -51,9 +52,9 @@ def test_below_multi_connector_synchronous_loads_are_refused_and_the_policy_is_l
 
 
 def test_the_block_pool_is_found_also_where_vllm_does_not_hand_it_over():
-    maker = Scheduler(lambda: connector._block_pool_finder(True))
+    maker = Scheduler(lambda: probes.block_pool_finder(True))
     assert maker.made() == "the pool"
-    assert connector._block_pool_finder(True)() is None
+    assert probes.block_pool_finder(True)() is None
 
 
 def reason(model, model_identity=None, scales=False):
@@ -62,8 +63,7 @@ def reason(model, model_identity=None, scales=False):
         load_config=types.SimpleNamespace(load_format="auto"),
         cache_config=types.SimpleNamespace(calculate_kv_scales=scales, cache_dtype="fp8"),
     )
-    options = parse_options({} if model_identity is None else {"model_identity": model_identity})
-    return connector._reason_not_to_share(config, options)
+    return start.reason_not_to_share(config, model_identity)
 
 
 def test_an_engine_keeps_kv_to_itself_whose_weights_or_scales_nobody_else_can_name(tmp_path):
@@ -76,13 +76,13 @@ def test_an_engine_keeps_kv_to_itself_whose_weights_or_scales_nobody_else_can_na
     assert reason("s3://models/llama", "build 7") is None
 
 
-def start(marks, stages, asynchronous, monkeypatch):
-    monkeypatch.setattr(connector, "_marks_of_stale_tokens", lambda: set(marks))
+def begin(marks, stages, asynchronous, monkeypatch):
+    monkeypatch.setattr(start, "marks_of_stale_tokens", lambda: set(marks))
     config = types.SimpleNamespace(
         parallel_config=types.SimpleNamespace(pipeline_parallel_size=stages),
         scheduler_config=types.SimpleNamespace(async_scheduling=asynchronous),
     )
-    connector._refuse_tokens_that_nobody_drops(config)
+    start.refuse_tokens_that_nobody_drops(config)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -90,21 +90,21 @@ def start(marks, stages, asynchronous, monkeypatch):
 def test_synchronous_loads_with_pipeline_stages_are_refused_where_vllm_drops_one_output_at_most(
     mark, asynchronous, monkeypatch
 ):
-    start([mark], 1, asynchronous, monkeypatch)
+    begin([mark], 1, asynchronous, monkeypatch)
     for stages in (2, 3):
         with pytest.raises(ConfigError, match=rf"pipeline_parallel_size {stages}, .*allowed: pipeline_parallel_size 1"):
-            start([mark], stages, asynchronous, monkeypatch)
-        start([STALE_TOKENS], stages, asynchronous, monkeypatch)
+            begin([mark], stages, asynchronous, monkeypatch)
+        begin([STALE_TOKENS], stages, asynchronous, monkeypatch)
 
 
 def test_synchronous_loads_in_overlapping_steps_are_refused_where_vllm_drops_no_output(monkeypatch):
-    start([], 1, False, monkeypatch)
+    begin([], 1, False, monkeypatch)
     with pytest.raises(ConfigError, match=r"async_scheduling True, .*allowed: async_scheduling False"):
-        start([], 1, True, monkeypatch)
+        begin([], 1, True, monkeypatch)
 
 
 def test_this_vllm_has_a_mark_for_outputs_in_flight():
-    assert connector._marks_of_stale_tokens()
+    assert probes.marks_of_stale_tokens()
 
 
 @pytest.mark.parametrize(("mark", "before", "after"), [(NEXT_OUTPUT[0], False, True), (NEXT_OUTPUT[1], 0, 1)])

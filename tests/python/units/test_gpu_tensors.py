@@ -7,13 +7,13 @@ import sys
 import types
 
 import pytest
-from test_worker_half import LAYERS, ScriptedStore
 
 from kvlane import ConfigError
 from kvlane._native import FsWorker, Layout
 from kvlane.vllm.metadata import LoadJob, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
 from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
+from test_worker_half import LAYERS, ScriptedStore
 
 
 class OrderedStore(ScriptedStore):

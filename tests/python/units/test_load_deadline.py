@@ -3,12 +3,12 @@
 import types
 
 import pytest
-from test_scheduler_half import BLOCK, PREFILLED, Folder, allocate, make, output, request
-from test_worker_half import ScriptedStore
 
 from kvlane.vllm.metadata import LoadJob, StepMetadata
 from kvlane.vllm.options import Options
 from kvlane.vllm.worker import FENCE_MS, WorkerHalf, WorkerSettings
+from test_scheduler_half import BLOCK, PREFILLED, Folder, allocate, make, output, request
+from test_worker_half import ScriptedStore
 
 TIMEOUT_MS = 1000
 BLOCKS = 3

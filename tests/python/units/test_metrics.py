@@ -9,9 +9,10 @@ import types
 import prometheus_client
 import pytest
 
-from kvlane.vllm import connector, metrics
+from kvlane.vllm import hooks, metrics
 from kvlane.vllm.connector import ExampleConnector, KvlaneFsConnector
 from kvlane.vllm.metrics import KvlaneStats
+from kvlane.vllm.p2p_connector import KvlaneP2pConnector, P2pNcclConnector
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def connector_with(worker=None, scheduler=None):
 
 def test_a_worker_reports_now_and_then_where_the_schedulers_counts_travel_with_its_own(monkeypatch):
     """A server that only misses has nothing to say on the worker's side; vLLM before 0.24 then drops the misses."""
-    monkeypatch.setattr(connector, "_SCHEDULERS_COUNTS_NEED_WORKERS", True)
+    monkeypatch.setattr(hooks, "SCHEDULERS_COUNTS_NEED_WORKERS", True)
     worker = connector_with(worker=Half())
     first, second = worker.get_kv_connector_stats(), worker.get_kv_connector_stats()
     assert first.data == {}
@@ -91,7 +92,7 @@ def test_a_worker_reports_now_and_then_where_the_schedulers_counts_travel_with_i
 
 
 def test_an_idle_worker_says_nothing_to_a_newer_vllm(monkeypatch):
-    monkeypatch.setattr(connector, "_SCHEDULERS_COUNTS_NEED_WORKERS", False)
+    monkeypatch.setattr(hooks, "SCHEDULERS_COUNTS_NEED_WORKERS", False)
     assert connector_with(worker=Half()).get_kv_connector_stats() is None
 
 
@@ -105,3 +106,14 @@ def test_multi_connector_finds_the_class_also_with_the_plugin_turned_off():
     )
     environment = {**os.environ, "KVLANE_PLUGIN": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=200)
+
+
+def test_p2p_metrics_have_names_of_their_own_and_both_classes_share_them(front_end):
+    front_end(KvlaneFsConnector)
+    for kind in (KvlaneP2pConnector, P2pNcclConnector):
+        front_end(kind).observe({"received_bytes": 2, "request_timeout": 1, "parked_blocks": 7, "unknown": 1})
+    value = front_end.registry.get_sample_value
+    assert value("vllm:kvlane_p2p_bytes_total", {"engine": "0", "direction": "received"}) == 4
+    assert value("vllm:kvlane_p2p_requests_total", {"engine": "0", "outcome": "timeout"}) == 2
+    assert value("vllm:kvlane_p2p_parked_blocks", {"engine": "0"}) == 7
+    assert value("vllm:kvlane_segments", {"engine": "0"}) == 0

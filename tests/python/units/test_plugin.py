@@ -23,7 +23,10 @@ def registry():
 def test_the_names_lead_to_kvlane(registry):
     plugin.register()
     plugin.register()  # twice is fine
-    assert {registry[name]().__module__ for name in plugin.CONNECTOR_NAMES} == {"kvlane.vllm.connector"}
+    assert {registry[name]().__module__ for name in plugin.CONNECTOR_NAMES} == {
+        "kvlane.vllm.connector",
+        "kvlane.vllm.p2p_connector",
+    }
 
 
 @pytest.mark.parametrize("value", ["0", "false", "OFF", " no "])

@@ -35,7 +35,13 @@ WAYS = [
     ("KvlaneFsConnector", None),
     ("KvlaneFsConnector", "kvlane.vllm"),
     ("ExampleConnector", "kvlane.vllm"),
+    ("P2pNcclConnector", None),
+    ("KvlaneP2pConnector", None),
+    ("KvlaneP2pConnector", "kvlane.vllm"),
+    ("P2pNcclConnector", "kvlane.vllm"),
 ]
+
+MODULE_OF = {"ExampleConnector": "connector", "KvlaneFsConnector": "connector"}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +61,14 @@ def classes():
 
 
 @pytest.mark.parametrize("name", plugin.CONNECTOR_NAMES)
-def test_the_plugin_alone_makes_both_names_kvlanes(classes, name):
-    assert classes["1"][f"{name} None"] == f"kvlane.vllm.connector.{name}"
+def test_the_plugin_alone_makes_all_names_kvlanes(classes, name):
+    assert classes["1"][f"{name} None"] == f"kvlane.vllm.{MODULE_OF.get(name, 'p2p_connector')}.{name}"
 
 
 @pytest.mark.parametrize("switch", ["1", "0"])
 def test_the_module_path_needs_no_plugin(classes, switch):
     assert classes[switch]["KvlaneFsConnector kvlane.vllm"] == "kvlane.vllm.connector.KvlaneFsConnector"
+    assert classes[switch]["KvlaneP2pConnector kvlane.vllm"] == "kvlane.vllm.p2p_connector.KvlaneP2pConnector"
 
 
 def test_with_the_plugin_off_the_old_name_is_vllms_own(classes):
@@ -78,3 +85,12 @@ def test_the_old_name_with_the_module_path_is_kvlanes_where_vllm_lets_it(classes
         assert classes["0"]["ExampleConnector kvlane.vllm"] == wanted
     else:
         assert classes["0"]["ExampleConnector kvlane.vllm"].startswith("vllm.")
+
+
+def test_the_name_that_vllm_removed_is_kvlanes_by_its_module_path_where_vllm_has_none(classes):
+    """Without the plugin; vLLM before 0.20 prefers its own, and has the name up to 0.23."""
+    wanted = "kvlane.vllm.p2p_connector.P2pNcclConnector"
+    assert classes["1"]["P2pNcclConnector kvlane.vllm"] == wanted
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    if version >= (0, 20):
+        assert classes["0"]["P2pNcclConnector kvlane.vllm"] == wanted

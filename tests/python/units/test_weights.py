@@ -4,9 +4,9 @@ import json
 import types
 
 import pytest
-from test_identity import ModelConfig, engine, namespace
 
 from kvlane.vllm import identity
+from test_identity import ModelConfig, engine, namespace
 
 NAME = "org/name"
 FIRST, SECOND = "a" * 40, "b" * 40

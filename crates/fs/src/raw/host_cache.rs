@@ -114,6 +114,17 @@ impl HostCache {
         self.regions[region].layer_bytes
     }
 
+    /// Start and length of one run of one block, for system calls of other crates. They may read and write it while this
+    /// cache lives, as its methods do: others may write it too, so it never becomes a reference.
+    pub fn run(&self, region: usize, block: u32, run: usize) -> (*mut u8, usize) {
+        let place = &self.map.regions()[region];
+        let start = self.regions[region]
+            .base
+            .wrapping_add(place.block_offset_bytes(block));
+        let run = &place.runs[run];
+        (start.wrapping_add(run.offset_bytes), run.len_bytes)
+    }
+
     /// Copies one block of one region to `target` and appends it to `crc`, if one is given. [`store_fence`] must come
     /// before the target is published.
     ///

@@ -1,0 +1,173 @@
+//! The asker: what decode's scheduler half talks to.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::address::PeerAddress;
+use super::dial::random_bytes;
+use super::net::{Machine, Net, NetConfig};
+use super::options::AskerOptions;
+use crate::error::{Error, Result};
+use crate::key::{Prompt, TransferKey};
+use crate::proto::{
+    Asker, AskerAction, AskerLimits, Channel, ConnectionId, Hello, Identity, Link, Message, Role, State,
+    Verdict,
+};
+
+/// What is known about a prompt's KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Asked {
+    /// Prefill has not answered yet.
+    Pending,
+    /// Prefill is computing it.
+    Started,
+    /// Prefill has all of it.
+    Ready,
+    /// Prefill does not have it, and it did not turn up in time.
+    None,
+    /// Prefill has another prompt under that key.
+    Mismatch,
+    /// Prefill cannot be reached.
+    Unreachable,
+    /// The address is not among the allowed ones.
+    Refused,
+    /// Prefill did not answer in time.
+    TimedOut,
+    /// Too many questions, here or there.
+    Busy,
+}
+
+/// Asks prefill servers for prompts.
+pub struct P2pAsker {
+    net: Net<Questions>,
+    options: AskerOptions,
+}
+
+struct Questions(Asker);
+
+impl P2pAsker {
+    /// Starts its thread. Nothing is connected yet.
+    pub fn open(options: AskerOptions) -> Result<Self> {
+        options.check()?;
+        let hello = Hello {
+            channel: Channel::Control,
+            namespace: [0; 32],
+            block_tokens: 0,
+            cache: None,
+            probe: None,
+        };
+        let config = NetConfig {
+            options: options.peer.clone(),
+            identity: Arc::new(identity(&options.peer)?),
+            dial_role: Role::Asker,
+            dial_hello: hello.clone(),
+            accept_hello: hello,
+        };
+        let asker = Asker::new(AskerLimits {
+            questions: options.questions,
+        });
+        Ok(Self {
+            net: Net::start(config, None, Questions(asker))?,
+            options,
+        })
+    }
+
+    /// What is known about the KV of `prompt` under `key`. The first call sends the question; further ones only look.
+    pub fn ask(&self, key: &TransferKey, address: &PeerAddress, prompt: Prompt, timeout: Duration) -> Asked {
+        if !self.options.peer.allows(address.host()) {
+            return Asked::Refused;
+        }
+        let shared = self.net.shared();
+        shared.with(|core, now| {
+            if let Some(state) = core.machine.0.state(key) {
+                return asked(state);
+            }
+            let Some(connection) = shared.connection(core, now, address) else {
+                return Asked::Unreachable;
+            };
+            if core.machine.0.ask(now, connection, key, prompt, timeout) {
+                Asked::Pending
+            } else {
+                Asked::Busy
+            }
+        })
+    }
+
+    /// Nobody wants to know any more. An unknown key is ignored.
+    pub fn forget(&self, key: &TransferKey) {
+        self.net.shared().with(|core, _| core.machine.0.forget(key));
+    }
+
+    /// Number of questions that are not forgotten.
+    pub fn question_count(&self) -> usize {
+        self.net.shared().with(|core, _| core.machine.0.question_count())
+    }
+
+    /// Ends its thread and its connections.
+    pub fn close(&self) {
+        self.net.close();
+    }
+}
+
+pub(super) fn identity(options: &super::PeerOptions) -> Result<Identity> {
+    let start_id = random_bytes().map_err(|source| Error::Io {
+        context: "asking the system for random bytes",
+        source,
+    })?;
+    Ok(Identity {
+        engine_id: options.engine_id.clone(),
+        start_id,
+        rank: options.rank,
+        secret: options.secret.clone(),
+    })
+}
+
+fn asked(state: State) -> Asked {
+    match state {
+        State::Pending => Asked::Pending,
+        State::Answered(Verdict::Started) => Asked::Started,
+        State::Answered(Verdict::Ready) => Asked::Ready,
+        State::Answered(Verdict::None) => Asked::None,
+        State::Answered(Verdict::Mismatch) => Asked::Mismatch,
+        State::Answered(Verdict::Busy) => Asked::Busy,
+        State::Unreachable => Asked::Unreachable,
+        State::TimedOut => Asked::TimedOut,
+    }
+}
+
+impl Machine for Questions {
+    fn connected(&mut self, _: Instant, _: ConnectionId, _: &Link, _: Option<&PeerAddress>) {}
+
+    fn receive(
+        &mut self,
+        _: Instant,
+        connection: ConnectionId,
+        message: Message,
+    ) -> Result<(), &'static str> {
+        if self.0.receive(connection, &message) {
+            Ok(())
+        } else {
+            Err("a message that is no answer")
+        }
+    }
+
+    fn closed(&mut self, _: Instant, connection: ConnectionId) {
+        self.0.closed(connection);
+    }
+
+    fn data_connection(&mut self, _: std::net::TcpStream, _: Vec<u8>, _: &Link) {}
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.0.next_deadline()
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.0.tick(now);
+    }
+
+    fn next_message(&mut self) -> Option<(ConnectionId, Message)> {
+        let AskerAction::Send(connection, message) = self.0.next_action()?;
+        Some((connection, message))
+    }
+}

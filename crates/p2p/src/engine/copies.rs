@@ -1,0 +1,178 @@
+//! The threads that copy spans of blocks, each with lanes of its own.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use super::dial;
+use super::net::NetConfig;
+use super::peers::{Peer, Way};
+use crate::error::{Error, Result};
+use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};
+use crate::proto::{ConnectionId, Copied};
+
+/// Most spans that wait for a thread.
+const WAITING_MAX: usize = 4096;
+/// Lanes that a thread keeps; more peers than that make it open them anew.
+const LANES_MAX: usize = 256;
+/// A data connection that cannot be made in this time is no use to a transfer.
+const DATA_CONNECT_MAX: Duration = Duration::from_secs(5);
+
+/// One span to copy.
+pub(super) struct CopyJob {
+    pub(super) transfer: u64,
+    pub(super) connection: ConnectionId,
+    pub(super) peer: Arc<Peer>,
+    pub(super) lease: Lease,
+    pub(super) span: Span,
+    pub(super) deadline: Instant,
+    pub(super) is_stopped: Arc<AtomicBool>,
+}
+
+/// What became of a span.
+pub(super) struct CopyDone {
+    pub(super) transfer: u64,
+    pub(super) copied: Copied,
+    pub(super) bytes: u64,
+    pub(super) elapsed: Duration,
+    pub(super) way: Way,
+}
+
+/// Hands spans to the threads. They end when it is dropped, each after the span that it is at.
+#[derive(Clone)]
+pub(super) struct CopyPool {
+    jobs: Sender<CopyJob>,
+}
+
+/// The threads' end.
+pub(super) struct CopyQueue {
+    jobs: Receiver<CopyJob>,
+}
+
+impl CopyPool {
+    /// A pool whose threads are not started yet.
+    pub(super) fn new() -> (Self, CopyQueue) {
+        let (sender, receiver) = bounded(WAITING_MAX);
+        (Self { jobs: sender }, CopyQueue { jobs: receiver })
+    }
+
+    /// Gives the job back if too many wait.
+    pub(super) fn push(&self, job: CopyJob) -> Result<(), CopyJob> {
+        self.jobs.try_send(job).map_err(|error| error.into_inner())
+    }
+}
+
+impl CopyQueue {
+    /// Starts the threads. `done` takes each result.
+    pub(super) fn start(
+        self,
+        threads: usize,
+        config: &Arc<NetConfig>,
+        done: impl Fn(CopyDone) + Clone + Send + 'static,
+    ) -> Result<()> {
+        for _ in 0..threads {
+            let (jobs, config, done) = (self.jobs.clone(), Arc::clone(config), done.clone());
+            std::thread::Builder::new()
+                .name("kvlane-p2p-copy".to_owned())
+                .spawn(move || {
+                    let mut lanes = Lanes::default();
+                    for job in jobs {
+                        done(lanes.copy(&job, &config));
+                    }
+                })
+                .map_err(|source| Error::Io {
+                    context: "starting a thread",
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies a span out of the peer's memory, on the calling thread. For few bytes a thread change would cost more.
+pub(super) fn copy_here(job: &CopyJob) -> Option<CopyDone> {
+    let Way::Shm(memory) = job.peer.way else {
+        return None;
+    };
+    let lane = ShmLane::open(memory, Arc::clone(&job.peer.pairing));
+    let started = Instant::now();
+    let result = lane.and_then(|mut lane| lane.copy(&job.span, job.lease, job.deadline, &job.is_stopped));
+    Some(done(job, &result, started))
+}
+
+/// The lanes of one thread.
+#[derive(Default)]
+struct Lanes {
+    open: HashMap<ConnectionId, (Arc<Peer>, Box<dyn Lane>)>,
+}
+
+impl Lanes {
+    fn copy(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+        let started = Instant::now();
+        self.open
+            .retain(|_, (peer, _)| !peer.is_gone.load(Ordering::Relaxed));
+        let result = self.try_copy(job, config);
+        let is_open = self
+            .open
+            .get(&job.connection)
+            .is_some_and(|(_, lane)| lane.is_open());
+        if !is_open {
+            self.open.remove(&job.connection);
+        }
+        done(job, &result, started)
+    }
+
+    fn try_copy(&mut self, job: &CopyJob, config: &NetConfig) -> Result<(), LaneError> {
+        if job.is_stopped.load(Ordering::Relaxed) {
+            return Err(LaneError::Cancelled { done_bytes: 0 });
+        }
+        if !self.open.contains_key(&job.connection) {
+            if self.open.len() >= LANES_MAX {
+                self.open.clear();
+            }
+            let lane = open_lane(job, config)?;
+            self.open.insert(job.connection, (Arc::clone(&job.peer), lane));
+        }
+        let (_, lane) = self.open.get_mut(&job.connection).ok_or(LaneError::Closed)?;
+        lane.copy(&job.span, job.lease, job.deadline, &job.is_stopped)
+    }
+}
+
+fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneError> {
+    let pairing = Arc::clone(&job.peer.pairing);
+    match job.peer.way {
+        Way::Shm(memory) => Ok(Box::new(ShmLane::open(memory, pairing)?)),
+        Way::Tcp => {
+            let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
+            let socket = dial::data_connection(config, &job.peer.address, job.peer.start_id, deadline)
+                .map_err(|source| LaneError::PeerGone {
+                    what: "no data connection",
+                    source: Some(source),
+                })?;
+            Ok(Box::new(TcpLane::new(socket, pairing)?))
+        }
+    }
+}
+
+fn done(job: &CopyJob, result: &Result<(), LaneError>, started: Instant) -> CopyDone {
+    let copied = match result {
+        Ok(()) => Copied::Held,
+        Err(LaneError::Lapsed { .. }) => Copied::Lapsed,
+        Err(LaneError::Cancelled { .. } | LaneError::TimedOut { .. }) => Copied::Failed,
+        Err(error) => {
+            tracing::warn!(peer = %job.peer.address, lane = job.peer.way.name(), %error, "blocks did not arrive");
+            Copied::Failed
+        }
+    };
+    let layers = job.span.layers.clone();
+    CopyDone {
+        transfer: job.transfer,
+        copied,
+        bytes: job.peer.pairing.payload_bytes(&layers, job.span.local.len()),
+        elapsed: started.elapsed(),
+        way: job.peer.way,
+    }
+}

@@ -1,0 +1,324 @@
+//! What happens behind the lock of a worker: messages of peers, blocks that are held, copies that begin and end.
+
+use std::collections::HashMap;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use kvlane_core::PagedMemory;
+use kvlane_fs::HostCache;
+
+use super::address::PeerAddress;
+use super::copies::{CopyDone, CopyJob, CopyPool, copy_here};
+use super::net::Machine;
+use super::options::WorkerOptions;
+use super::peers::Peer;
+use super::results::Results;
+use super::worker::{Ended, WorkerStats};
+use crate::lanes::{EpochTable, Lease, ProbeToken, Span, serve};
+use crate::proto::{
+    ConnectionId, Copied, Hello, Holder, HolderAction, HolderLimits, Link, Message, PullResult, Puller,
+    PullerAction, PullerLimits,
+};
+
+/// Most pulls at a time.
+const PULLS_MAX: usize = 4096;
+/// Most data connections that are served at a time.
+const SERVED_MAX: usize = 256;
+/// Longest time for one answer on a data connection.
+const SERVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them.
+const COPY_HERE_BYTES: u64 = 256 << 10;
+
+/// What a worker's threads do with messages, holds and copies.
+pub(super) struct Exchange {
+    pub(super) holder: Option<Holder>,
+    pub(super) puller: Puller,
+    table: Arc<EpochTable>,
+    /// Shows peers that they read the right process; lives as long as its address is out.
+    _token: ProbeToken,
+    cache: Arc<HostCache>,
+    own_hello: Hello,
+    options: WorkerOptions,
+    copies: CopyPool,
+    pub(super) peers: HashMap<ConnectionId, PeerState>,
+    /// Connections of peers that pull from here; whether their cache is like ours.
+    readers: HashMap<ConnectionId, bool>,
+    pub(super) stops: HashMap<u64, Arc<AtomicBool>>,
+    served: Arc<AtomicUsize>,
+    pub(super) is_closing: Arc<AtomicBool>,
+    results: Arc<Results>,
+    pub(super) stats: WorkerStats,
+}
+
+/// A prefill worker behind a connection, or why nothing comes from there.
+pub(super) enum PeerState {
+    Usable(Arc<Peer>),
+    Refused,
+}
+
+impl Exchange {
+    pub(super) fn new(
+        cache: Arc<HostCache>,
+        own_hello: Hello,
+        (table, token): (Arc<EpochTable>, ProbeToken),
+        options: &WorkerOptions,
+        copies: CopyPool,
+        results: Arc<Results>,
+    ) -> Self {
+        Self {
+            holder: options.can_offer.then(|| Holder::new(holder_limits(options))),
+            puller: Puller::new(PullerLimits {
+                pulls: PULLS_MAX,
+                layers: cache.map().layer_count() as u32,
+                block_count_max: u32::MAX,
+            }),
+            table,
+            _token: token,
+            cache,
+            own_hello,
+            options: options.clone(),
+            copies,
+            peers: HashMap::new(),
+            readers: HashMap::new(),
+            stops: HashMap::new(),
+            served: Arc::default(),
+            is_closing: Arc::default(),
+            results,
+            stats: WorkerStats::default(),
+        }
+    }
+
+    pub(super) fn end(&mut self, job: u64, result: PullResult) {
+        *self.stats.pulls.entry(result).or_default() += 1;
+        self.results.add(Ended { job, result });
+    }
+
+    /// Takes the result of a span.
+    pub(super) fn copied(&mut self, done: &CopyDone) {
+        if done.copied == Copied::Held {
+            *self.stats.pulled_bytes.entry(done.way.name()).or_default() += done.bytes;
+            *self.stats.pull_time.entry(done.way.name()).or_default() += done.elapsed;
+        }
+        self.puller.copied(done.transfer, done.copied);
+    }
+
+    fn apply(&mut self, action: HolderAction) -> Option<(ConnectionId, Message)> {
+        match action {
+            HolderAction::SetEpoch { slot, epoch } => self.table.set(slot, epoch),
+            HolderAction::Ended { hold, reason } => {
+                *self.stats.holds.entry(reason).or_default() += 1;
+                self.results.add_hold(hold, reason);
+            }
+            HolderAction::Send(connection, message) => return Some((connection, message)),
+        }
+        None
+    }
+
+    fn start_copy(&mut self, action: PullerAction) {
+        let PullerAction::Copy {
+            transfer,
+            connection,
+            slot,
+            epoch,
+            span,
+            deadline,
+        } = action
+        else {
+            return;
+        };
+        let Some(PeerState::Usable(peer)) = self.peers.get(&connection) else {
+            return self.puller.copied(transfer, Copied::Failed);
+        };
+        if span.remote.iter().any(|&block| block >= peer.block_count) {
+            tracing::warn!(peer = %peer.address, "it granted blocks that it does not have");
+            return self.puller.copied(transfer, Copied::Failed);
+        }
+        let layers = span.layers.start as usize..span.layers.end as usize;
+        let bytes = peer.pairing.payload_bytes(&layers, span.local.len());
+        let job = CopyJob {
+            transfer,
+            connection,
+            peer: Arc::clone(peer),
+            lease: Lease { slot, epoch },
+            span: Span {
+                layers,
+                remote: span.remote,
+                local: span.local,
+            },
+            deadline,
+            is_stopped: Arc::clone(self.stops.entry(transfer).or_default()),
+        };
+        if bytes <= COPY_HERE_BYTES
+            && let Some(done) = copy_here(&job)
+        {
+            return self.copied(&done);
+        }
+        if let Err(job) = self.copies.push(job) {
+            self.puller.copied(job.transfer, Copied::Failed);
+        }
+    }
+}
+
+impl Machine for Exchange {
+    fn connected(
+        &mut self,
+        _: Instant,
+        connection: ConnectionId,
+        link: &Link,
+        address: Option<&PeerAddress>,
+    ) {
+        let (Some(open), Some(hello)) = (link.peer(), link.peer_hello()) else {
+            return;
+        };
+        let Some(address) = address else {
+            let is_compatible = hello.namespace == self.own_hello.namespace
+                && hello.block_tokens == self.own_hello.block_tokens;
+            self.readers.insert(connection, is_compatible);
+            return;
+        };
+        let peer = Peer::new(
+            address,
+            open,
+            hello,
+            &self.own_hello,
+            &self.cache,
+            self.options.lane,
+        );
+        let state = match peer {
+            Ok(peer) => {
+                let lane = peer.way.name();
+                tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
+                PeerState::Usable(Arc::new(peer))
+            }
+            Err(reason) => {
+                tracing::warn!(
+                    peer = %address, engine = open.engine_id, reason,
+                    "nothing can be pulled from this prefill server; its prompts are computed here"
+                );
+                self.puller.refuse(connection);
+                PeerState::Refused
+            }
+        };
+        self.peers.insert(connection, state);
+    }
+
+    fn receive(
+        &mut self,
+        now: Instant,
+        connection: ConnectionId,
+        message: Message,
+    ) -> Result<(), &'static str> {
+        if self.peers.contains_key(&connection) {
+            return self.puller.receive(connection, message);
+        }
+        let is_compatible = self.readers.get(&connection).copied().unwrap_or(false);
+        match &mut self.holder {
+            Some(holder) => holder.receive(now, connection, is_compatible, message),
+            None => Err("this server holds no blocks"),
+        }
+    }
+
+    fn closed(&mut self, now: Instant, connection: ConnectionId) {
+        if let Some(PeerState::Usable(peer)) = self.peers.remove(&connection) {
+            peer.is_gone.store(true, Ordering::Relaxed);
+        }
+        self.puller.closed(connection);
+        self.readers.remove(&connection);
+        if let Some(holder) = &mut self.holder {
+            holder.closed(now, connection);
+        }
+    }
+
+    fn data_connection(&mut self, stream: TcpStream, early: Vec<u8>, link: &Link) {
+        let peer = link
+            .peer()
+            .map_or_else(String::new, |open| open.engine_id.clone());
+        let is_ours = link
+            .peer_hello()
+            .is_some_and(|hello| hello.namespace == self.own_hello.namespace);
+        if !early.is_empty() || !is_ours || self.holder.is_none() {
+            tracing::warn!(
+                peer,
+                "a data connection is refused: it does not fit this cache, or asked too early"
+            );
+            return;
+        }
+        if self.served.fetch_add(1, Ordering::Relaxed) >= SERVED_MAX {
+            self.served.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!(peer, "a data connection is refused: {SERVED_MAX} are open");
+            return;
+        }
+        let (cache, table) = (Arc::clone(&self.cache), Arc::clone(&self.table));
+        let (served, is_closing) = (Arc::clone(&self.served), Arc::clone(&self.is_closing));
+        let started = std::thread::Builder::new()
+            .name("kvlane-p2p-serve".to_owned())
+            .spawn(move || {
+                let is_held =
+                    |lease: Lease| lease.slot < table.slot_count() && table.get(lease.slot) == lease.epoch;
+                let result = serve(stream, &cache, is_held, &is_closing, SERVE_TIMEOUT);
+                served.fetch_sub(1, Ordering::Relaxed);
+                if let Err(error) = result {
+                    tracing::info!(peer, %error, "a data connection ended");
+                }
+            });
+        if let Err(error) = started {
+            self.served.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!(%error, "a data connection is refused: a thread could not be started");
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let holder = self.holder.as_ref().and_then(Holder::next_deadline);
+        holder.into_iter().chain(self.puller.next_deadline()).min()
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if let Some(holder) = &mut self.holder {
+            holder.tick(now);
+        }
+        self.puller.tick(now);
+    }
+
+    fn next_message(&mut self) -> Option<(ConnectionId, Message)> {
+        while let Some(action) = self.holder.as_mut().and_then(Holder::next_action) {
+            if let Some(message) = self.apply(action) {
+                return Some(message);
+            }
+        }
+        while let Some(action) = self.puller.next_action() {
+            match action {
+                PullerAction::Send(connection, message) => return Some((connection, message)),
+                PullerAction::StopCopies { transfer } => {
+                    if let Some(stop) = self.stops.get(&transfer) {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                }
+                PullerAction::Ended {
+                    job,
+                    transfer,
+                    result,
+                } => {
+                    self.stops.remove(&transfer);
+                    self.end(job, result);
+                }
+                copy @ PullerAction::Copy { .. } => self.start_copy(copy),
+            }
+        }
+        None
+    }
+}
+
+fn holder_limits(options: &WorkerOptions) -> HolderLimits {
+    HolderLimits {
+        block_tokens: options.block_tokens,
+        slots: options.holds,
+        lease: options.lease,
+        readers: options.readers,
+        unclaimed_blocks: options.unclaimed_blocks,
+        questions: 4096,
+        question_wait: options.question_wait,
+        transfers_per_connection: PULLS_MAX,
+    }
+}

@@ -1,0 +1,26 @@
+//! Threads and sockets that drive the protocol.
+//!
+//! | thread | does |
+//! |---|---|
+//! | `kvlane-p2p` | all control connections of one value: reads, deadlines, heartbeats |
+//! | `kvlane-p2p-dial` | one connection being made, name look-up included; ends with it |
+//! | `kvlane-p2p-copy` | copies spans of blocks over a lane; [`WorkerOptions::copy_threads`](crate::WorkerOptions) of them |
+//! | `kvlane-p2p-serve` | one data connection of the `tcp` lane, on prefill's side; ends with it |
+//!
+//! Calls of the engine take one lock, which no thread holds while it waits for anything.
+
+mod address;
+mod asker;
+mod copies;
+mod dial;
+mod exchange;
+mod net;
+mod options;
+mod peers;
+mod results;
+mod worker;
+
+pub use address::PeerAddress;
+pub use asker::{Asked, P2pAsker};
+pub use options::{AskerOptions, LaneChoice, PeerOptions, WorkerOptions};
+pub use worker::{Ended, P2pWorker, PullOrder, WorkerStats};

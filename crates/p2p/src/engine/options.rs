@@ -1,0 +1,204 @@
+//! What a worker and an asker are told at start.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::error::{Error, Result};
+
+/// Settings that both have.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PeerOptions {
+    /// Name of the engine, for the peers' logs.
+    pub engine_id: String,
+    /// Rank of the worker inside its engine.
+    pub rank: u32,
+    /// Secret that all peers share; none: whoever reaches the port is trusted.
+    pub secret: Option<Vec<u8>>,
+    /// Addresses, networks and names that may be connected to; empty: all. They come out of request ids, which clients
+    /// may choose. A name is compared as it is written, never looked up.
+    pub allowed_peers: Vec<String>,
+    /// Longest wait for a connection and its handshake.
+    pub connect_timeout: Duration,
+    /// Longest silence on a connection before a heartbeat.
+    pub heartbeat: Duration,
+    /// Longest silence of a peer before it counts as dead.
+    pub peer_timeout: Duration,
+    /// How long a peer that could not be reached is not tried again.
+    pub peer_backoff: Duration,
+}
+
+impl PeerOptions {
+    /// Defaults for everything but the name.
+    pub fn new(engine_id: impl Into<String>) -> Self {
+        Self {
+            engine_id: engine_id.into(),
+            rank: 0,
+            secret: None,
+            allowed_peers: Vec::new(),
+            connect_timeout: Duration::from_secs(2),
+            heartbeat: Duration::from_secs(1),
+            peer_timeout: Duration::from_secs(5),
+            peer_backoff: Duration::from_secs(1),
+        }
+    }
+
+    pub(super) fn allows(&self, host: &str) -> bool {
+        let address: Option<IpAddr> = host.parse().ok();
+        let fits = |allowed: &String| {
+            if allowed == host {
+                return true;
+            }
+            let Some(address) = address else { return false };
+            match allowed.parse::<IpNet>() {
+                Ok(network) => network.contains(&address),
+                Err(_) => allowed.parse() == Ok(address),
+            }
+        };
+        self.allowed_peers.is_empty() || self.allowed_peers.iter().any(fits)
+    }
+
+    fn check(&self) -> Result<()> {
+        let longest = 512;
+        if self.engine_id.len() > longest {
+            return Err(Error::InvalidArgument {
+                argument: "engine_id",
+                found: format!("{} bytes", self.engine_id.len()),
+                allowed: format!("at most {longest} bytes"),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Settings of an asker.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct AskerOptions {
+    /// Common settings.
+    pub peer: PeerOptions,
+    /// Most questions that are not forgotten.
+    pub questions: usize,
+}
+
+impl AskerOptions {
+    /// Defaults for everything but the engine's name.
+    pub fn new(engine_id: impl Into<String>) -> Self {
+        Self {
+            peer: PeerOptions::new(engine_id),
+            questions: 4096,
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        self.peer.check()
+    }
+}
+
+/// Which lane a worker uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LaneChoice {
+    /// The fastest that works between the two.
+    #[default]
+    Auto,
+    /// Only by reading the peer's memory.
+    Shm,
+    /// Only over connections.
+    Tcp,
+}
+
+/// Settings of a worker.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct WorkerOptions {
+    /// Common settings.
+    pub peer: PeerOptions,
+    /// Whether it holds blocks for others, and so listens.
+    pub can_offer: bool,
+    /// Whether it pulls blocks.
+    pub can_pull: bool,
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on; 0: any.
+    pub port: u16,
+    /// Tokens per block.
+    pub block_tokens: u32,
+    /// Which lane.
+    pub lane: LaneChoice,
+    /// How long blocks are kept for a reader.
+    pub lease: Duration,
+    /// Ranks of decode that must release a hold.
+    pub readers: u32,
+    /// Most requests that are held at a time.
+    pub holds: u32,
+    /// Most blocks of ended requests that nobody has claimed.
+    pub unclaimed_blocks: usize,
+    /// Longest wait of a question for its prompt.
+    pub question_wait: Duration,
+    /// Threads that copy, each with a data connection of its own to a peer on the `tcp` lane.
+    pub copy_threads: usize,
+}
+
+impl WorkerOptions {
+    /// Defaults for everything but the engine's name and the blocks' size.
+    pub fn new(engine_id: impl Into<String>, block_tokens: u32) -> Self {
+        Self {
+            peer: PeerOptions::new(engine_id),
+            can_offer: true,
+            can_pull: true,
+            host: IpAddr::from([0; 16]),
+            port: 0,
+            block_tokens,
+            lane: LaneChoice::Auto,
+            lease: Duration::from_secs(30),
+            readers: 1,
+            holds: 4096,
+            unclaimed_blocks: usize::MAX,
+            question_wait: Duration::from_secs(120),
+            copy_threads: 2,
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        self.peer.check()?;
+        let least_one = [
+            ("block_tokens", self.block_tokens as usize),
+            ("readers", self.readers as usize),
+            ("holds", self.holds as usize),
+            ("copy_threads", self.copy_threads),
+        ];
+        for (argument, value) in least_one {
+            if value == 0 {
+                return Err(Error::InvalidArgument {
+                    argument,
+                    found: "0".to_owned(),
+                    allowed: "at least 1".to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allowed_peers_are_addresses_networks_and_names_as_they_are_written() {
+        let mut options = PeerOptions::new("engine");
+        assert!(options.allows("anybody"));
+        options.allowed_peers = ["10.0.0.0/8", "fd00::1", "prefill-0", "bad/"]
+            .map(str::to_owned)
+            .to_vec();
+        for host in ["10.1.2.3", "fd00::1", "fd00:0::1", "prefill-0"] {
+            assert!(options.allows(host), "{host}");
+        }
+        for host in ["11.1.2.3", "fd00::2", "prefill-1", "10.0.0.0/8.example.org", ""] {
+            assert!(!options.allows(host), "{host}");
+        }
+    }
+}

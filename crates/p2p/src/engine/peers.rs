@@ -1,0 +1,113 @@
+//! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use kvlane_core::Run;
+use kvlane_fs::HostCache;
+
+use super::address::PeerAddress;
+use super::options::LaneChoice;
+use crate::lanes::{LaneError, Pairing, PeerMemory, RemoteCache, RemoteRegion, ShmLane};
+use crate::proto::{Hello, Open};
+
+/// A prefill worker behind a connection.
+pub(super) struct Peer {
+    pub(super) address: PeerAddress,
+    pub(super) start_id: [u8; 16],
+    pub(super) block_count: u32,
+    pub(super) way: Way,
+    pub(super) pairing: Arc<Pairing>,
+    /// Set when the connection has ended.
+    pub(super) is_gone: AtomicBool,
+}
+
+/// How its bytes come here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Out of its memory.
+    Shm(PeerMemory),
+    /// Over data connections.
+    Tcp,
+}
+
+impl Way {
+    /// As in logs, metrics and options.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Shm(_) => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+impl Peer {
+    /// Takes what a peer told. An error is a sentence that says why nothing can be pulled from it.
+    pub(super) fn new(
+        address: &PeerAddress,
+        open: &Open,
+        hello: &Hello,
+        own: &Hello,
+        cache: &Arc<HostCache>,
+        choice: LaneChoice,
+    ) -> Result<Self, String> {
+        if hello.block_tokens != own.block_tokens {
+            return Err(format!(
+                "its blocks have {} tokens and ours {}",
+                hello.block_tokens, own.block_tokens
+            ));
+        }
+        if hello.namespace != own.namespace {
+            return Err(
+                "it has another model, weights, rank, KV type or layout (namespaces differ)".to_owned(),
+            );
+        }
+        let layout = hello.cache.as_ref().ok_or("it holds no cache")?;
+        let run = |&(offset_bytes, len_bytes): &(u64, u64)| Run {
+            offset_bytes: usize::try_from(offset_bytes).unwrap_or(usize::MAX),
+            len_bytes: usize::try_from(len_bytes).unwrap_or(usize::MAX),
+        };
+        let regions = layout.regions.iter().map(|region| RemoteRegion {
+            address: region.address,
+            block_stride_bytes: region.block_stride_bytes,
+            extent_bytes: region.extent_bytes,
+            runs: region.runs.iter().map(run).collect(),
+        });
+        let remote =
+            RemoteCache::new(regions.collect(), layout.block_count).map_err(|error| error.to_string())?;
+        let pairing = Arc::new(Pairing::new(Arc::clone(cache), remote).map_err(|error| error.to_string())?);
+        let way = match choice {
+            LaneChoice::Tcp => Way::Tcp,
+            LaneChoice::Shm | LaneChoice::Auto => match (probe(hello, &pairing), choice) {
+                (Ok(memory), _) => Way::Shm(memory),
+                (Err(reason), LaneChoice::Shm) => return Err(format!("lane shm is not possible: {reason}")),
+                (Err(reason), _) => {
+                    tracing::info!(peer = %address, reason, "lane tcp: its memory cannot be read from here");
+                    Way::Tcp
+                }
+            },
+        };
+        Ok(Self {
+            address: address.clone(),
+            start_id: open.start_id,
+            block_count: layout.block_count,
+            way,
+            pairing,
+            is_gone: AtomicBool::new(false),
+        })
+    }
+}
+
+/// Finds out whether the peer's memory can be read.
+fn probe(hello: &Hello, pairing: &Arc<Pairing>) -> Result<PeerMemory, String> {
+    let probe = hello.probe.ok_or("it does not say where its memory is")?;
+    let memory = PeerMemory {
+        pid: probe.pid,
+        token_address: probe.address,
+        token: probe.token,
+        epochs_address: probe.epochs_address,
+        epoch_slots: probe.slot_count,
+    };
+    let opened: Result<ShmLane, LaneError> = ShmLane::open(memory, Arc::clone(pairing));
+    opened.map(|_| memory).map_err(|error| error.to_string())
+}

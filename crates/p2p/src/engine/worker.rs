@@ -1,0 +1,346 @@
+//! The worker: holds blocks for others, pulls blocks of others.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvlane_core::{NamespaceId, PagedMemory};
+use kvlane_fs::HostCache;
+
+use super::address::PeerAddress;
+use super::asker::identity;
+use super::copies::CopyPool;
+use super::exchange::{Exchange, PeerState};
+use super::net::{Net, NetConfig};
+use super::options::WorkerOptions;
+use super::results::Results;
+use crate::error::{Error, Result};
+use crate::key::{Prompt, TransferKey};
+use crate::lanes::{EpochTable, ProbeToken, RemoteCache};
+use crate::proto::{
+    CacheLayout, Channel, DenyReason, EndReason, Hello, Holder, Offer, Probe, Progress, PullRequest,
+    PullResult, Role,
+};
+
+/// Blocks to pull.
+#[derive(Clone, Debug)]
+pub struct PullOrder {
+    /// Where the prefill worker of the same rank listens.
+    pub address: PeerAddress,
+    /// Names the transfer on both sides.
+    pub key: TransferKey,
+    /// What it must be of.
+    pub prompt: Prompt,
+    /// Index in the prompt of the first block.
+    pub first_block: u32,
+    /// Own blocks that receive them, without repeats.
+    pub targets: Vec<u32>,
+    /// How long it may take.
+    pub timeout: Duration,
+}
+
+/// A pull that has ended. No thread writes its blocks any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The job.
+    pub job: u64,
+    /// How it ended.
+    pub result: PullResult,
+}
+
+/// Totals since the start.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WorkerStats {
+    /// Bytes pulled, by lane.
+    pub pulled_bytes: HashMap<&'static str, u64>,
+    /// Time spent copying them, by lane.
+    pub pull_time: HashMap<&'static str, Duration>,
+    /// Ended pulls, by result.
+    pub pulls: HashMap<PullResult, u64>,
+    /// Ended holds, by reason.
+    pub holds: HashMap<EndReason, u64>,
+    /// Requests that are held now.
+    pub held_requests: usize,
+    /// Prefill workers with a usable connection.
+    pub peers: usize,
+}
+
+/// One worker's part in the exchange of blocks.
+pub struct P2pWorker {
+    net: Net<Exchange>,
+    results: Arc<Results>,
+    options: WorkerOptions,
+    block_count: u32,
+    last_job: Mutex<u64>,
+}
+
+impl P2pWorker {
+    /// Starts its threads, and listens if it may offer.
+    pub fn open(cache: Arc<HostCache>, namespace: NamespaceId, options: WorkerOptions) -> Result<Self> {
+        options.check()?;
+        let failed = |source| Error::Io {
+            context: "asking the system for random bytes",
+            source,
+        };
+        RemoteCache::of(cache.map()).map_err(|error| Error::InvalidArgument {
+            argument: "cache",
+            found: error.to_string(),
+            allowed: "a layout that peers accept".to_owned(),
+        })?;
+        let table = Arc::new(EpochTable::new(options.holds));
+        // Like the holder's own list.
+        (0..options.holds).for_each(|slot| table.set(slot, 1));
+        let token = ProbeToken::new().map_err(failed)?;
+        let own_hello = Hello {
+            channel: Channel::Control,
+            namespace: *namespace.as_bytes(),
+            block_tokens: options.block_tokens,
+            cache: None,
+            probe: None,
+        };
+        let accept_hello = Hello {
+            cache: Some(CacheLayout::from(cache.map())),
+            probe: Some(Probe {
+                pid: std::process::id(),
+                address: token.address(),
+                token: token.bytes(),
+                epochs_address: table.address(),
+                slot_count: table.slot_count(),
+            }),
+            ..own_hello.clone()
+        };
+        let config = NetConfig {
+            options: options.peer.clone(),
+            identity: Arc::new(identity(&options.peer)?),
+            dial_role: Role::Puller,
+            dial_hello: own_hello.clone(),
+            accept_hello,
+        };
+        let block_count = cache.map().block_count();
+        let (copies, queue) = CopyPool::new();
+        let results = Arc::<Results>::default();
+        let exchange = Exchange::new(
+            cache,
+            own_hello,
+            (table, token),
+            &options,
+            copies,
+            Arc::clone(&results),
+        );
+        let listen = options
+            .can_offer
+            .then(|| SocketAddr::new(options.host, options.port));
+        let net_config = config.clone();
+        let net = Net::start(config, listen, exchange)?;
+        if options.can_pull {
+            // The threads end when the net, and with it the pool, is dropped.
+            let shared = Arc::downgrade(net.shared());
+            queue.start(options.copy_threads, &Arc::new(net_config), move |done| {
+                if let Some(shared) = shared.upgrade() {
+                    shared.with(|core, _| core.machine.copied(&done));
+                }
+            })?;
+        }
+        Ok(Self {
+            net,
+            results,
+            options,
+            block_count,
+            last_job: Mutex::new(0),
+        })
+    }
+
+    /// The port it listens on, if it does.
+    pub fn port(&self) -> Option<u16> {
+        self.net.address().map(|address| address.port())
+    }
+
+    // ---- prefill
+
+    /// Begins to hold a request. False: too many are held, and nobody can read this one.
+    pub fn offer(&self, offer: Offer) -> Result<bool> {
+        self.check_blocks(&offer.blocks)?;
+        self.with_holder(|holder, now| holder.offer(now, offer))
+    }
+
+    /// Appends blocks that were allocated for later chunks. An unknown hold is ignored.
+    pub fn extend(&self, hold: &str, blocks: &[u32]) -> Result<()> {
+        self.check_blocks(blocks)?;
+        self.with_holder(|holder, _| holder.extend(hold, blocks))
+    }
+
+    /// Says how far the computation is. An unknown hold is ignored.
+    pub fn progress(&self, hold: &str, progress: Progress) -> Result<()> {
+        self.with_holder(|holder, _| holder.progress(hold, progress))
+    }
+
+    /// The request has ended, and the engine keeps its blocks until [`ended_holds`](Self::ended_holds) names it.
+    pub fn finish(&self, hold: &Arc<str>) -> Result<()> {
+        self.with_holder(|holder, now| holder.finish(now, hold))
+    }
+
+    /// The engine needs the blocks: others may write them as soon as this returns. An unknown hold is ignored.
+    pub fn revoke(&self, hold: &str) -> Result<()> {
+        self.with_holder(|holder, _| holder.revoke(hold))
+    }
+
+    /// Finished requests whose blocks are the engine's own again; each once.
+    pub fn ended_holds(&self) -> Vec<(Arc<str>, EndReason)> {
+        self.results.take_holds()
+    }
+
+    // ---- decode
+
+    /// Begins a pull.
+    pub fn pull(&self, order: PullOrder) -> Result<u64> {
+        if !self.options.can_pull {
+            return Err(Error::Role("pull"));
+        }
+        self.check_targets(&order)?;
+        let job = {
+            let mut last = self.last_job.lock().unwrap_or_else(PoisonError::into_inner);
+            *last += 1;
+            *last
+        };
+        self.results.open(job);
+        if !self.options.peer.allows(order.address.host()) {
+            tracing::warn!(peer = %order.address, "not among allowed_peers: nothing is pulled from there");
+            self.results.add(Ended {
+                job,
+                result: PullResult::Unreachable,
+            });
+            return Ok(job);
+        }
+        let shared = self.net.shared();
+        shared.with(|core, now| {
+            let Some(connection) = shared.connection(core, now, &order.address) else {
+                return core.machine.end(job, PullResult::Unreachable);
+            };
+            if matches!(core.machine.peers.get(&connection), Some(PeerState::Refused)) {
+                return core.machine.end(job, PullResult::Denied(DenyReason::Namespace));
+            }
+            let request = PullRequest {
+                job,
+                key: order.key,
+                prompt: order.prompt,
+                first_block: order.first_block,
+                targets: order.targets,
+                deadline: now + order.timeout,
+            };
+            core.machine.puller.pull(connection, request);
+        });
+        Ok(job)
+    }
+
+    /// Tells prefill that this rank has everything itself. Best effort.
+    pub fn release(&self, address: &PeerAddress, key: TransferKey, prompt: Prompt) {
+        if !self.options.can_pull || !self.options.peer.allows(address.host()) {
+            return;
+        }
+        let shared = self.net.shared();
+        shared.with(|core, now| {
+            if let Some(connection) = shared.connection(core, now, address) {
+                core.machine.puller.release(connection, key, prompt);
+            }
+        });
+    }
+
+    /// Asks for the end of a pull; it still is delivered. An unknown job is ignored.
+    pub fn cancel(&self, job: u64) {
+        self.net.shared().with(|core, _| core.machine.puller.cancel(job));
+    }
+
+    /// Pulls that have ended, each once. One atomic load when there are none.
+    pub fn poll(&self) -> Vec<Ended> {
+        self.results.take_pulls()
+    }
+
+    /// Waits for the end of one pull, at most until `deadline`.
+    pub fn wait(&self, job: u64, deadline: Instant) -> Result<Option<PullResult>> {
+        self.results.wait(job, deadline)
+    }
+
+    // ---- both
+
+    /// Totals since the start.
+    pub fn stats(&self) -> WorkerStats {
+        self.net.shared().with(|core, _| {
+            let worker = &core.machine;
+            let usable = worker
+                .peers
+                .values()
+                .filter(|peer| matches!(peer, PeerState::Usable(_)));
+            WorkerStats {
+                held_requests: worker.holder.as_ref().map_or(0, |holder| holder.load().0),
+                peers: usable.count(),
+                ..worker.stats.clone()
+            }
+        })
+    }
+
+    /// Ends its threads and connections. Pulls that run end as unreachable; what peers are reading lapses.
+    pub fn close(&self) {
+        self.net.shared().with(|core, _| {
+            core.machine.is_closing.store(true, Ordering::Relaxed);
+            core.machine
+                .stops
+                .values()
+                .for_each(|stop| stop.store(true, Ordering::Relaxed));
+        });
+        self.net.close();
+    }
+
+    fn with_holder<T>(&self, work: impl FnOnce(&mut Holder, Instant) -> T) -> Result<T> {
+        self.net
+            .shared()
+            .with(|core, now| match &mut core.machine.holder {
+                // Actions are carried out before `with` returns, the table of epochs first: the engine may write then.
+                Some(holder) => Ok(work(holder, now)),
+                None => Err(Error::Role("offer")),
+            })
+    }
+
+    fn check_blocks(&self, blocks: &[u32]) -> Result<()> {
+        match blocks.iter().find(|&&block| block >= self.block_count) {
+            None => Ok(()),
+            Some(block) => Err(Error::InvalidArgument {
+                argument: "blocks",
+                found: format!("block {block}"),
+                allowed: format!("below {}", self.block_count),
+            }),
+        }
+    }
+
+    fn check_targets(&self, order: &PullOrder) -> Result<()> {
+        self.check_blocks(&order.targets)?;
+        let mut seen = HashSet::with_capacity(order.targets.len());
+        if let Some(block) = order.targets.iter().find(|block| !seen.insert(**block)) {
+            return Err(Error::InvalidArgument {
+                argument: "targets",
+                found: format!("block {block} twice"),
+                allowed: "every block once".to_owned(),
+            });
+        }
+        let count = order.prompt.block_count(self.options.block_tokens) as usize;
+        if order.targets.is_empty() || order.first_block as usize + order.targets.len() > count {
+            return Err(Error::InvalidArgument {
+                argument: "targets",
+                found: format!(
+                    "{} blocks from block {} on",
+                    order.targets.len(),
+                    order.first_block
+                ),
+                allowed: format!("1 to the prompt's {count} blocks"),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for P2pWorker {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,91 @@
+//! Ways on which bytes of a peer's blocks reach local ones.
+//!
+//! A lane copies *out of* a peer's cache and *into* the local one; nothing of this module writes another process'
+//! memory. While a peer holds its blocks under a lease, a slot of its [`EpochTable`] has the lease's epoch. A copy reads
+//! the bytes first and the slot afterwards: if it still has the epoch, the bytes were the lease's.
+//!
+//! | lane | how | needs |
+//! |---|---|---|
+//! | [`ShmLane`] | `process_vm_readv` straight into the local runs | the same machine and pid namespace, the right to trace |
+//! | [`TcpLane`] | the peer's [`serve`] sends from its runs, this side receives into its own | a connection |
+
+mod epoch_table;
+mod error;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod huge_pages;
+mod pairing;
+mod patience;
+mod remote;
+mod serve;
+mod shm;
+mod tcp;
+mod wire;
+
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+pub use epoch_table::{EpochTable, ProbeToken};
+pub use error::LaneError;
+pub use huge_pages::prefer_huge_pages;
+pub use pairing::Pairing;
+pub use remote::{MAX_REGIONS, MAX_TOTAL_RUNS, RemoteCache, RemoteRegion};
+pub use serve::{Served, serve};
+pub use shm::{PeerMemory, ShmLane};
+pub use tcp::TcpLane;
+pub use wire::MAX_FETCH_BLOCKS;
+
+/// Blocks of some layers: for every layer, `remote[i]` is copied into `local[i]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// Layers, by their place in a block's payload.
+    pub layers: Range<usize>,
+    /// Blocks of the peer.
+    pub remote: Vec<u32>,
+    /// As many local blocks.
+    pub local: Vec<u32>,
+}
+
+/// What says that a peer keeps its blocks: its slot has this epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// Place in the holder's epoch table.
+    pub slot: u32,
+    /// Never zero in a lease that counts.
+    pub epoch: u64,
+}
+
+impl Lease {
+    fn lapsed(self) -> LaneError {
+        LaneError::Lapsed {
+            slot: self.slot,
+            epoch: self.epoch,
+        }
+    }
+}
+
+/// A way to one peer, used by one thread at a time.
+pub trait Lane: Send {
+    /// The lane's name in logs and metrics.
+    fn name(&self) -> &'static str;
+
+    /// Whether the lane may be used again. An error may close it: then a new one is needed.
+    fn is_open(&self) -> bool;
+
+    /// Copies a span. `Ok` means that every byte has arrived and the lease was held after the last one was read.
+    ///
+    /// Returns soon after `deadline`, and soon after `cancelled` is set, whatever the peer does. Once it has returned,
+    /// nothing writes the local blocks any more.
+    fn copy(
+        &mut self,
+        span: &Span,
+        lease: Lease,
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), LaneError>;
+
+    /// Whether the peer still holds the lease: all that was copied under it before this call is then right.
+    fn is_held(&mut self, lease: Lease, deadline: Instant, cancelled: &AtomicBool)
+    -> Result<bool, LaneError>;
+}

@@ -1,0 +1,38 @@
+//! How long a thread waits for a connection, and what makes it stop earlier.
+
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::LaneError;
+use crate::raw::{Interest, wait};
+
+pub(super) struct Patience<'a> {
+    /// `None`: until stopped.
+    pub(super) deadline: Option<Instant>,
+    pub(super) stop: &'a AtomicBool,
+    /// A flag wakes nobody, so it is looked at this often.
+    pub(super) look_every: Duration,
+}
+
+impl Patience<'_> {
+    /// An error if it is time to stop; `done_bytes` is for its text.
+    pub(super) fn check(&self, done_bytes: u64) -> Result<(), LaneError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(LaneError::Cancelled { done_bytes });
+        }
+        match self.deadline {
+            Some(deadline) if Instant::now() >= deadline => Err(LaneError::TimedOut { done_bytes }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for a connection for a while. The caller tries again and calls [`check`](Self::check).
+    pub(super) fn wait(&self, socket: &TcpStream, interest: Interest) -> Result<(), LaneError> {
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let most = left.map_or(self.look_every, |left| left.min(self.look_every));
+        wait(socket, interest, most).map_err(|source| LaneError::System { call: "poll", source })
+    }
+}

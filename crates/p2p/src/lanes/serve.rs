@@ -1,0 +1,198 @@
+//! The holder's end of a data connection.
+
+use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use kvlane_core::PagedMemory;
+use kvlane_fs::HostCache;
+
+use super::pairing::{check_blocks, check_layers};
+use super::patience::Patience;
+use super::tcp::{closed, prepare, send_all};
+use super::wire::{Answer, REQUEST_BYTES, Request};
+use super::{LaneError, Lease, Pairing, RemoteCache};
+use crate::raw::{Interest, LocalRanges, receive};
+
+/// Bytes of one call. Fewer wake the receiver more often than it has something to do; of more, it waits for the first
+/// ones while the last are still being sent (measured over loopback, 64 KiB to 4 MiB).
+const PIECE_BYTES: usize = 1 << 20;
+
+/// How often a waiting thread looks whether it should stop.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What a data connection was used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Fetches answered with bytes.
+    pub fetches: u64,
+    /// Payload bytes sent.
+    pub bytes: u64,
+}
+
+/// Answers the fetches and checks of one peer until it closes the connection or `stop` is set, which is seen within a
+/// tenth of a second; shutting the connection down ends it at once. Blocks the thread.
+///
+/// `is_held` says whether a lease is held. It is asked before a block is read, now and then meanwhile, and after the last
+/// byte was. It may be slow, and must stop saying yes before a block of the lease is written by others.
+///
+/// A request must be complete within `timeout` after its first byte, and so must its answer. An error closes the
+/// connection: the peer broke the protocol or asked for what the cache does not have, a lease lapsed while its blocks were
+/// on their way, time ran out, or the peer is gone.
+pub fn serve(
+    socket: TcpStream,
+    cache: &Arc<HostCache>,
+    is_held: impl Fn(Lease) -> bool,
+    stop: &AtomicBool,
+    timeout: Duration,
+) -> Result<Served, LaneError> {
+    let mut server = Server {
+        // The walk over a cache paired with itself is the order in which the peer expects the bytes.
+        pairing: Pairing::new(Arc::clone(cache), RemoteCache::of(cache.map())?)?,
+        ranges: LocalRanges::new(Arc::clone(cache)),
+        is_held,
+        socket,
+        served: Served::default(),
+        blocks: Vec::new(),
+        block_bytes: Vec::new(),
+    };
+    let result = server.run(stop, timeout);
+    // Also where somebody else has a copy of the descriptor. Fails only where the connection is gone already.
+    let _ = server.socket.shutdown(Shutdown::Both);
+    result.map(|()| server.served)
+}
+
+struct Server<F> {
+    socket: TcpStream,
+    pairing: Pairing,
+    ranges: LocalRanges,
+    is_held: F,
+    served: Served,
+    blocks: Vec<u32>,
+    block_bytes: Vec<u8>,
+}
+
+impl<F: Fn(Lease) -> bool> Server<F> {
+    fn run(&mut self, stop: &AtomicBool, timeout: Duration) -> Result<(), LaneError> {
+        prepare(&self.socket)?;
+        let mut patience = Patience {
+            deadline: None,
+            stop,
+            look_every: LOOK_EVERY,
+        };
+        loop {
+            patience.deadline = None;
+            let mut request = [0; REQUEST_BYTES];
+            let first = match self.receive_some(&mut request, &patience) {
+                Ok(0) | Err(LaneError::Cancelled { .. }) => return Ok(()),
+                first => first?,
+            };
+            patience.deadline = Instant::now().checked_add(timeout);
+            self.receive_all(&mut request[first..], &patience)?;
+            match Request::decode(&request)? {
+                Request::Check { lease } => {
+                    let answer = Answer::of_lease((self.is_held)(lease));
+                    self.send(&answer.encode(), &patience)?;
+                }
+                Request::Fetch {
+                    lease,
+                    layers,
+                    block_count,
+                } => {
+                    self.receive_blocks(block_count, &patience)?;
+                    self.answer(lease, &layers, &patience)?;
+                }
+            }
+        }
+    }
+
+    /// The blocks of a fetch, whose number was found to be allowed.
+    fn receive_blocks(&mut self, block_count: usize, patience: &Patience<'_>) -> Result<(), LaneError> {
+        let mut bytes = std::mem::take(&mut self.block_bytes);
+        bytes.resize(4 * block_count, 0);
+        let received = self.receive_all(&mut bytes, patience);
+        self.blocks.clear();
+        self.blocks.extend(
+            bytes
+                .chunks_exact(4)
+                .map(|block| u32::from_le_bytes(block.try_into().expect("four bytes"))),
+        );
+        self.block_bytes = bytes;
+        received
+    }
+
+    fn answer(
+        &mut self,
+        lease: Lease,
+        layers: &Range<usize>,
+        patience: &Patience<'_>,
+    ) -> Result<(), LaneError> {
+        let map = self.pairing.local().map();
+        check_layers(layers, map.layer_count())?;
+        check_blocks("this", &self.blocks, map.block_count())?;
+        if !(self.is_held)(lease) {
+            return self.send(&Answer::Lapsed.encode(), patience);
+        }
+        let len_bytes = self.pairing.payload_bytes(layers, self.blocks.len());
+        let head = Answer::Data { len_bytes }.encode();
+        let mut front: &[u8] = &head;
+        let mut done_bytes = 0;
+        let mut walk = self.pairing.walk(layers, &self.blocks, &self.blocks);
+        loop {
+            self.ranges.clear();
+            while self.ranges.count() < LocalRanges::MAX {
+                let Some(part) = walk.next(PIECE_BYTES - self.ranges.len_bytes()) else {
+                    break;
+                };
+                self.ranges
+                    .push(part.layer, part.block, part.run, part.offset, part.len);
+            }
+            let piece_bytes = self.ranges.len_bytes() as u64;
+            send_all(&self.socket, front, &mut self.ranges, patience, done_bytes)?;
+            front = &[];
+            done_bytes += piece_bytes;
+            // The kernel has its copy of the bytes, so this is after the last one was read.
+            let is_held = (self.is_held)(lease);
+            if walk.is_done() {
+                self.served.fetches += 1;
+                self.served.bytes += done_bytes;
+                return self.send(&Answer::of_lease(is_held).encode(), patience);
+            }
+            if !is_held {
+                return Err(lease.lapsed());
+            }
+        }
+    }
+
+    fn send(&mut self, bytes: &[u8], patience: &Patience<'_>) -> Result<(), LaneError> {
+        self.ranges.clear();
+        send_all(&self.socket, bytes, &mut self.ranges, patience, 0)
+    }
+
+    fn receive_all(&mut self, bytes: &mut [u8], patience: &Patience<'_>) -> Result<(), LaneError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match self.receive_some(&mut bytes[done..], patience)? {
+                0 => return Err(closed()),
+                more => done += more,
+            }
+        }
+        Ok(())
+    }
+
+    /// At least one byte; none if the peer has closed.
+    fn receive_some(&mut self, bytes: &mut [u8], patience: &Patience<'_>) -> Result<usize, LaneError> {
+        self.ranges.clear();
+        loop {
+            patience.check(0)?;
+            match receive(&self.socket, bytes, &mut self.ranges, &mut [])
+                .map_err(|error| LaneError::of_socket("recvmsg", error))?
+            {
+                None => patience.wait(&self.socket, Interest::Readable)?,
+                Some(moved) => return Ok(moved.front),
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! The bytes of a data connection, all numbers little-endian.
+//!
+//! | request | bytes |
+//! |---|---|
+//! | magic | 0..4 |
+//! | kind: 1 fetch, 2 check | 4..8 |
+//! | lease: slot, epoch | 8..12, 16..24 |
+//! | number of blocks, zero in a check | 12..16 |
+//! | first layer, layer behind the last; zero in a check | 24..28, 28..32 |
+//! | the blocks, four bytes each | 32.. |
+//!
+//! | answer | bytes |
+//! |---|---|
+//! | magic | 0..4 |
+//! | kind: 1 data, 2 held, 3 lapsed | 4..8 |
+//! | payload bytes behind this answer; zero unless data | 8..16 |
+//!
+//! A fetch is answered by *lapsed*, or by *data*, the payload, and *held* or *lapsed*; a check by *held* or *lapsed*. The
+//! payload comes layer by layer, in a layer run by run of the holder, in a run block by block as asked.
+
+use std::ops::Range;
+
+use super::{LaneError, Lease};
+
+/// Most blocks of one fetch; a span of more becomes several.
+pub const MAX_FETCH_BLOCKS: usize = 4096;
+
+pub(super) const REQUEST_BYTES: usize = 32;
+pub(super) const ANSWER_BYTES: usize = 16;
+
+const REQUEST_MAGIC: [u8; 4] = *b"kvQ1";
+const ANSWER_MAGIC: [u8; 4] = *b"kvA1";
+const FETCH: u32 = 1;
+const CHECK: u32 = 2;
+const DATA: u32 = 1;
+const HELD: u32 = 2;
+const LAPSED: u32 = 3;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Request {
+    /// The blocks follow.
+    Fetch {
+        lease: Lease,
+        layers: Range<usize>,
+        block_count: usize,
+    },
+    Check {
+        lease: Lease,
+    },
+}
+
+impl Request {
+    pub(super) fn encode(&self) -> [u8; REQUEST_BYTES] {
+        let (kind, lease, layers, block_count) = match self {
+            Request::Fetch {
+                lease,
+                layers,
+                block_count,
+            } => (FETCH, lease, layers.clone(), *block_count),
+            Request::Check { lease } => (CHECK, lease, 0..0, 0),
+        };
+        // Layers and blocks were checked against a cache, whose bounds fit.
+        let number = |value: usize| u32::try_from(value).expect("fits the frame").to_le_bytes();
+        let mut bytes = [0; REQUEST_BYTES];
+        bytes[0..4].copy_from_slice(&REQUEST_MAGIC);
+        bytes[4..8].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..12].copy_from_slice(&lease.slot.to_le_bytes());
+        bytes[12..16].copy_from_slice(&number(block_count));
+        bytes[16..24].copy_from_slice(&lease.epoch.to_le_bytes());
+        bytes[24..28].copy_from_slice(&number(layers.start));
+        bytes[28..32].copy_from_slice(&number(layers.end));
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8; REQUEST_BYTES]) -> Result<Self, LaneError> {
+        check_magic("request", bytes, REQUEST_MAGIC)?;
+        let lease = Lease {
+            slot: u32_at(bytes, 8),
+            epoch: u64_at(bytes, 16),
+        };
+        let block_count = u32_at(bytes, 12) as usize;
+        let layers = u32_at(bytes, 24) as usize..u32_at(bytes, 28) as usize;
+        match u32_at(bytes, 4) {
+            FETCH if block_count > MAX_FETCH_BLOCKS => Err(LaneError::Protocol(format!(
+                "a request for {block_count} blocks; allowed: {MAX_FETCH_BLOCKS}"
+            ))),
+            FETCH => Ok(Request::Fetch {
+                lease,
+                layers,
+                block_count,
+            }),
+            CHECK if block_count == 0 && layers == (0..0) => Ok(Request::Check { lease }),
+            CHECK => Err(LaneError::Protocol("a check that names blocks".to_owned())),
+            kind => Err(LaneError::Protocol(format!(
+                "a request of kind {kind}; allowed: {FETCH} and {CHECK}"
+            ))),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Data { len_bytes: u64 },
+    Held,
+    Lapsed,
+}
+
+impl Answer {
+    /// The answer to the question whether a lease is held.
+    pub(super) fn of_lease(is_held: bool) -> Self {
+        if is_held { Answer::Held } else { Answer::Lapsed }
+    }
+
+    pub(super) fn encode(self) -> [u8; ANSWER_BYTES] {
+        let (kind, len_bytes) = match self {
+            Answer::Data { len_bytes } => (DATA, len_bytes),
+            Answer::Held => (HELD, 0),
+            Answer::Lapsed => (LAPSED, 0),
+        };
+        let mut bytes = [0; ANSWER_BYTES];
+        bytes[0..4].copy_from_slice(&ANSWER_MAGIC);
+        bytes[4..8].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&len_bytes.to_le_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8; ANSWER_BYTES]) -> Result<Self, LaneError> {
+        check_magic("answer", bytes, ANSWER_MAGIC)?;
+        match (u32_at(bytes, 4), u64_at(bytes, 8)) {
+            (DATA, len_bytes) => Ok(Answer::Data { len_bytes }),
+            (HELD, 0) => Ok(Answer::Held),
+            (LAPSED, 0) => Ok(Answer::Lapsed),
+            (kind, len_bytes) => Err(LaneError::Protocol(format!(
+                "an answer of kind {kind} with {len_bytes} bytes"
+            ))),
+        }
+    }
+}
+
+fn check_magic(what: &str, bytes: &[u8], magic: [u8; 4]) -> Result<(), LaneError> {
+    if bytes[..4] == magic {
+        return Ok(());
+    }
+    Err(LaneError::Protocol(format!(
+        "{:02x?} where a{} {what} should start",
+        &bytes[..4],
+        if what.starts_with('a') { "n" } else { "" }
+    )))
+}
+
+fn u32_at(bytes: &[u8], place: usize) -> u32 {
+    u32::from_le_bytes(bytes[place..place + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], place: usize) -> u64 {
+    u64::from_le_bytes(bytes[place..place + 8].try_into().expect("eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Lease = Lease {
+        slot: 0x0102_0304,
+        epoch: 0x0506_0708_090a_0b0c,
+    };
+
+    fn fetch(block_count: usize) -> Request {
+        Request::Fetch {
+            lease: LEASE,
+            layers: 3..48,
+            block_count,
+        }
+    }
+
+    #[test]
+    fn frames_are_the_documented_bytes_and_come_back() {
+        let bytes = fetch(64).encode();
+        assert_eq!(&bytes[..8], b"kvQ1\x01\0\0\0");
+        assert_eq!(bytes[8..16], [4, 3, 2, 1, 64, 0, 0, 0]);
+        assert_eq!(bytes[16..24], [12, 11, 10, 9, 8, 7, 6, 5]);
+        assert_eq!(bytes[24..], [3, 0, 0, 0, 48, 0, 0, 0]);
+        for request in [fetch(0), fetch(MAX_FETCH_BLOCKS), Request::Check { lease: LEASE }] {
+            assert_eq!(Request::decode(&request.encode()).unwrap(), request);
+        }
+        for answer in [Answer::Data { len_bytes: 1 << 40 }, Answer::Held, Answer::Lapsed] {
+            assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
+        }
+    }
+
+    #[test]
+    fn requests_that_are_none_or_too_large_are_refused() {
+        let refused = |place: usize, byte: u8| {
+            let mut bytes = fetch(1).encode();
+            bytes[place] = byte;
+            Request::decode(&bytes).unwrap_err().to_string()
+        };
+        assert!(refused(0, 0).contains("where a request should start"));
+        assert!(refused(4, 3).contains("kind 3; allowed: 1 and 2"));
+        assert!(refused(4, 2).contains("a check that names blocks"));
+        assert!(refused(13, 16).contains("4097 blocks; allowed: 4096"));
+    }
+
+    #[test]
+    fn answers_that_are_none_are_refused() {
+        let refused = |place: usize, byte: u8| {
+            let mut bytes = Answer::Held.encode();
+            bytes[place] = byte;
+            Answer::decode(&bytes).unwrap_err().to_string()
+        };
+        assert!(refused(3, b'2').contains("where an answer should start"));
+        assert!(refused(4, 0).contains("kind 0"));
+        assert!(refused(8, 1).contains("with 1 bytes"));
+    }
+}

@@ -1,0 +1,339 @@
+use super::*;
+
+const READER: ConnectionId = ConnectionId(1);
+const LEASE: Duration = Duration::from_secs(10);
+
+fn limits() -> HolderLimits {
+    HolderLimits {
+        block_tokens: 4,
+        slots: 3,
+        lease: LEASE,
+        readers: 1,
+        unclaimed_blocks: 6,
+        questions: 2,
+        question_wait: Duration::from_secs(5),
+        transfers_per_connection: 2,
+    }
+}
+
+fn key(text: &str) -> TransferKey {
+    TransferKey::new(text).unwrap()
+}
+
+fn prompt(blocks: u32) -> Prompt {
+    Prompt {
+        tokens: 4 * blocks,
+        digest: [blocks as u8; 32],
+    }
+}
+
+fn offer(hold: &str, text: &str, blocks: &[u32]) -> Offer {
+    Offer {
+        hold: hold.into(),
+        key: key(text),
+        prompt: prompt(blocks.len() as u32),
+        blocks: blocks.to_vec(),
+    }
+}
+
+fn done(blocks: u32) -> Progress {
+    Progress {
+        done_blocks: blocks,
+        wave_blocks: blocks,
+        wave_layers: 0,
+    }
+}
+
+fn actions(holder: &mut Holder) -> Vec<HolderAction> {
+    std::iter::from_fn(|| holder.next_action()).collect()
+}
+
+/// Messages to the reader, in order.
+fn told(holder: &mut Holder) -> Vec<Message> {
+    let sent = |action| match action {
+        HolderAction::Send(READER, message) => Some(message),
+        _ => None,
+    };
+    actions(holder).into_iter().filter_map(sent).collect()
+}
+
+fn want(holder: &mut Holder, now: Instant, transfer: u64, text: &str, blocks: u32) {
+    let message = Message::Want {
+        transfer,
+        key: key(text),
+        prompt: prompt(blocks),
+        first_block: 0,
+        block_count: blocks,
+    };
+    holder.receive(now, READER, true, message).unwrap();
+}
+
+fn ask(holder: &mut Holder, now: Instant, question: u64, text: &str, blocks: u32) {
+    let message = Message::Ask {
+        question,
+        key: key(text),
+        prompt: prompt(blocks),
+        patience_ms: 60_000,
+    };
+    holder.receive(now, READER, true, message).unwrap();
+}
+
+fn held(holder: &mut Holder, now: Instant, hold: &str, text: &str, blocks: &[u32]) {
+    assert!(holder.offer(now, offer(hold, text, blocks)));
+    holder.progress(hold, done(blocks.len() as u32));
+    holder.finish(now, &hold.into());
+}
+
+#[test]
+fn the_table_changes_before_anybody_hears_that_blocks_are_free() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    held(&mut holder, now, "r", "a", &[1, 2]);
+    want(&mut holder, now, 7, "a", 2);
+    let Some(Message::Grant { slot, epoch, .. }) = told(&mut holder).first().cloned() else {
+        panic!("not granted");
+    };
+    assert!(holder.is_held(slot, epoch));
+    assert_eq!(holder.granted_blocks(slot, epoch), Some([1, 2].as_slice()));
+    holder.tick(now + LEASE);
+    let ended = actions(&mut holder);
+    assert!(matches!(ended[0], HolderAction::SetEpoch { .. }), "{ended:?}");
+    assert!(matches!(
+        ended.last(),
+        Some(HolderAction::Ended {
+            reason: EndReason::Expired,
+            ..
+        })
+    ));
+    assert!(!holder.is_held(slot, epoch));
+    assert_eq!(holder.granted_blocks(slot, epoch), None);
+    assert_eq!(holder.load(), (0, 0, 0, 0));
+}
+
+#[test]
+fn blocks_of_later_chunks_are_named_when_they_are_there() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    let whole = Offer {
+        blocks: vec![5],
+        ..offer("r", "a", &[5, 6, 7])
+    };
+    holder.offer(now, whole);
+    want(&mut holder, now, 1, "a", 3);
+    holder.extend("r", &[6, 7]);
+    holder.progress("r", done(2));
+    let named: Vec<(Vec<u32>, u32)> = told(&mut holder)
+        .into_iter()
+        .filter_map(|message| match message {
+            Message::Ready { blocks, progress, .. } => Some((blocks, progress.done_blocks)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(named, [(vec![5], 0), (vec![6, 7], 2)]);
+}
+
+#[test]
+fn progress_never_goes_back_nor_beyond_the_known_blocks() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    holder.offer(now, offer("r", "a", &[1, 2]));
+    want(&mut holder, now, 1, "a", 2);
+    holder.progress("r", done(9));
+    holder.progress("r", done(1));
+    let last = told(&mut holder).pop();
+    assert!(
+        matches!(last, Some(Message::Ready { progress, .. }) if progress.done_blocks == 2),
+        "{last:?}"
+    );
+}
+
+#[test]
+fn unclaimed_holds_make_room_oldest_first_and_claimed_ones_stay() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    held(&mut holder, now, "r1", "a", &[1, 2, 3]);
+    want(&mut holder, now, 1, "a", 3);
+    held(&mut holder, now + LEASE / 10, "r2", "b", &[4, 5, 6]);
+    actions(&mut holder);
+    held(&mut holder, now + LEASE / 5, "r3", "c", &[7, 8, 9, 10]);
+    let ended: Vec<HolderAction> = actions(&mut holder)
+        .into_iter()
+        .filter(|action| matches!(action, HolderAction::Ended { .. }))
+        .collect();
+    let dropped = HolderAction::Ended {
+        hold: "r2".into(),
+        reason: EndReason::Dropped,
+    };
+    assert_eq!(ended, [dropped]);
+    assert_eq!(holder.load(), (2, 4, 0, 1));
+}
+
+#[test]
+fn without_a_free_slot_a_request_is_not_held_and_its_questions_are_answered() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    ask(&mut holder, now, 1, "d", 1);
+    for (place, text) in ["a", "b", "c"].into_iter().enumerate() {
+        assert!(holder.offer(now, offer(text, text, &[place as u32])));
+    }
+    assert!(!holder.offer(now, offer("d", "d", &[9])));
+    let answer = Message::Answer {
+        question: 1,
+        verdict: Verdict::None,
+    };
+    assert_eq!(told(&mut holder), [answer]);
+    // The engine hears at once that nothing is held.
+    holder.finish(now, &"d".into());
+    assert!(matches!(actions(&mut holder)[..], [HolderAction::Ended { .. }]));
+}
+
+#[test]
+fn questions_wait_within_their_bounds() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    (1..=3).for_each(|question| ask(&mut holder, now, question, "a", 1));
+    let busy = Message::Answer {
+        question: 3,
+        verdict: Verdict::Busy,
+    };
+    assert_eq!(told(&mut holder), [busy]);
+    assert_eq!(
+        holder.next_deadline(),
+        Some(now + Duration::from_secs(5)),
+        "patience is bounded here"
+    );
+    holder
+        .receive(now, READER, true, Message::Forget { question: 1 })
+        .unwrap();
+    holder.tick(now + Duration::from_secs(5));
+    let none = Message::Answer {
+        question: 2,
+        verdict: Verdict::None,
+    };
+    assert_eq!(told(&mut holder), [none]);
+    assert_eq!(holder.load(), (0, 0, 0, 0));
+}
+
+#[test]
+fn a_question_behind_the_end_of_a_hold_is_answered_at_once() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    held(&mut holder, now, "r", "a", &[1]);
+    holder.tick(now + LEASE);
+    actions(&mut holder);
+    ask(&mut holder, now + LEASE, 1, "a", 1);
+    assert!(matches!(
+        told(&mut holder)[..],
+        [Message::Answer {
+            verdict: Verdict::None,
+            ..
+        }]
+    ));
+    // Preempted: it comes back, so the question waits.
+    holder.offer(now, offer("s", "b", &[1]));
+    holder.revoke("s");
+    actions(&mut holder);
+    ask(&mut holder, now, 2, "b", 1);
+    assert_eq!(told(&mut holder), []);
+}
+
+#[test]
+fn all_ranks_of_decode_must_release_a_hold() {
+    let now = Instant::now();
+    let mut holder = Holder::new(HolderLimits {
+        readers: 2,
+        ..limits()
+    });
+    held(&mut holder, now, "r", "a", &[1]);
+    want(&mut holder, now, 1, "a", 1);
+    want(&mut holder, now, 2, "a", 1);
+    actions(&mut holder);
+    holder
+        .receive(now, READER, true, Message::Done { transfer: 1 })
+        .unwrap();
+    assert_eq!(actions(&mut holder), []);
+    holder.closed(now, READER);
+    let ended = actions(&mut holder);
+    assert!(
+        matches!(
+            ended.last(),
+            Some(HolderAction::Ended {
+                reason: EndReason::Released,
+                ..
+            })
+        ),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_second_request_with_the_key_takes_its_place_and_the_first_is_given_back() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    held(&mut holder, now, "first", "a", &[1]);
+    actions(&mut holder);
+    assert!(holder.offer(now, offer("second", "a", &[2])));
+    let ended = actions(&mut holder);
+    let replaced = HolderAction::Ended {
+        hold: "first".into(),
+        reason: EndReason::Replaced,
+    };
+    assert!(ended.contains(&replaced), "{ended:?}");
+    want(&mut holder, now, 1, "a", 1);
+    assert!(matches!(told(&mut holder)[0], Message::Grant { .. }));
+}
+
+#[test]
+fn another_cache_another_prompt_and_too_many_transfers_are_denied() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    holder.offer(now, offer("r", "a", &[1, 2]));
+    let message = |transfer, blocks, count| Message::Want {
+        transfer,
+        key: key("a"),
+        prompt: prompt(blocks),
+        first_block: 1,
+        block_count: count,
+    };
+    let mut reason = |is_compatible, message| {
+        holder.receive(now, READER, is_compatible, message).unwrap();
+        match told(&mut holder).as_slice() {
+            [Message::Deny { reason, .. }] => Some(*reason),
+            _ => None,
+        }
+    };
+    assert_eq!(reason(false, message(1, 2, 1)), Some(DenyReason::Namespace));
+    assert_eq!(reason(true, message(1, 3, 1)), Some(DenyReason::Mismatch));
+    assert_eq!(reason(true, message(1, 2, 2)), Some(DenyReason::Range));
+    assert_eq!(reason(true, message(1, 2, u32::MAX)), Some(DenyReason::Range));
+    assert_eq!(reason(true, message(1, 2, 1)), None);
+    assert_eq!(reason(true, message(2, 2, 1)), None);
+    assert_eq!(reason(true, message(3, 2, 1)), Some(DenyReason::Busy));
+}
+
+#[test]
+fn a_prompt_of_more_blocks_than_a_message_holds_is_named_in_several() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    let blocks: Vec<u32> = (0..2 * BLOCKS_PER_MESSAGE as u32 + 3).collect();
+    holder.offer(now, offer("r", "a", &blocks));
+    want(&mut holder, now, 1, "a", blocks.len() as u32);
+    let named: Vec<Vec<u32>> = told(&mut holder)
+        .into_iter()
+        .filter_map(|message| match message {
+            Message::Ready { blocks, .. } => Some(blocks),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(named.len(), 3);
+    assert_eq!(named.concat(), blocks);
+    let mut frame = Vec::new();
+    super::super::encode(
+        &Message::Ready {
+            transfer: u64::MAX,
+            blocks: vec![u32::MAX; BLOCKS_PER_MESSAGE],
+            progress: Progress::default(),
+        },
+        &mut frame,
+    );
+}

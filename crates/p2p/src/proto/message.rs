@@ -1,0 +1,294 @@
+//! What peers say to each other.
+
+use kvlane_core::{NamespaceId, Run};
+use serde::{Deserialize, Serialize};
+
+use crate::key::{Prompt, TransferKey};
+
+/// Version of the protocol. Peers of another version are refused: both servers run the same wheel or none.
+pub const VERSION: u16 = 1;
+
+/// Longest text in a message other than a key.
+pub(super) const TEXT_BYTES_MAX: usize = 512;
+
+/// Everything that goes over a connection, in frames.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Message {
+    /// Each side's first message, in the clear: who it is, and a number for the other one's proof.
+    Open(Open),
+    /// Shows the knowledge of the shared secret (or that there is none), bound to both sides' [`Open`].
+    Proof([u8; 32]),
+    /// What only an authenticated peer may know. Ends the handshake.
+    Hello(Box<Hello>),
+    /// The connection ends; the reason is for the other side's log.
+    Bye(String),
+    /// Nothing to say, but alive.
+    Ping,
+
+    /// Is this prompt's KV there, or being computed? To be answered once, within `patience_ms`.
+    Ask {
+        /// The asker's number of the question.
+        question: u64,
+        /// Names the transfer.
+        key: TransferKey,
+        /// What it must be of.
+        prompt: Prompt,
+        /// How long the answer may wait for the prompt to turn up.
+        patience_ms: u32,
+    },
+    /// The answer to [`Ask`](Self::Ask).
+    Answer {
+        /// As in the question.
+        question: u64,
+        /// The answer.
+        verdict: Verdict,
+    },
+    /// Nobody waits for the answer any more.
+    Forget {
+        /// As in the question.
+        question: u64,
+    },
+
+    /// A rank of decode wants blocks.
+    Want {
+        /// The reader's number of the transfer.
+        transfer: u64,
+        /// Names it on both sides.
+        key: TransferKey,
+        /// What it must be of.
+        prompt: Prompt,
+        /// Index in the prompt of the first block that is wanted.
+        first_block: u32,
+        /// How many. None: this rank has everything, which releases its part of the lease.
+        block_count: u32,
+    },
+    /// The blocks may be read as long as `slot` holds `epoch`.
+    Grant {
+        /// As in the want.
+        transfer: u64,
+        /// Place of the lease in the holder's table.
+        slot: u32,
+        /// What the table must hold for bytes to be right.
+        epoch: u64,
+    },
+    /// The blocks cannot be had.
+    Deny {
+        /// As in the want.
+        transfer: u64,
+        /// Why.
+        reason: DenyReason,
+    },
+    /// What has become readable since the last notice.
+    Ready {
+        /// As in the want.
+        transfer: u64,
+        /// Cache blocks of the holder that come next behind those of earlier notices, from the first wanted one on.
+        blocks: Vec<u32>,
+        /// How far the computation is.
+        progress: Progress,
+    },
+    /// Does `slot` still hold `epoch`? For lanes that cannot see it themselves.
+    Check {
+        /// As in the want.
+        transfer: u64,
+        /// As in the grant.
+        epoch: u64,
+    },
+    /// The answer to [`Check`](Self::Check).
+    Checked {
+        /// As in the want.
+        transfer: u64,
+        /// Whether everything that was read until the question was right.
+        held: bool,
+    },
+    /// This rank has what it wanted.
+    Done {
+        /// As in the want.
+        transfer: u64,
+    },
+    /// This rank does not want it any more.
+    Cancel {
+        /// As in the want.
+        transfer: u64,
+    },
+    /// The lease ended: what is read from now on is somebody else's.
+    Revoked {
+        /// As in the want.
+        transfer: u64,
+    },
+}
+
+/// The part of the handshake that everybody may see.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// Name of the engine, for logs.
+    pub engine_id: String,
+    /// Random number of this start of the engine's process: after a restart it is another.
+    pub start_id: [u8; 16],
+    /// Rank of the worker inside its engine.
+    pub rank: u32,
+    /// What the dialling side wants of the connection.
+    pub role: Role,
+    /// Random number that the other side's proof must include.
+    pub nonce: [u8; 32],
+    /// Whether a secret is set.
+    pub has_secret: bool,
+}
+
+/// What a process does on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Role {
+    /// Holds blocks.
+    Holder,
+    /// Asks questions.
+    Asker,
+    /// Pulls blocks.
+    Puller,
+}
+
+/// What the connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Channel {
+    /// Messages of this list.
+    Control,
+    /// After the handshake, the `tcp` lane's own frames.
+    Data,
+}
+
+/// The part of the handshake for authenticated peers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// What the connection is for; the dialling side decides.
+    pub channel: Channel,
+    /// What must agree before bytes may be used; zeroes from an asker.
+    pub namespace: [u8; 32],
+    /// Tokens per block.
+    pub block_tokens: u32,
+    /// Where the blocks lie; none from an asker.
+    pub cache: Option<CacheLayout>,
+    /// How to find out whether memory can be read directly; only from a holder.
+    pub probe: Option<Probe>,
+}
+
+impl Hello {
+    /// The namespace as the rest of kvlane knows it.
+    pub fn namespace_id(&self) -> NamespaceId {
+        NamespaceId(self.namespace)
+    }
+}
+
+/// Where a worker's blocks lie in its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheLayout {
+    /// Number of blocks in every region.
+    pub block_count: u32,
+    /// In the order of the payload.
+    pub regions: Vec<Region>,
+}
+
+/// One region: block `b` is the bytes at `address + b * block_stride_bytes + offset` of every run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Address of the first byte.
+    pub address: u64,
+    /// Distance between neighbouring blocks.
+    pub block_stride_bytes: u64,
+    /// Bytes from the first to behind the last one.
+    pub extent_bytes: u64,
+    /// (offset, length) in bytes, ascending.
+    pub runs: Vec<(u64, u64)>,
+}
+
+/// Lets a peer find out whether it can read this process's memory: whoever reads `token` at `address` can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Process number in the holder's own pid namespace.
+    pub pid: u32,
+    /// Where the token is.
+    pub address: u64,
+    /// Sixteen random bytes.
+    pub token: [u8; 16],
+    /// Where the table of epochs is: eight bytes per slot.
+    pub epochs_address: u64,
+    /// Number of slots.
+    pub slot_count: u32,
+}
+
+/// How far prefill is with a prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Leading blocks of the prompt that are complete.
+    pub done_blocks: u32,
+    /// Blocks up to here are complete in the first `wave_layers` layers; at least `done_blocks`.
+    pub wave_blocks: u32,
+    /// See `wave_blocks`.
+    pub wave_layers: u32,
+}
+
+/// The answer to a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// It is being computed; a want will be granted.
+    Started,
+    /// All of it is there.
+    Ready,
+    /// It is not there and did not turn up in time.
+    None,
+    /// The key is known, but for another prompt.
+    Mismatch,
+    /// Too many questions wait.
+    Busy,
+}
+
+/// Why blocks cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum DenyReason {
+    /// The lease ended, or there never was one.
+    Gone,
+    /// The key is known, but for another prompt.
+    Mismatch,
+    /// The wanted blocks are not the prompt's.
+    Range,
+    /// Too many transfers are open.
+    Busy,
+    /// The two caches cannot exchange bytes: another model, rank or layout.
+    Namespace,
+}
+
+impl From<&kvlane_core::Region> for Region {
+    fn from(region: &kvlane_core::Region) -> Self {
+        let run = |run: &Run| (run.offset_bytes as u64, run.len_bytes as u64);
+        Self {
+            address: region.address,
+            block_stride_bytes: region.block_stride_bytes as u64,
+            extent_bytes: region.extent_bytes as u64,
+            runs: region.runs.iter().map(run).collect(),
+        }
+    }
+}
+
+impl From<&kvlane_core::BlockMap> for CacheLayout {
+    fn from(map: &kvlane_core::BlockMap) -> Self {
+        Self {
+            block_count: map.block_count(),
+            regions: map.regions().iter().map(Region::from).collect(),
+        }
+    }
+}
+
+impl Message {
+    /// Whether all texts are within their bounds; a frame with other ones is refused.
+    pub(super) fn texts_are_bounded(&self) -> bool {
+        match self {
+            Self::Open(open) => open.engine_id.len() <= TEXT_BYTES_MAX,
+            Self::Bye(reason) => reason.len() <= TEXT_BYTES_MAX,
+            Self::Ask { key, .. } | Self::Want { key, .. } => TransferKey::new(key.as_str()).is_ok(),
+            _ => true,
+        }
+    }
+}

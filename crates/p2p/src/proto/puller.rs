@@ -1,0 +1,502 @@
+//! Decode's worker side: gets blocks granted, has them copied, and makes sure afterwards that they were right.
+//!
+//! A pull ends only when none of its copies is running any more: until then a copy could still write into blocks that
+//! the engine would give to another request.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Instant;
+
+use super::ConnectionId;
+use super::message::{DenyReason, Message, Progress};
+use crate::key::{Prompt, TransferKey};
+
+/// Bounds of a puller.
+#[derive(Clone, Copy, Debug)]
+pub struct PullerLimits {
+    /// Most pulls at a time.
+    pub pulls: usize,
+    /// Layers of the cache.
+    pub layers: u32,
+    /// Blocks of the holders' caches never have a number from here on; their own HELLO says how many they have.
+    pub block_count_max: u32,
+}
+
+/// Blocks to get.
+#[derive(Clone, Debug)]
+pub struct PullRequest {
+    /// The caller's number, never used again.
+    pub job: u64,
+    /// Names the transfer on both sides.
+    pub key: TransferKey,
+    /// What it must be of.
+    pub prompt: Prompt,
+    /// Index in the prompt of the first block to get.
+    pub first_block: u32,
+    /// Own cache blocks that receive them.
+    pub targets: Vec<u32>,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// How a pull ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PullResult {
+    /// Every block is there and was right when it was copied.
+    Done,
+    /// The holder does not have it, or not for this prompt.
+    Denied(DenyReason),
+    /// The lease ended while blocks were copied.
+    Lapsed,
+    /// The deadline passed.
+    TimedOut,
+    /// The caller did not want it any more.
+    Cancelled,
+    /// The connection broke.
+    Unreachable,
+    /// Copying failed.
+    Failed,
+    /// The holder said something that cannot be.
+    Misbehaved,
+    /// Too many pulls.
+    Busy,
+}
+
+/// Some layers of some blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Layers to copy.
+    pub layers: Range<u32>,
+    /// The holder's blocks.
+    pub remote: Vec<u32>,
+    /// Own blocks, one for each.
+    pub local: Vec<u32>,
+}
+
+/// What became of the copying of a span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// All bytes were copied and the lease was held behind the last of them.
+    Held,
+    /// All bytes were copied and the lease had ended by then.
+    Lapsed,
+    /// All bytes were copied; the lane cannot see the lease.
+    Unchecked,
+    /// Not all bytes were copied.
+    Failed,
+}
+
+/// What whoever drives a puller has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PullerAction {
+    /// Send this.
+    Send(ConnectionId, Message),
+    /// Copy this, then call [`Puller::copied`]; exactly once, whatever happens.
+    Copy {
+        /// The transfer.
+        transfer: u64,
+        /// Over which connection it was granted.
+        connection: ConnectionId,
+        /// The lease, for lanes that see it.
+        slot: u32,
+        /// See `slot`.
+        epoch: u64,
+        /// What to copy.
+        span: Span,
+        /// When to stop.
+        deadline: Instant,
+    },
+    /// Running copies of this transfer are of no use any more.
+    StopCopies {
+        /// The transfer.
+        transfer: u64,
+    },
+    /// The pull has ended, and no copy of it runs.
+    Ended {
+        /// The caller's number.
+        job: u64,
+        /// The transfer, zero if it never became one.
+        transfer: u64,
+        /// How.
+        result: PullResult,
+    },
+}
+
+/// The state machine. Time and connections come from outside.
+#[derive(Debug)]
+pub struct Puller {
+    limits: PullerLimits,
+    pulls: HashMap<u64, Pull>,
+    by_job: HashMap<u64, u64>,
+    last_transfer: u64,
+    actions: VecDeque<PullerAction>,
+}
+
+#[derive(Debug)]
+struct Pull {
+    connection: ConnectionId,
+    job: u64,
+    first_block: u32,
+    targets: Vec<u32>,
+    deadline: Instant,
+    lease: Option<(u32, u64)>,
+    /// The holder's blocks, as far as they were named.
+    sources: Vec<u32>,
+    progress: Progress,
+    /// Positions below this one are copied, or being copied, in all layers.
+    copied_blocks: usize,
+    /// Positions from `copied_blocks` to this one are in the layers below `wave_layers`.
+    wave_blocks: usize,
+    wave_layers: u32,
+    running: u32,
+    unchecked: bool,
+    is_checking: bool,
+    end: Option<PullResult>,
+}
+
+impl Pull {
+    fn count(&self) -> usize {
+        self.targets.len()
+    }
+}
+
+impl Puller {
+    /// Without pulls.
+    pub fn new(limits: PullerLimits) -> Self {
+        Self {
+            limits,
+            pulls: HashMap::new(),
+            by_job: HashMap::new(),
+            last_transfer: 0,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Begins a pull over a connection that is ready, or will be: messages wait there.
+    pub fn pull(&mut self, connection: ConnectionId, request: PullRequest) {
+        if self.pulls.len() >= self.limits.pulls {
+            self.actions.push_back(PullerAction::Ended {
+                job: request.job,
+                transfer: 0,
+                result: PullResult::Busy,
+            });
+            return;
+        }
+        self.last_transfer += 1;
+        let transfer = self.last_transfer;
+        let want = Message::Want {
+            transfer,
+            key: request.key,
+            prompt: request.prompt,
+            first_block: request.first_block,
+            block_count: request.targets.len() as u32,
+        };
+        self.actions.push_back(PullerAction::Send(connection, want));
+        self.by_job.insert(request.job, transfer);
+        let pull = Pull {
+            connection,
+            job: request.job,
+            first_block: request.first_block,
+            targets: request.targets,
+            deadline: request.deadline,
+            lease: None,
+            sources: Vec::new(),
+            progress: Progress::default(),
+            copied_blocks: 0,
+            wave_blocks: 0,
+            wave_layers: 0,
+            running: 0,
+            unchecked: false,
+            is_checking: false,
+            end: None,
+        };
+        self.pulls.insert(transfer, pull);
+    }
+
+    /// Tells the holder that this rank has the whole prompt already.
+    pub fn release(&mut self, connection: ConnectionId, key: TransferKey, prompt: Prompt) {
+        self.last_transfer += 1;
+        let want = Message::Want {
+            transfer: self.last_transfer,
+            key,
+            prompt,
+            first_block: 0,
+            block_count: 0,
+        };
+        self.actions.push_back(PullerAction::Send(connection, want));
+    }
+
+    /// Asks for the end of a pull. An unknown or ended one is ignored.
+    pub fn cancel(&mut self, job: u64) {
+        if let Some(&transfer) = self.by_job.get(&job) {
+            self.fail(transfer, PullResult::Cancelled);
+        }
+    }
+
+    /// Takes a message. An error: the holder breaks the protocol, and its connection must end.
+    pub fn receive(&mut self, connection: ConnectionId, message: Message) -> Result<(), &'static str> {
+        let transfer = match &message {
+            Message::Grant { transfer, .. }
+            | Message::Deny { transfer, .. }
+            | Message::Ready { transfer, .. }
+            | Message::Checked { transfer, .. }
+            | Message::Revoked { transfer } => *transfer,
+            _ => return Err("a message that only decode sends"),
+        };
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return Ok(()); // it has ended here; what is on the way arrives late
+        };
+        if pull.connection != connection {
+            return Err("a message about a transfer of another connection");
+        }
+        if pull.end.is_some() {
+            return Ok(());
+        }
+        match message {
+            Message::Grant { slot, epoch, .. } => {
+                if pull.lease.replace((slot, epoch)).is_some() {
+                    return Err("a second grant");
+                }
+                Ok(())
+            }
+            Message::Deny { reason, .. } => {
+                self.fail(transfer, PullResult::Denied(reason));
+                Ok(())
+            }
+            Message::Revoked { .. } => {
+                self.fail(transfer, PullResult::Lapsed);
+                Ok(())
+            }
+            Message::Ready { blocks, progress, .. } => self.more(transfer, &blocks, progress),
+            Message::Checked { held, .. } => {
+                if !pull.is_checking {
+                    return Err("an answer to a check that nobody asked for");
+                }
+                if held {
+                    self.finish(transfer);
+                } else {
+                    self.fail(transfer, PullResult::Lapsed);
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the result of a [`PullerAction::Copy`].
+    pub fn copied(&mut self, transfer: u64, copied: Copied) {
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            debug_assert!(false, "a pull outlives its copies");
+            return;
+        };
+        pull.running -= 1;
+        if pull.end.is_some() {
+            self.end_if_quiet(transfer);
+            return;
+        }
+        match copied {
+            Copied::Held => {}
+            Copied::Unchecked => pull.unchecked = true,
+            Copied::Lapsed => return self.fail(transfer, PullResult::Lapsed),
+            Copied::Failed => return self.fail(transfer, PullResult::Failed),
+        }
+        self.check_if_complete(transfer);
+    }
+
+    /// A connection is no more.
+    pub fn closed(&mut self, connection: ConnectionId) {
+        let broken: Vec<u64> = self.transfers(|pull| pull.connection == connection);
+        for transfer in broken {
+            self.fail(transfer, PullResult::Unreachable);
+        }
+    }
+
+    /// The peer behind a connection cannot exchange bytes with this cache.
+    pub fn refuse(&mut self, connection: ConnectionId) {
+        let broken: Vec<u64> = self.transfers(|pull| pull.connection == connection);
+        for transfer in broken {
+            self.fail(transfer, PullResult::Denied(DenyReason::Namespace));
+        }
+    }
+
+    /// When [`tick`](Self::tick) must be called, at the latest.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let open = self.pulls.values().filter(|pull| pull.end.is_none());
+        open.map(|pull| pull.deadline).min()
+    }
+
+    /// Gives up what takes too long.
+    pub fn tick(&mut self, now: Instant) {
+        let late: Vec<u64> = self.transfers(|pull| pull.end.is_none() && pull.deadline <= now);
+        for transfer in late {
+            self.fail(transfer, PullResult::TimedOut);
+        }
+    }
+
+    /// The next thing to do.
+    pub fn next_action(&mut self) -> Option<PullerAction> {
+        self.actions.pop_front()
+    }
+
+    /// Number of pulls that have not ended.
+    pub fn pull_count(&self) -> usize {
+        self.pulls.len()
+    }
+
+    fn transfers(&self, choose: impl Fn(&Pull) -> bool) -> Vec<u64> {
+        let chosen = self.pulls.iter().filter(|(_, pull)| choose(pull));
+        chosen.map(|(&transfer, _)| transfer).collect()
+    }
+
+    /// Takes up a notice, and has copied what it allows.
+    fn more(&mut self, transfer: u64, blocks: &[u32], progress: Progress) -> Result<(), &'static str> {
+        let limits = self.limits;
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return Ok(());
+        };
+        if pull.lease.is_none() {
+            return Err("a notice before the grant");
+        }
+        let end_block = pull.first_block + pull.count() as u32;
+        let named = pull.sources.len() + blocks.len();
+        let fits = named <= pull.count()
+            && blocks.iter().all(|&block| block < limits.block_count_max)
+            && progress.done_blocks <= progress.wave_blocks
+            && progress.wave_blocks <= end_block
+            && progress.wave_layers <= limits.layers;
+        if !fits {
+            self.fail(transfer, PullResult::Misbehaved);
+            return Err("a notice about blocks or layers that do not exist");
+        }
+        pull.sources.extend_from_slice(blocks);
+        pull.progress = progress;
+        // Positions in `targets`.
+        let position = |block: u32| (block.saturating_sub(pull.first_block) as usize).min(pull.sources.len());
+        let (done, wave) = (position(progress.done_blocks), position(progress.wave_blocks));
+        let mut spans: Vec<(Range<u32>, Range<usize>)> = Vec::new();
+        if done > pull.copied_blocks {
+            // Those of the wave have their first layers already.
+            let in_wave = done.min(pull.wave_blocks).max(pull.copied_blocks);
+            if in_wave > pull.copied_blocks {
+                spans.push((pull.wave_layers..limits.layers, pull.copied_blocks..in_wave));
+            }
+            if done > in_wave {
+                spans.push((0..limits.layers, in_wave..done));
+            }
+            pull.copied_blocks = done;
+            if pull.wave_blocks <= done {
+                (pull.wave_blocks, pull.wave_layers) = (done, 0);
+            }
+        }
+        if wave > pull.copied_blocks && progress.wave_layers > 0 {
+            // What a narrower wave leaves out is copied whole once it is done.
+            pull.wave_blocks = pull.wave_blocks.min(wave);
+            let old_wave = pull.wave_blocks.max(pull.copied_blocks);
+            let whole = progress.wave_layers;
+            if old_wave > pull.copied_blocks && whole > pull.wave_layers {
+                spans.push((pull.wave_layers..whole, pull.copied_blocks..old_wave));
+            }
+            // A wave only grows in one dimension at a time as long as its layers are equal for all of its blocks.
+            if wave > old_wave && (old_wave == pull.copied_blocks || whole >= pull.wave_layers) {
+                spans.push((0..whole, old_wave..wave));
+                pull.wave_blocks = wave;
+            }
+            pull.wave_layers = pull.wave_layers.max(whole);
+        }
+        let (slot, epoch) = pull.lease.unwrap_or_default();
+        for (layers, positions) in spans {
+            if layers.is_empty() || positions.is_empty() {
+                continue;
+            }
+            pull.running += 1;
+            self.actions.push_back(PullerAction::Copy {
+                transfer,
+                connection: pull.connection,
+                slot,
+                epoch,
+                span: Span {
+                    layers,
+                    remote: pull.sources[positions.clone()].to_vec(),
+                    local: pull.targets[positions].to_vec(),
+                },
+                deadline: pull.deadline,
+            });
+        }
+        // The last notice may only say that what is there already was the rest.
+        self.check_if_complete(transfer);
+        Ok(())
+    }
+
+    /// Ends a pull whose blocks are all there, once it is sure that they were right.
+    fn check_if_complete(&mut self, transfer: u64) {
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        if pull.running > 0 || pull.copied_blocks < pull.count() || pull.is_checking || pull.end.is_some() {
+            return;
+        }
+        match pull.lease {
+            Some((_, epoch)) if pull.unchecked => {
+                pull.is_checking = true;
+                let check = Message::Check { transfer, epoch };
+                self.actions.push_back(PullerAction::Send(pull.connection, check));
+            }
+            _ => self.finish(transfer),
+        }
+    }
+
+    fn finish(&mut self, transfer: u64) {
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        pull.end = Some(PullResult::Done);
+        let done = Message::Done { transfer };
+        self.actions.push_back(PullerAction::Send(pull.connection, done));
+        self.end_if_quiet(transfer);
+    }
+
+    fn fail(&mut self, transfer: u64, result: PullResult) {
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        if pull.end.is_some() {
+            return;
+        }
+        pull.end = Some(result);
+        let is_over = matches!(
+            result,
+            PullResult::Denied(_) | PullResult::Unreachable | PullResult::Misbehaved
+        );
+        if !is_over {
+            // The holder need not keep the blocks for this rank any longer.
+            let cancel = Message::Cancel { transfer };
+            self.actions
+                .push_back(PullerAction::Send(pull.connection, cancel));
+        }
+        if pull.running > 0 {
+            self.actions.push_back(PullerAction::StopCopies { transfer });
+        }
+        self.end_if_quiet(transfer);
+    }
+
+    fn end_if_quiet(&mut self, transfer: u64) {
+        let Some(pull) = self.pulls.get(&transfer) else {
+            return;
+        };
+        let (Some(result), 0) = (pull.end, pull.running) else {
+            return;
+        };
+        let job = pull.job;
+        self.pulls.remove(&transfer);
+        self.by_job.remove(&job);
+        self.actions.push_back(PullerAction::Ended {
+            job,
+            transfer,
+            result,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+use std::time::Duration;
+
+use super::*;
+
+const PEER: ConnectionId = ConnectionId(1);
+
+fn puller() -> Puller {
+    Puller::new(PullerLimits {
+        pulls: 2,
+        layers: 4,
+        block_count_max: 100,
+    })
+}
+
+fn request(job: u64, first_block: u32, targets: &[u32], now: Instant) -> PullRequest {
+    PullRequest {
+        job,
+        key: TransferKey::new("a").unwrap(),
+        prompt: Prompt {
+            tokens: 100,
+            digest: [1; 32],
+        },
+        first_block,
+        targets: targets.to_vec(),
+        deadline: now + Duration::from_secs(5),
+    }
+}
+
+fn actions(puller: &mut Puller) -> Vec<PullerAction> {
+    std::iter::from_fn(|| puller.next_action()).collect()
+}
+
+/// (layers, the holder's blocks, own blocks) of each copy.
+fn copies(puller: &mut Puller) -> Vec<(Range<u32>, Vec<u32>, Vec<u32>)> {
+    let copy = |action| match action {
+        PullerAction::Copy { span, .. } => Some((span.layers, span.remote, span.local)),
+        _ => None,
+    };
+    actions(puller).into_iter().filter_map(copy).collect()
+}
+
+fn ready(blocks: &[u32], done_blocks: u32, wave_blocks: u32, wave_layers: u32) -> Message {
+    Message::Ready {
+        transfer: 1,
+        blocks: blocks.to_vec(),
+        progress: Progress {
+            done_blocks,
+            wave_blocks,
+            wave_layers,
+        },
+    }
+}
+
+fn grant() -> Message {
+    Message::Grant {
+        transfer: 1,
+        slot: 3,
+        epoch: 9,
+    }
+}
+
+/// A pull of blocks 2, 3 and 4 of a prompt, granted.
+fn granted(now: Instant) -> Puller {
+    let mut puller = puller();
+    puller.pull(PEER, request(7, 2, &[10, 11, 12], now));
+    puller.receive(PEER, grant()).unwrap();
+    actions(&mut puller);
+    puller
+}
+
+#[test]
+fn layers_are_copied_as_they_become_ready_and_each_once() {
+    let mut puller = granted(Instant::now());
+    puller.receive(PEER, ready(&[50, 51, 52], 2, 4, 1)).unwrap();
+    assert_eq!(copies(&mut puller), [(0..1, vec![50, 51], vec![10, 11])]);
+    puller.receive(PEER, ready(&[], 2, 4, 3)).unwrap();
+    assert_eq!(copies(&mut puller), [(1..3, vec![50, 51], vec![10, 11])]);
+    puller.receive(PEER, ready(&[], 5, 5, 0)).unwrap();
+    assert_eq!(
+        copies(&mut puller),
+        [(3..4, vec![50, 51], vec![10, 11]), (0..4, vec![52], vec![12])]
+    );
+    (0..4).for_each(|_| puller.copied(1, Copied::Held));
+    let last = actions(&mut puller);
+    let ended = PullerAction::Ended {
+        job: 7,
+        transfer: 1,
+        result: PullResult::Done,
+    };
+    assert_eq!(
+        last,
+        [PullerAction::Send(PEER, Message::Done { transfer: 1 }), ended]
+    );
+    assert_eq!(puller.pull_count(), 0);
+}
+
+#[test]
+fn what_a_narrower_wave_leaves_out_is_copied_whole() {
+    let mut puller = granted(Instant::now());
+    puller.receive(PEER, ready(&[50, 51, 52], 2, 5, 1)).unwrap();
+    puller.receive(PEER, ready(&[], 2, 3, 2)).unwrap();
+    copies(&mut puller);
+    puller.receive(PEER, ready(&[], 5, 5, 0)).unwrap();
+    assert_eq!(
+        copies(&mut puller),
+        [(2..4, vec![50], vec![10]), (0..4, vec![51, 52], vec![11, 12])]
+    );
+}
+
+#[test]
+fn a_failed_pull_ends_only_when_its_copies_have() {
+    let now = Instant::now();
+    for (trouble, expected) in [
+        (0, PullResult::TimedOut),
+        (1, PullResult::Lapsed),
+        (2, PullResult::Unreachable),
+    ] {
+        let mut puller = granted(now);
+        puller.receive(PEER, ready(&[50, 51], 4, 4, 0)).unwrap();
+        actions(&mut puller);
+        match trouble {
+            0 => puller.tick(now + Duration::from_secs(5)),
+            1 => puller.receive(PEER, Message::Revoked { transfer: 1 }).unwrap(),
+            _ => puller.closed(PEER),
+        }
+        let before = actions(&mut puller);
+        assert!(
+            before.contains(&PullerAction::StopCopies { transfer: 1 }),
+            "{before:?}"
+        );
+        assert!(
+            !before
+                .iter()
+                .any(|action| matches!(action, PullerAction::Ended { .. }))
+        );
+        // Whatever became of the copy, it does not count any more.
+        puller.copied(1, Copied::Held);
+        let ended = PullerAction::Ended {
+            job: 7,
+            transfer: 1,
+            result: expected,
+        };
+        assert_eq!(actions(&mut puller), [ended]);
+    }
+}
+
+#[test]
+fn a_lane_that_cannot_see_the_lease_has_it_checked() {
+    for held in [true, false] {
+        let mut puller = granted(Instant::now());
+        puller.receive(PEER, ready(&[50, 51, 52], 5, 5, 0)).unwrap();
+        actions(&mut puller);
+        puller.copied(1, Copied::Unchecked);
+        let check = Message::Check {
+            transfer: 1,
+            epoch: 9,
+        };
+        assert_eq!(actions(&mut puller), [PullerAction::Send(PEER, check)]);
+        puller
+            .receive(PEER, Message::Checked { transfer: 1, held })
+            .unwrap();
+        let expected = if held {
+            PullResult::Done
+        } else {
+            PullResult::Lapsed
+        };
+        let last = actions(&mut puller).pop();
+        assert!(
+            matches!(last, Some(PullerAction::Ended { result, .. }) if result == expected),
+            "{last:?}"
+        );
+    }
+}
+
+#[test]
+fn a_holder_that_names_what_does_not_exist_is_cut_off_and_nothing_is_copied() {
+    for lie in [
+        ready(&[50, 51, 52, 53], 2, 2, 0),
+        ready(&[100], 2, 2, 0),
+        ready(&[50], 6, 6, 0),
+        ready(&[50], 3, 2, 0),
+        ready(&[50], 2, 3, 5),
+    ] {
+        let mut puller = granted(Instant::now());
+        assert!(puller.receive(PEER, lie.clone()).is_err(), "{lie:?}");
+        let last = actions(&mut puller);
+        let ended = PullerAction::Ended {
+            job: 7,
+            transfer: 1,
+            result: PullResult::Misbehaved,
+        };
+        assert_eq!(last, [ended], "{lie:?}");
+    }
+    let mut puller = puller();
+    puller.pull(PEER, request(7, 2, &[10], Instant::now()));
+    assert!(
+        puller.receive(PEER, ready(&[50], 3, 3, 0)).is_err(),
+        "a notice before the grant"
+    );
+}
+
+#[test]
+fn messages_about_others_transfers_do_no_harm() {
+    let mut puller = granted(Instant::now());
+    assert!(
+        puller
+            .receive(ConnectionId(2), Message::Revoked { transfer: 1 })
+            .is_err()
+    );
+    puller.receive(PEER, Message::Revoked { transfer: 99 }).unwrap();
+    assert!(puller.receive(PEER, grant()).is_err(), "a second grant");
+    assert_eq!(puller.pull_count(), 1);
+}
+
+#[test]
+fn too_many_pulls_are_refused_and_a_cancelled_one_makes_room() {
+    let now = Instant::now();
+    let mut puller = puller();
+    for job in 1..=3 {
+        puller.pull(PEER, request(job, 0, &[job as u32], now));
+    }
+    let last = actions(&mut puller).pop();
+    assert!(
+        matches!(
+            last,
+            Some(PullerAction::Ended {
+                job: 3,
+                result: PullResult::Busy,
+                ..
+            })
+        ),
+        "{last:?}"
+    );
+    puller.cancel(1);
+    let cancelled = actions(&mut puller);
+    assert!(
+        cancelled.contains(&PullerAction::Send(PEER, Message::Cancel { transfer: 1 })),
+        "{cancelled:?}"
+    );
+    puller.pull(PEER, request(4, 0, &[4], now));
+    assert!(matches!(actions(&mut puller)[..], [PullerAction::Send(..)]));
+}

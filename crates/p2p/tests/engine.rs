@@ -1,0 +1,382 @@
+//! Two workers and an asker in one process, over real sockets and real memory. The risk: parts that are right alone and
+//! wrong together.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvlane_core::{BlockMap, Device, NamespaceId, PagedMemory, TensorView};
+use kvlane_fs::HostCache;
+use kvlane_p2p::proto::{DenyReason, EndReason, Offer, Progress, PullResult};
+use kvlane_p2p::{
+    Asked, AskerOptions, LaneChoice, P2pAsker, P2pWorker, PeerAddress, Prompt, PullOrder, TransferKey,
+    WorkerOptions,
+};
+
+const BLOCK_TOKENS: u32 = 16;
+const LAYERS: usize = 3;
+const BLOCKS: u32 = 24;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// K and V in front of the blocks, or behind them: the payloads agree, the runs do not.
+fn cache(outer_halves: bool) -> Arc<HostCache> {
+    let (half, blocks) = (3000_u64, u64::from(BLOCKS));
+    let bytes = 2 * half * blocks;
+    let cache = HostCache::allocate(&[bytes as usize; LAYERS], |addresses| {
+        let view = |(layer, &address): (usize, &u64)| {
+            let (shape, strides) = if outer_halves {
+                (
+                    vec![2, blocks, 1, 1, half],
+                    vec![(blocks * half) as i64, half as i64, half as i64, half as i64, 1],
+                )
+            } else {
+                (vec![blocks, 2, half], vec![2 * half as i64, half as i64, 1])
+            };
+            TensorView {
+                name: format!("layer.{layer}"),
+                address,
+                device: Device::Host,
+                element_bytes: 1,
+                shape,
+                strides,
+            }
+        };
+        BlockMap::from_tensors(addresses.iter().enumerate().map(view), BLOCKS, None).unwrap()
+    });
+    Arc::new(cache)
+}
+
+fn content(seed: u32, layer: usize, block: u32, bytes: usize) -> Vec<u8> {
+    let mut state = u64::from(seed) << 32 ^ (layer as u64) << 16 ^ u64::from(block) ^ 0x9e37_79b9;
+    std::iter::repeat_with(|| {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 40) as u8
+    })
+    .take(bytes)
+    .collect()
+}
+
+fn fill(cache: &HostCache, seed: u32, blocks: impl IntoIterator<Item = u32>) {
+    for block in blocks {
+        for layer in 0..LAYERS {
+            let bytes = cache.layer_bytes(layer);
+            cache.write_layer(layer, block, &content(seed, layer, block, bytes));
+        }
+    }
+}
+
+fn layer_of(cache: &HostCache, layer: usize, block: u32) -> Vec<u8> {
+    let mut bytes = vec![0; cache.layer_bytes(layer)];
+    cache.read_layer(layer, block, &mut bytes);
+    bytes
+}
+
+struct Pair {
+    prefill: P2pWorker,
+    decode: P2pWorker,
+    asker: P2pAsker,
+    source: Arc<HostCache>,
+    target: Arc<HostCache>,
+    address: PeerAddress,
+}
+
+fn pair_with(lane: LaneChoice, change: impl FnOnce(&mut WorkerOptions, &mut WorkerOptions)) -> Pair {
+    let (source, target) = (cache(true), cache(false));
+    let mut prefill = WorkerOptions::new("prefill", BLOCK_TOKENS);
+    prefill.host = IpAddr::from([127, 0, 0, 1]);
+    prefill.can_pull = false;
+    let mut decode = WorkerOptions::new("decode", BLOCK_TOKENS);
+    decode.can_offer = false;
+    decode.lane = lane;
+    change(&mut prefill, &mut decode);
+    let namespace = NamespaceId([7; 32]);
+    let mut asker = AskerOptions::new("decode");
+    asker.peer.secret = decode.peer.secret.clone();
+    let prefill = P2pWorker::open(Arc::clone(&source), namespace, prefill).unwrap();
+    let address = PeerAddress::new("127.0.0.1", prefill.port().unwrap()).unwrap();
+    Pair {
+        decode: P2pWorker::open(Arc::clone(&target), namespace, decode).unwrap(),
+        asker: P2pAsker::open(asker).unwrap(),
+        prefill,
+        source,
+        target,
+        address,
+    }
+}
+
+fn pair(lane: LaneChoice) -> Pair {
+    pair_with(lane, |_, _| {})
+}
+
+fn key(text: &str) -> TransferKey {
+    TransferKey::new(text).unwrap()
+}
+
+fn prompt(blocks: u32) -> Prompt {
+    Prompt {
+        tokens: blocks * BLOCK_TOKENS - 3,
+        digest: [blocks as u8; 32],
+    }
+}
+
+fn offer(hold: &str, text: &str, blocks: &[u32]) -> Offer {
+    Offer {
+        hold: hold.into(),
+        key: key(text),
+        prompt: prompt(blocks.len() as u32),
+        blocks: blocks.to_vec(),
+    }
+}
+
+fn done(blocks: u32) -> Progress {
+    Progress {
+        done_blocks: blocks,
+        wave_blocks: blocks,
+        wave_layers: 0,
+    }
+}
+
+impl Pair {
+    fn order(&self, text: &str, count: u32, first_block: u32, targets: &[u32]) -> PullOrder {
+        PullOrder {
+            address: self.address.clone(),
+            key: key(text),
+            prompt: prompt(count),
+            first_block,
+            targets: targets.to_vec(),
+            timeout: PATIENCE,
+        }
+    }
+
+    fn wait(&self, job: u64) -> PullResult {
+        let result = self.decode.wait(job, Instant::now() + 2 * PATIENCE).unwrap();
+        result.expect("the pull ends")
+    }
+
+    fn asked(&self, text: &str, count: u32) -> Asked {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.asker.ask(&key(text), &self.address, prompt(count), PATIENCE) {
+                Asked::Pending => assert!(Instant::now() < end, "no answer"),
+                other => return other,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn ended(&self) -> Vec<(Arc<str>, EndReason)> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let ended = self.prefill.ended_holds();
+            if !ended.is_empty() {
+                return ended;
+            }
+            assert!(Instant::now() < end, "the hold never ends");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+const LANES: [LaneChoice; 2] = [LaneChoice::Shm, LaneChoice::Tcp];
+
+#[test]
+fn a_computed_prompt_is_asked_for_pulled_and_released() {
+    for lane in LANES {
+        let pair = pair(lane);
+        let (blocks, targets) = ([3, 9, 4, 20], [8, 2, 11, 5]);
+        fill(&pair.source, 1, 0..BLOCKS);
+        fill(&pair.target, 2, 0..BLOCKS);
+        assert!(pair.prefill.offer(offer("request-1", "a", &blocks)).unwrap());
+        assert_eq!(pair.asked("a", 4), Asked::Started);
+        pair.prefill.progress("request-1", done(4)).unwrap();
+        pair.prefill.finish(&"request-1".into()).unwrap();
+        let job = pair.decode.pull(pair.order("a", 4, 0, &targets)).unwrap();
+        assert_eq!(pair.wait(job), PullResult::Done, "{lane:?}");
+        for layer in 0..LAYERS {
+            let bytes = pair.target.layer_bytes(layer);
+            for block in 0..BLOCKS {
+                let expected = match targets.iter().position(|&target| target == block) {
+                    Some(place) => content(1, layer, blocks[place], bytes),
+                    None => content(2, layer, block, bytes),
+                };
+                assert!(
+                    layer_of(&pair.target, layer, block) == expected,
+                    "{lane:?} {layer} {block}"
+                );
+            }
+        }
+        assert_eq!(pair.ended(), [("request-1".into(), EndReason::Released)]);
+    }
+}
+
+#[test]
+fn layers_arrive_while_later_ones_are_computed() {
+    for lane in LANES {
+        let pair = pair(lane);
+        assert!(pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap());
+        let job = pair.decode.pull(pair.order("a", 3, 0, &[4, 5, 6])).unwrap();
+        // Another prompt length: the offer has two blocks of 29 tokens, the order is for 45.
+        assert_eq!(pair.wait(job), PullResult::Denied(DenyReason::Mismatch));
+
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        let mut progress = Progress {
+            done_blocks: 0,
+            wave_blocks: 2,
+            wave_layers: 0,
+        };
+        for layer in 0..LAYERS {
+            let bytes = pair.source.layer_bytes(layer);
+            for block in [1, 2] {
+                pair.source
+                    .write_layer(layer, block, &content(5, layer, block, bytes));
+            }
+            progress.wave_layers += 1;
+            pair.prefill.progress("r", progress).unwrap();
+            let end = Instant::now() + PATIENCE;
+            while layer_of(&pair.target, layer, 5) != content(5, layer, 2, bytes) {
+                assert!(
+                    Instant::now() < end,
+                    "layer {layer} does not arrive early over {lane:?}"
+                );
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert!(pair.decode.poll().is_empty(), "not done before prefill says so");
+        pair.prefill.progress("r", done(2)).unwrap();
+        assert_eq!(pair.wait(job), PullResult::Done);
+        pair.prefill.finish(&"r".into()).unwrap();
+        assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
+    }
+}
+
+#[test]
+fn a_question_waits_for_its_prompt_and_another_prompt_is_no_answer() {
+    let pair = pair(LaneChoice::Auto);
+    assert_eq!(
+        pair.asker.ask(&key("a"), &pair.address, prompt(2), PATIENCE),
+        Asked::Pending
+    );
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(
+        pair.asker.ask(&key("a"), &pair.address, prompt(2), PATIENCE),
+        Asked::Pending
+    );
+    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    assert_eq!(pair.asked("a", 2), Asked::Started);
+    pair.prefill.offer(offer("s", "b", &[3])).unwrap();
+    assert_eq!(pair.asked("b", 2), Asked::Mismatch);
+}
+
+#[test]
+fn revoked_blocks_never_count_and_are_not_reported_as_released() {
+    for lane in LANES {
+        let pair = pair(lane);
+        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        pair.prefill.revoke("r").unwrap();
+        assert_eq!(pair.wait(job), PullResult::Lapsed, "{lane:?}");
+        assert!(pair.prefill.ended_holds().is_empty());
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        assert_eq!(pair.wait(job), PullResult::Denied(DenyReason::Gone));
+    }
+}
+
+#[test]
+fn a_hold_that_nobody_wants_expires() {
+    let pair = pair_with(LaneChoice::Auto, |prefill, _| {
+        prefill.lease = Duration::from_millis(80)
+    });
+    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    pair.prefill.progress("r", done(2)).unwrap();
+    let start = Instant::now();
+    pair.prefill.finish(&"r".into()).unwrap();
+    assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
+    assert!(start.elapsed() >= Duration::from_millis(80));
+    assert_eq!(pair.asked("a", 2), Asked::None);
+}
+
+#[test]
+fn a_full_local_hit_releases_the_hold() {
+    let pair = pair(LaneChoice::Auto);
+    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    pair.prefill.progress("r", done(2)).unwrap();
+    pair.prefill.finish(&"r".into()).unwrap();
+    pair.decode.release(&pair.address, key("a"), prompt(2));
+    assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
+}
+
+#[test]
+fn a_prefill_server_that_ends_makes_pulls_and_questions_unreachable() {
+    for lane in LANES {
+        let pair = pair(lane);
+        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        pair.asker.ask(&key("never"), &pair.address, prompt(2), PATIENCE);
+        std::thread::sleep(Duration::from_millis(50));
+        pair.prefill.close();
+        assert_eq!(pair.wait(job), PullResult::Unreachable);
+        assert_eq!(pair.asked("never", 2), Asked::Unreachable);
+        let start = Instant::now();
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        assert_eq!(pair.wait(job), PullResult::Unreachable);
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn another_secret_or_namespace_pulls_nothing() {
+    let secret = |text: &str| Some(text.as_bytes().to_vec());
+    let pair = pair_with(LaneChoice::Auto, |prefill, decode| {
+        prefill.peer.secret = secret("one");
+        decode.peer.secret = secret("two");
+    });
+    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+    assert_eq!(pair.wait(job), PullResult::Unreachable);
+    assert_eq!(pair.asked("a", 2), Asked::Unreachable);
+
+    let pair = pair_with(LaneChoice::Auto, |prefill, decode| {
+        prefill.peer.secret = secret("one");
+        decode.peer.secret = secret("one");
+    });
+    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    pair.prefill.progress("r", done(2)).unwrap();
+    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+    assert_eq!(pair.wait(job), PullResult::Done);
+    let mut options = WorkerOptions::new("stranger", BLOCK_TOKENS);
+    options.can_offer = false;
+    options.peer.secret = secret("one");
+    let stranger = P2pWorker::open(cache(false), NamespaceId([8; 32]), options).unwrap();
+    let job = stranger.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+    let result = stranger.wait(job, Instant::now() + PATIENCE).unwrap();
+    assert_eq!(result, Some(PullResult::Denied(DenyReason::Namespace)));
+}
+
+#[test]
+fn a_cancelled_pull_ends_and_releases_the_hold() {
+    for lane in LANES {
+        let pair = pair(lane);
+        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        pair.decode.cancel(job);
+        assert_eq!(pair.wait(job), PullResult::Cancelled);
+        pair.prefill.finish(&"r".into()).unwrap();
+        assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
+    }
+}
+
+#[test]
+fn misuse_is_refused_with_a_sentence() {
+    let pair = pair(LaneChoice::Auto);
+    let too_high = pair.decode.pull(pair.order("a", 2, 0, &[4, BLOCKS])).unwrap_err();
+    assert!(too_high.to_string().contains("below 24"), "{too_high}");
+    assert!(pair.decode.pull(pair.order("a", 2, 0, &[4, 4])).is_err());
+    assert!(pair.decode.pull(pair.order("a", 2, 1, &[4, 5])).is_err());
+    assert!(pair.prefill.pull(pair.order("a", 2, 0, &[4])).is_err());
+    assert!(pair.decode.offer(offer("r", "a", &[1])).is_err());
+    assert!(pair.decode.wait(77, Instant::now()).is_err());
+}

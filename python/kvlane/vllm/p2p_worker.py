@@ -1,0 +1,318 @@
+"""The P2P worker half: says what the cache holds to the native module, and has it fill blocks.
+
+All hooks run on the worker's main thread and none of them waits, but for a moment when a load is aborted on vLLM 0.15.
+Bytes move on the native module's own threads.
+"""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kvlane._native import Layout
+from kvlane.vllm.p2p_options import P2pOptions
+from kvlane.vllm.p2p_steps import IDLE, Abort, Extend, Finish, Offer, Order, P2pStep, Progress, Pull, Release, Revoke
+from kvlane.vllm.worker import ABORT_WAIT_MS, log_once
+
+logger = logging.getLogger("vllm.kvlane")
+
+#: How often the native module is asked for its figures.
+STATS_INTERVAL_S = 0.5
+
+
+class Transfer(Protocol):
+    """What the worker half needs of `kvlane._native.P2pWorker`."""
+
+    def offer(self, key: str, tokens: int, digest: bytes, block_ids: list[int]) -> None: ...
+    def extend(self, key: str, block_ids: list[int]) -> None: ...
+    def progress(self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int) -> None: ...
+    def finish(self, key: str) -> None: ...
+    def revoke(self, key: str) -> None: ...
+    def released(self) -> list[str]: ...
+    def pull(
+        self,
+        key: str,
+        host: str,
+        port: int,
+        tokens: int,
+        digest: bytes,
+        first_block: int,
+        block_ids: list[int],
+        timeout_ms: int,
+    ) -> int: ...
+    def release(self, key: str, host: str, port: int, digest: bytes) -> None: ...
+    def cancel(self, job: int) -> None: ...
+    def poll(self) -> list[tuple[int, list[int], str]]: ...
+    def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None: ...
+    def stats(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class P2pWorkerSettings:
+    """Facts about the engine that the worker half depends on."""
+
+    #: This worker's rank in its engine. The worker of equal rank of the other server has its bytes.
+    rank: int = 0
+    #: Layer hooks run once per layer and step, with all of the step's tokens.
+    whole_layers: bool = True
+    #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
+    holds_aborted_loads: bool = True
+
+
+@dataclasses.dataclass
+class _Running:
+    request_id: str
+    block_ids: list[int]
+    aborted: bool = False
+
+
+class P2pWorkerHalf:
+    """Carries out what the scheduler half planned."""
+
+    def __init__(
+        self, options: P2pOptions, settings: P2pWorkerSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._clock = clock
+        self._native: Transfer | None = None
+        self._layout: Layout | None = None
+        self._step: P2pStep = IDLE
+        #: The step whose orders were carried out: two hooks bring it.
+        self._ordered: P2pStep = IDLE
+        #: What the step completes, until it was said.
+        self.step_progress: list[Progress] = []
+        self._saved_layers: set[int] = set()
+        self._whole_layers = 0
+        #: Ended requests whose blocks are held, by key.
+        self._held: dict[str, str] = {}
+        self._running: dict[int, _Running] = {}
+        self._job_of_request: dict[str, int] = {}
+        self._received: set[str] = set()
+        self._sent: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._counters: dict[str, float] = {}
+        self._next_stats_s = 0.0
+
+    def open(self, native: Transfer, layout: Layout) -> None:
+        """From now on orders are carried out."""
+        self._native, self._layout = native, layout
+
+    # ---- the hooks of a step, in their order
+
+    def carry_out(self, step: P2pStep) -> None:
+        """The step's orders, before anything of it may write to the cache. The second call in a step does nothing."""
+        if step is self._ordered:
+            return
+        self._ordered = step
+        for order in step.orders:
+            try:
+                self._carry_out(order)
+            except Exception as error:
+                log_once(f"order {type(order).__name__}", error)
+                if isinstance(order, Finish):  # vLLM waits for a word about it
+                    self._held.pop(order.key, None)
+                    self._sent.add(order.request_id)
+
+    def begin_step(self, step: P2pStep) -> None:
+        """Before the forward pass."""
+        self._step = step
+        if step.is_idle:
+            return
+        self.carry_out(step)
+        self.step_progress = list(step.progress) if self._native is not None else []
+        self._saved_layers.clear()
+        self._whole_layers = 0
+
+    def start_loads(self) -> None:
+        """Starts the step's pulls."""
+        pulls = self._step.pulls
+        if not pulls:
+            return
+        self._step = dataclasses.replace(self._step, pulls=[])  # a second call in a step starts nothing
+        for pull in pulls:
+            running = _Running(pull.request_id, pull.block_ids)
+            try:
+                job = self._pull(pull)
+            except Exception as error:
+                # vLLM waits for every load, so this one must end.
+                log_once("start of a pull", error)
+                self._ended(running, range(len(pull.block_ids)), "refused")
+            else:
+                self._running[job] = running
+                self._job_of_request[pull.request_id] = job
+
+    def layer_saved(self, name: str) -> None:
+        """A layer's KV of this step is complete, so it can leave while the next layers compute."""
+        if self._native is None or self._layout is None or not self._settings.whole_layers:
+            return
+        layer = self._layout.layer_index(name)
+        if layer is None or layer in self._saved_layers:
+            return
+        self._saved_layers.add(layer)
+        before = self._whole_layers
+        while self._whole_layers in self._saved_layers:
+            self._whole_layers += 1
+        # The last layer is said with the end of the step.
+        if before == self._whole_layers or self._whole_layers >= self._layout.layer_count:
+            return
+        for one in self.step_progress:
+            self._try("progress", self._native.progress, one.key, one.done_blocks, one.wave_blocks, self._whole_layers)
+
+    def finish_step(self) -> None:
+        """After the forward pass: the step's blocks are complete in all layers."""
+        progress, self.step_progress = self.step_progress, []
+        if self._native is None or not progress:
+            return
+        if sys.exc_info()[0] is not None:
+            return  # vLLM calls this also for a forward pass that failed half-way
+        for one in progress:
+            self._try("progress", self._native.progress, one.key, one.wave_blocks, one.wave_blocks, 0)
+
+    def finished(self) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose blocks are not held any more, and requests whose pull ended. Each is reported once."""
+        native = self._native
+        if native is not None:
+            if self._held:
+                for key in self._try("released", native.released) or ():
+                    request_id = self._held.pop(key, None)
+                    if request_id is not None:
+                        self._sent.add(request_id)
+            if self._running:
+                for job, positions, reason in self._try("poll", native.poll) or ():
+                    running = self._running.pop(job, None)
+                    if running is not None:
+                        self._ended(running, positions, reason)
+        if not (self._sent or self._received):
+            return None, None
+        sent, self._sent = self._sent, set()
+        received, self._received = self._received, set()
+        return sent or None, received or None
+
+    def bad_blocks(self) -> set[int]:
+        """Blocks whose pull failed since the last call."""
+        if not self._bad_blocks:
+            return set()
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def end_step(self) -> None:
+        """The step is over."""
+        if self.step_progress:
+            self.finish_step()
+        if self._step.pulls:
+            self.start_loads()  # vLLM waits for them, whether it called their hook or not
+        self._step = IDLE
+
+    def take_counters(self) -> dict[str, float]:
+        """Counts since the last call, empty if nothing happened."""
+        if self._native is None:
+            return {}
+        now_s = self._clock()
+        if now_s < self._next_stats_s:
+            return {}
+        self._next_stats_s = now_s + STATS_INTERVAL_S
+        counters = dict(self._try("stats", self._native.stats) or {})
+        own, self._counters = self._counters, {}
+        for name, amount in own.items():
+            counters[name] = counters.get(name, 0) + amount
+        return counters
+
+    def close(self) -> None:
+        native, self._native = self._native, None
+        if native is None:
+            return
+        native.close()
+        # Nobody hears of its jobs and leases any more.
+        for running in self._running.values():
+            self._ended(running, range(len(running.block_ids)), "closed")
+        self._running.clear()
+        self._sent.update(self._held.values())
+        self._held.clear()
+        self.step_progress = []
+
+    # ---- orders and pulls
+
+    def _carry_out(self, order: Order) -> None:
+        native = self._native
+        if isinstance(order, Abort):
+            self._abort(order.request_id)
+        elif native is None:
+            if isinstance(order, Finish):
+                self._sent.add(order.request_id)
+        elif isinstance(order, Offer):
+            native.offer(order.key, order.tokens, order.digest, order.block_ids)
+        elif isinstance(order, Extend):
+            native.extend(order.key, order.block_ids)
+        elif isinstance(order, Finish):
+            self._held[order.key] = order.request_id
+            native.finish(order.key)
+        elif isinstance(order, Revoke):
+            held = self._held.pop(order.key, None)
+            if held is not None:
+                self._sent.add(held)
+            native.revoke(order.key)
+        elif isinstance(order, Release):
+            native.release(order.key, order.host, order.port + self._settings.rank, order.digest)
+
+    def _pull(self, pull: Pull) -> int:
+        if self._native is None:
+            raise RuntimeError("the KV caches are not registered")
+        return self._native.pull(
+            pull.key,
+            pull.host,
+            pull.port + self._settings.rank,
+            pull.tokens,
+            pull.digest,
+            pull.first_block,
+            pull.block_ids,
+            self._options.transfer_timeout_ms,
+        )
+
+    def _abort(self, request_id: str) -> None:
+        job = self._job_of_request.get(request_id)
+        if job is None or self._native is None:
+            # It was reported already. vLLM 0.15 waits for a word that the blocks are free; newer versions must not
+            # hear of the request again.
+            if not self._settings.holds_aborted_loads:
+                self._sent.add(request_id)
+            return
+        running = self._running[job]
+        running.aborted = True
+        self._try("cancel", self._native.cancel, job)
+        if not self._settings.holds_aborted_loads:
+            ended = self._try("wait", self._native.wait, job, ABORT_WAIT_MS)
+            if ended is not None:
+                del self._running[job]
+                self._ended(running, *ended)
+
+    def _ended(self, running: _Running, positions: Sequence[int], reason: str) -> None:
+        self._job_of_request.pop(running.request_id, None)
+        self._next_stats_s = 0.0  # an engine without requests makes no steps, so its last figures must be told now
+        if positions and not running.aborted:
+            self._bad_blocks.update(running.block_ids[position] for position in positions)
+            self._counters["failed_pulls"] = self._counters.get("failed_pulls", 0) + 1
+            by_reason = f"failed_{reason}"
+            self._counters[by_reason] = self._counters.get(by_reason, 0) + 1
+            logger.warning(
+                "kvlane: %d of %d blocks of request %s did not arrive (%s)",
+                len(positions),
+                len(running.block_ids),
+                running.request_id,
+                reason,
+            )
+        if running.aborted and not self._settings.holds_aborted_loads:
+            self._sent.add(running.request_id)
+        else:
+            self._received.add(running.request_id)
+
+    def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls into the native module; an error there costs a recompute, never a dead engine."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            log_once(what, error)
+            return None
