@@ -175,7 +175,8 @@ class P2pWorker:
     def finish(self, key: str) -> None:
         """The request has ended and vLLM keeps its blocks until ``released`` names the key."""
     def revoke(self, key: str) -> None:
-        """The blocks may be written by others as soon as this returns. The key is not named by ``released``."""
+        """The blocks may be written by others as soon as this returns. The key is not named by ``released``. For a key
+        that is not held: nothing will come under it."""
     def released(self) -> list[str]:
         """Keys finished before whose lease has ended since; each once."""
     def pull(

@@ -41,7 +41,7 @@ fn cache(outer_halves: bool) -> Arc<HostCache> {
                 strides,
             }
         };
-        BlockMap::from_tensors(addresses.iter().enumerate().map(view), BLOCKS, None).unwrap()
+        BlockMap::from_tensors(addresses.iter().enumerate().map(view), BLOCKS, None).expect("accepted")
     });
     Arc::new(cache)
 }
@@ -94,11 +94,11 @@ fn pair_with(lane: LaneChoice, change: impl FnOnce(&mut WorkerOptions, &mut Work
     let namespace = NamespaceId([7; 32]);
     let mut asker = AskerOptions::new("decode");
     asker.peer.secret = decode.peer.secret.clone();
-    let prefill = P2pWorker::open(Arc::clone(&source), namespace, prefill).unwrap();
-    let address = PeerAddress::new("127.0.0.1", prefill.port().unwrap()).unwrap();
+    let prefill = P2pWorker::open(Arc::clone(&source), namespace, prefill).expect("accepted");
+    let address = PeerAddress::new("127.0.0.1", prefill.port().expect("accepted")).expect("accepted");
     Pair {
-        decode: P2pWorker::open(Arc::clone(&target), namespace, decode).unwrap(),
-        asker: P2pAsker::open(asker).unwrap(),
+        decode: P2pWorker::open(Arc::clone(&target), namespace, decode).expect("accepted"),
+        asker: P2pAsker::open(asker).expect("accepted"),
         prefill,
         source,
         target,
@@ -111,7 +111,7 @@ fn pair(lane: LaneChoice) -> Pair {
 }
 
 fn key(text: &str) -> TransferKey {
-    TransferKey::new(text).unwrap()
+    TransferKey::new(text).expect("accepted")
 }
 
 fn prompt(blocks: u32) -> Prompt {
@@ -151,7 +151,10 @@ impl Pair {
     }
 
     fn wait(&self, job: u64) -> PullResult {
-        let result = self.decode.wait(job, Instant::now() + 2 * PATIENCE).unwrap();
+        let result = self
+            .decode
+            .wait(job, Instant::now() + 2 * PATIENCE)
+            .expect("accepted");
         result.expect("the pull ends")
     }
 
@@ -188,11 +191,18 @@ fn a_computed_prompt_is_asked_for_pulled_and_released() {
         let (blocks, targets) = ([3, 9, 4, 20], [8, 2, 11, 5]);
         fill(&pair.source, 1, 0..BLOCKS);
         fill(&pair.target, 2, 0..BLOCKS);
-        assert!(pair.prefill.offer(offer("request-1", "a", &blocks)).unwrap());
+        assert!(
+            pair.prefill
+                .offer(offer("request-1", "a", &blocks))
+                .expect("accepted")
+        );
         assert_eq!(pair.asked("a", 4), Asked::Started);
-        pair.prefill.progress("request-1", done(4)).unwrap();
-        pair.prefill.finish(&"request-1".into()).unwrap();
-        let job = pair.decode.pull(pair.order("a", 4, 0, &targets)).unwrap();
+        pair.prefill.progress("request-1", done(4)).expect("accepted");
+        pair.prefill.finish(&"request-1".into()).expect("accepted");
+        let job = pair
+            .decode
+            .pull(pair.order("a", 4, 0, &targets))
+            .expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Done, "{lane:?}");
         for layer in 0..LAYERS {
             let bytes = pair.target.layer_bytes(layer);
@@ -215,12 +225,18 @@ fn a_computed_prompt_is_asked_for_pulled_and_released() {
 fn layers_arrive_while_later_ones_are_computed() {
     for lane in LANES {
         let pair = pair(lane);
-        assert!(pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap());
-        let job = pair.decode.pull(pair.order("a", 3, 0, &[4, 5, 6])).unwrap();
+        assert!(pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted"));
+        let job = pair
+            .decode
+            .pull(pair.order("a", 3, 0, &[4, 5, 6]))
+            .expect("accepted");
         // Another prompt length: the offer has two blocks of 29 tokens, the order is for 45.
         assert_eq!(pair.wait(job), PullResult::Denied(DenyReason::Mismatch));
 
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         let mut progress = Progress {
             done_blocks: 0,
             wave_blocks: 2,
@@ -233,7 +249,7 @@ fn layers_arrive_while_later_ones_are_computed() {
                     .write_layer(layer, block, &content(5, layer, block, bytes));
             }
             progress.wave_layers += 1;
-            pair.prefill.progress("r", progress).unwrap();
+            pair.prefill.progress("r", progress).expect("accepted");
             let end = Instant::now() + PATIENCE;
             while layer_of(&pair.target, layer, 5) != content(5, layer, 2, bytes) {
                 assert!(
@@ -244,9 +260,9 @@ fn layers_arrive_while_later_ones_are_computed() {
             }
         }
         assert!(pair.decode.poll().is_empty(), "not done before prefill says so");
-        pair.prefill.progress("r", done(2)).unwrap();
+        pair.prefill.progress("r", done(2)).expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Done);
-        pair.prefill.finish(&"r".into()).unwrap();
+        pair.prefill.finish(&"r".into()).expect("accepted");
         assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
     }
 }
@@ -263,9 +279,9 @@ fn a_question_waits_for_its_prompt_and_another_prompt_is_no_answer() {
         pair.asker.ask(&key("a"), &pair.address, prompt(2), PATIENCE),
         Asked::Pending
     );
-    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
     assert_eq!(pair.asked("a", 2), Asked::Started);
-    pair.prefill.offer(offer("s", "b", &[3])).unwrap();
+    pair.prefill.offer(offer("s", "b", &[3])).expect("accepted");
     assert_eq!(pair.asked("b", 2), Asked::Mismatch);
 }
 
@@ -273,13 +289,19 @@ fn a_question_waits_for_its_prompt_and_another_prompt_is_no_answer() {
 fn revoked_blocks_never_count_and_are_not_reported_as_released() {
     for lane in LANES {
         let pair = pair(lane);
-        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         std::thread::sleep(Duration::from_millis(30));
-        pair.prefill.revoke("r").unwrap();
+        pair.prefill.revoke("r").expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Lapsed, "{lane:?}");
         assert!(pair.prefill.ended_holds().is_empty());
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Denied(DenyReason::Gone));
     }
 }
@@ -289,10 +311,10 @@ fn a_hold_that_nobody_wants_expires() {
     let pair = pair_with(LaneChoice::Auto, |prefill, _| {
         prefill.lease = Duration::from_millis(80)
     });
-    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-    pair.prefill.progress("r", done(2)).unwrap();
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    pair.prefill.progress("r", done(2)).expect("accepted");
     let start = Instant::now();
-    pair.prefill.finish(&"r".into()).unwrap();
+    pair.prefill.finish(&"r".into()).expect("accepted");
     assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
     assert!(start.elapsed() >= Duration::from_millis(80));
     assert_eq!(pair.asked("a", 2), Asked::None);
@@ -301,9 +323,9 @@ fn a_hold_that_nobody_wants_expires() {
 #[test]
 fn a_full_local_hit_releases_the_hold() {
     let pair = pair(LaneChoice::Auto);
-    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-    pair.prefill.progress("r", done(2)).unwrap();
-    pair.prefill.finish(&"r".into()).unwrap();
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    pair.prefill.progress("r", done(2)).expect("accepted");
+    pair.prefill.finish(&"r".into()).expect("accepted");
     pair.decode.release(&pair.address, key("a"), prompt(2));
     assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
 }
@@ -312,15 +334,21 @@ fn a_full_local_hit_releases_the_hold() {
 fn a_prefill_server_that_ends_makes_pulls_and_questions_unreachable() {
     for lane in LANES {
         let pair = pair(lane);
-        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         pair.asker.ask(&key("never"), &pair.address, prompt(2), PATIENCE);
         std::thread::sleep(Duration::from_millis(50));
         pair.prefill.close();
         assert_eq!(pair.wait(job), PullResult::Unreachable);
         assert_eq!(pair.asked("never", 2), Asked::Unreachable);
         let start = Instant::now();
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Unreachable);
         assert!(start.elapsed() < Duration::from_secs(5));
     }
@@ -333,8 +361,11 @@ fn another_secret_or_namespace_pulls_nothing() {
         prefill.peer.secret = secret("one");
         decode.peer.secret = secret("two");
     });
-    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    let job = pair
+        .decode
+        .pull(pair.order("a", 2, 0, &[4, 5]))
+        .expect("accepted");
     assert_eq!(pair.wait(job), PullResult::Unreachable);
     assert_eq!(pair.asked("a", 2), Asked::Unreachable);
 
@@ -342,16 +373,19 @@ fn another_secret_or_namespace_pulls_nothing() {
         prefill.peer.secret = secret("one");
         decode.peer.secret = secret("one");
     });
-    pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-    pair.prefill.progress("r", done(2)).unwrap();
-    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    pair.prefill.progress("r", done(2)).expect("accepted");
+    let job = pair
+        .decode
+        .pull(pair.order("a", 2, 0, &[4, 5]))
+        .expect("accepted");
     assert_eq!(pair.wait(job), PullResult::Done);
     let mut options = WorkerOptions::new("stranger", BLOCK_TOKENS);
     options.can_offer = false;
     options.peer.secret = secret("one");
-    let stranger = P2pWorker::open(cache(false), NamespaceId([8; 32]), options).unwrap();
-    let job = stranger.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
-    let result = stranger.wait(job, Instant::now() + PATIENCE).unwrap();
+    let stranger = P2pWorker::open(cache(false), NamespaceId([8; 32]), options).expect("accepted");
+    let job = stranger.pull(pair.order("a", 2, 0, &[4, 5])).expect("accepted");
+    let result = stranger.wait(job, Instant::now() + PATIENCE).expect("accepted");
     assert_eq!(result, Some(PullResult::Denied(DenyReason::Namespace)));
 }
 
@@ -359,12 +393,15 @@ fn another_secret_or_namespace_pulls_nothing() {
 fn a_cancelled_pull_ends_and_releases_the_hold() {
     for lane in LANES {
         let pair = pair(lane);
-        pair.prefill.offer(offer("r", "a", &[1, 2])).unwrap();
-        let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).unwrap();
+        pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
         std::thread::sleep(Duration::from_millis(30));
         pair.decode.cancel(job);
         assert_eq!(pair.wait(job), PullResult::Cancelled);
-        pair.prefill.finish(&"r".into()).unwrap();
+        pair.prefill.finish(&"r".into()).expect("accepted");
         assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
     }
 }

@@ -218,7 +218,13 @@ impl P2pWorker {
     }
 
     fn revoke(&self, py: Python<'_>, key: &str) -> PyResult<()> {
-        self.call(py, |worker| worker.revoke(key))
+        self.call(py, |worker| {
+            if !worker.revoke(key)? {
+                // The second time: nothing will come under this key.
+                worker.give_up(&TransferKey::new(key)?)?;
+            }
+            Ok(())
+        })
     }
 
     fn released(&self, py: Python<'_>) -> PyResult<Vec<String>> {

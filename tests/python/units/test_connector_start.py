@@ -5,7 +5,7 @@ import types
 import pytest
 
 from kvlane import ConfigError
-from kvlane.vllm import probes, start
+from kvlane.vllm import connector, probes, start
 from kvlane.vllm.options import parse_options
 from kvlane.vllm.unproven import NEXT_OUTPUT, STALE_TOKENS, UnprovenBlocks
 

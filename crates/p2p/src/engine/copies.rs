@@ -59,9 +59,9 @@ impl CopyPool {
         (Self { jobs: sender }, CopyQueue { jobs: receiver })
     }
 
-    /// Gives the job back if too many wait.
-    pub(super) fn push(&self, job: CopyJob) -> Result<(), CopyJob> {
-        self.jobs.try_send(job).map_err(|error| error.into_inner())
+    /// False: too many wait.
+    pub(super) fn push(&self, job: CopyJob) -> bool {
+        self.jobs.try_send(job).is_ok()
     }
 }
 

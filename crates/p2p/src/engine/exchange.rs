@@ -155,8 +155,8 @@ impl Exchange {
         {
             return self.copied(&done);
         }
-        if let Err(job) = self.copies.push(job) {
-            self.puller.copied(job.transfer, Copied::Failed);
+        if !self.copies.push(job) {
+            self.puller.copied(transfer, Copied::Failed);
         }
     }
 }

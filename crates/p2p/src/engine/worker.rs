@@ -181,9 +181,15 @@ impl P2pWorker {
         self.with_holder(|holder, now| holder.finish(now, hold))
     }
 
-    /// The engine needs the blocks: others may write them as soon as this returns. An unknown hold is ignored.
-    pub fn revoke(&self, hold: &str) -> Result<()> {
+    /// The engine needs the blocks: others may write them as soon as this returns. An offer may follow. False: the hold is
+    /// unknown.
+    pub fn revoke(&self, hold: &str) -> Result<bool> {
         self.with_holder(|holder, _| holder.revoke(hold))
+    }
+
+    /// Nothing will be offered under this key, so nobody shall wait for it.
+    pub fn give_up(&self, key: &TransferKey) -> Result<()> {
+        self.with_holder(|holder, now| holder.give_up(now, key))
     }
 
     /// Finished requests whose blocks are the engine's own again; each once.

@@ -99,6 +99,8 @@ pub struct Holder {
     keys: HashMap<TransferKey, Arc<str>>,
     /// Keys whose hold ended and will not come back: a question for them need not wait.
     gone: LruCache<TransferKey, Instant>,
+    /// Ranks that said that they need nothing, before the request was here, and when the last of them did.
+    early_releases: LruCache<TransferKey, (Prompt, u32, Instant)>,
     free_slots: Vec<u32>,
     by_slot: HashMap<u32, Arc<str>>,
     epochs: Vec<u64>,
@@ -151,6 +153,7 @@ impl Holder {
             holds: HashMap::new(),
             keys: HashMap::new(),
             gone: LruCache::new(remembered),
+            early_releases: LruCache::new(remembered),
             free_slots: (0..limits.slots).rev().collect(),
             by_slot: HashMap::new(),
             epochs: vec![1; limits.slots as usize],
@@ -180,6 +183,14 @@ impl Holder {
             return false;
         };
         self.gone.pop(&offer.key);
+        let released = match self.early_releases.pop(&offer.key) {
+            Some((prompt, ranks, told))
+                if prompt.digest == offer.prompt.digest && now < told + self.limits.lease =>
+            {
+                ranks
+            }
+            _ => 0,
+        };
         let hold = Hold {
             key: offer.key.clone(),
             prompt: offer.prompt,
@@ -189,8 +200,8 @@ impl Holder {
             lease: Some(Lease {
                 slot,
                 readers: Vec::new(),
-                released: 0,
-                is_claimed: false,
+                released,
+                is_claimed: released > 0,
                 expires: None,
             }),
             is_finished: false,
@@ -268,12 +279,23 @@ impl Holder {
         self.make_room(now);
     }
 
-    /// The engine takes the blocks back; whatever reads them finds out. An unknown hold is ignored.
-    pub fn revoke(&mut self, hold: &str) {
-        if let Some((hold, _)) = self.holds.get_key_value(hold) {
-            let hold = Arc::clone(hold);
-            self.close(&hold, EndReason::Revoked);
-            self.holds.remove(&hold);
+    /// The engine takes the blocks back; whatever reads them finds out. An offer may follow: questions wait for it.
+    /// False: the hold is unknown.
+    pub fn revoke(&mut self, hold: &str) -> bool {
+        let Some((hold, _)) = self.holds.get_key_value(hold) else {
+            return false;
+        };
+        let hold = Arc::clone(hold);
+        self.close(&hold, EndReason::Revoked);
+        self.holds.remove(&hold);
+        true
+    }
+
+    /// Nothing will be offered under this key: whoever waits for it need not wait any longer.
+    pub fn give_up(&mut self, now: Instant, key: &TransferKey) {
+        if !self.keys.contains_key(key) {
+            self.gone.put(key.clone(), now);
+            self.answer_waiting(key, |_| Verdict::None);
         }
     }
 
@@ -456,6 +478,12 @@ impl Holder {
             Some(hold) if range.end > hold.block_count => Some(DenyReason::Range),
             Some(_) => None,
         };
+        if reason == Some(DenyReason::Gone) && range.is_empty() {
+            // Decode may be faster than prefill, where both were called at once.
+            let (_, ranks, told) = self.early_releases.get_or_insert_mut(key, || (prompt, 0, now));
+            (*ranks, *told) = (*ranks + 1, now);
+            return Ok(());
+        }
         if let Some(reason) = reason {
             self.send(connection, Message::Deny { transfer, reason });
             return Ok(());

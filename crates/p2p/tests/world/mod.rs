@@ -317,7 +317,7 @@ impl World {
         let mut digest = [0; 32];
         digest[..8].copy_from_slice(&number.to_le_bytes());
         let request = Request {
-            key: TransferKey::new(format!("request {number}")).unwrap(),
+            key: TransferKey::new(format!("request {number}")).expect("accepted"),
             prompt: Prompt { tokens, digest },
             blocks,
             hold: None,

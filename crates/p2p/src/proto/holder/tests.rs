@@ -337,3 +337,51 @@ fn a_prompt_of_more_blocks_than_a_message_holds_is_named_in_several() {
         &mut frame,
     );
 }
+
+#[test]
+fn a_key_under_which_nothing_will_come_is_answered_at_once() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    ask(&mut holder, now, 1, "a", 1);
+    holder.give_up(now, &key("a"));
+    ask(&mut holder, now, 2, "a", 1);
+    let none = |question| Message::Answer {
+        question,
+        verdict: Verdict::None,
+    };
+    assert_eq!(told(&mut holder), [none(1), none(2)]);
+    // A request that is there is not given up by a late word about an older one.
+    holder.offer(now, offer("r", "b", &[1]));
+    holder.give_up(now, &key("b"));
+    ask(&mut holder, now, 3, "b", 1);
+    assert!(matches!(
+        told(&mut holder)[..],
+        [Message::Answer {
+            verdict: Verdict::Started,
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn a_rank_that_needs_nothing_may_say_so_before_the_request_is_there() {
+    for (about, reason) in [(2, EndReason::Released), (1, EndReason::Expired)] {
+        let now = Instant::now();
+        let mut holder = Holder::new(limits());
+        let release = Message::Want {
+            transfer: 1,
+            key: key("a"),
+            prompt: prompt(about),
+            first_block: 0,
+            block_count: 0,
+        };
+        holder.receive(now, READER, true, release).unwrap();
+        held(&mut holder, now, "r", "a", &[1, 2]);
+        holder.tick(now + LEASE);
+        let last = actions(&mut holder).pop();
+        assert!(
+            matches!(last, Some(HolderAction::Ended { reason: found, .. }) if found == reason),
+            "{last:?}"
+        );
+    }
+}
