@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes the parsers of files that others can write.
+# Fuzzes the parsers of what others can write: files of a shared folder, frames of peers.
 #
 #   tests/fuzz/run.sh SECONDS [SEED]
 #
@@ -21,24 +21,35 @@ command -v c++ >/dev/null || not_run "libFuzzer needs a C++ compiler called c++"
 
 make --no-print-directory .tools/bin/cargo-fuzz
 export PATH="$PWD/.tools/bin:$PATH"
-mkdir -p target/fuzz/corpus target/fuzz/artifacts
+mkdir -p target/fuzz
 
-# The corpus grows under target; every run starts with an empty one, so that a seed names a run.
-rm -rf target/fuzz/corpus/* target/fuzz/artifacts/*
-status=0
-cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz/build segment_format target/fuzz/corpus -- \
-  -seed="$seed" -max_total_time="$seconds" -max_len=16384 -print_final_stats=1 \
-  -artifact_prefix="$PWD/target/fuzz/artifacts/" 2>&1 | tee target/fuzz/output.txt | grep -vE '^#[0-9]|NEW_FUNC|NEW_PC|Recommended dictionary|^"' || status=$?
+# Fuzzes one target. The corpus grows under target; every run starts with an empty one, so that a seed names a run.
+fuzz() {
+  local target=$1 status=0 executed
+  local corpus=target/fuzz/corpus/$target artifacts=target/fuzz/artifacts/$target
+  rm -rf "$corpus" "$artifacts"
+  mkdir -p "$corpus" "$artifacts"
+  cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz/build "$target" "$corpus" -- \
+    -seed="$seed" -max_total_time="$seconds" -max_len=16384 -print_final_stats=1 \
+    -artifact_prefix="$PWD/$artifacts/" 2>&1 | tee target/fuzz/output.txt |
+    grep -vE '^#[0-9]|NEW_FUNC|NEW_PC|Recommended dictionary|^"' || status=$?
 
-executed=$(sed -n 's/^stat::number_of_executed_units: *//p' target/fuzz/output.txt)
-if [ "$status" -eq 0 ] && [ "${executed:-0}" -lt 1000 ]; then
-  echo "fuzz: only ${executed:-0} inputs ran in $seconds s" >&2
-  status=1
-fi
-if [ "${KVLANE_SOAK:-0}" = 1 ]; then
-  mkdir -p tests/results
-  printf '{"campaign":"fuzz","target":"segment_format","seed":%d,"seconds":%d,"executed":%d,"outcome":"%s"}\n' \
-    "$seed" "$seconds" "${executed:-0}" "$([ "$status" -eq 0 ] && echo passed || echo failed)" >tests/results/soak-fuzz.json
-fi
-echo "fuzz: seed $seed, $seconds s, ${executed:-0} inputs, status $status"
-exit "$status"
+  executed=$(sed -n 's/^stat::number_of_executed_units: *//p' target/fuzz/output.txt)
+  if [ "$status" -eq 0 ] && [ "${executed:-0}" -lt 1000 ]; then
+    echo "fuzz: only ${executed:-0} inputs ran in $seconds s" >&2
+    status=1
+  fi
+  if [ "${KVLANE_SOAK:-0}" = 1 ]; then
+    mkdir -p tests/results
+    printf '{"campaign":"fuzz","target":"%s","seed":%d,"seconds":%d,"executed":%d,"outcome":"%s"}\n' \
+      "$target" "$seed" "$seconds" "${executed:-0}" "$([ "$status" -eq 0 ] && echo passed || echo failed)" \
+      >"tests/results/soak-fuzz${2:+-$2}.json"
+  fi
+  echo "fuzz: $target, seed $seed, $seconds s, ${executed:-0} inputs, status $status"
+  return "$status"
+}
+
+failed=0
+fuzz segment_format || failed=1
+fuzz p2p_frames p2p || failed=1
+exit "$failed"

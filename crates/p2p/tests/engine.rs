@@ -417,3 +417,47 @@ fn misuse_is_refused_with_a_sentence() {
     assert!(pair.decode.offer(offer("r", "a", &[1])).is_err());
     assert!(pair.decode.wait(77, Instant::now()).is_err());
 }
+
+#[test]
+fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
+    use std::io::{Read, Write};
+
+    let pair = pair_with(LaneChoice::Auto, |prefill, _| {
+        prefill.peer.connect_timeout = Duration::from_millis(300);
+    });
+    let frame = |length: u32, body: &[u8]| {
+        let mut bytes = b"kvlane\x01\x00".to_vec();
+        bytes.extend_from_slice(&length.to_le_bytes());
+        bytes.extend_from_slice(body);
+        bytes
+    };
+    let strangers: [(&str, Vec<u8>); 7] = [
+        ("another protocol", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
+        ("another version", b"kvlane\xff\x00".to_vec()),
+        ("a frame of 4 GiB", frame(u32::MAX, b"")),
+        ("an empty frame", frame(0, b"")),
+        ("no message", frame(3, &[0xff, 0xff, 0xff])),
+        ("a message before the handshake", frame(1, &[4])),
+        ("half a preamble and silence", b"kvl".to_vec()),
+    ];
+    for (what, bytes) in strangers {
+        let mut stream =
+            std::net::TcpStream::connect((pair.address.host(), pair.address.port())).expect("a port");
+        stream.write_all(&bytes).expect("sent");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut answer = Vec::new();
+        // What comes is a preamble and maybe a reason, then the end of the connection, by a reset or without.
+        match stream.read_to_end(&mut answer) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{what}"),
+        }
+        assert!(answer.len() < 200, "{what}: {answer:?}");
+    }
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    pair.prefill.progress("r", done(2)).expect("accepted");
+    let job = pair
+        .decode
+        .pull(pair.order("a", 2, 0, &[4, 5]))
+        .expect("accepted");
+    assert_eq!(pair.wait(job), PullResult::Done);
+}

@@ -136,6 +136,8 @@ struct Open {
     unsent: Vec<u8>,
     sent_bytes: usize,
     was_ready: bool,
+    /// Whether the peer has said anything. Probes of a port do not.
+    was_heard: bool,
 }
 
 impl<M: Machine> Net<M> {
@@ -436,6 +438,7 @@ impl<M: Machine> Core<M> {
                     unsent: Frames::preamble().to_vec(),
                     sent_bytes: 0,
                     was_ready: false,
+                    was_heard: false,
                 });
                 // What arrived before the registration raises no event.
                 self.progress(now, id);
@@ -451,7 +454,10 @@ impl<M: Machine> Core<M> {
             let Some(open) = self.open_of(id) else { return };
             match open.stream.read(&mut bytes) {
                 Ok(0) => return self.end(now, id, "the peer closed the connection"),
-                Ok(count) => open.frames.push(&bytes[..count]),
+                Ok(count) => {
+                    open.was_heard = true;
+                    open.frames.push(&bytes[..count]);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return self.end(now, id, &error.to_string()),
@@ -605,14 +611,16 @@ impl<M: Machine> Core<M> {
             }
             None => {
                 self.accepted = self.accepted.saturating_sub(1);
-                let (peer, was_ready) = connection
-                    .open
-                    .as_ref()
-                    .map_or(("", false), |open| (&open.peer, open.was_ready));
-                if was_ready {
-                    tracing::info!(peer, reason, "a connection of a decode server ended");
-                } else if !self.is_closing {
-                    tracing::warn!(peer, reason, "a connection was refused");
+                match &connection.open {
+                    _ if self.is_closing => {}
+                    Some(open) if open.was_ready => {
+                        tracing::info!(peer = open.peer, reason, "a connection of a decode server ended");
+                    }
+                    Some(open) if open.was_heard => {
+                        tracing::warn!(peer = open.peer, reason, "a connection was refused");
+                    }
+                    // A health check that only connects must not fill the log.
+                    _ => tracing::debug!(reason, "a connection ended on which nothing was said"),
                 }
             }
         }
