@@ -66,34 +66,50 @@ class Servers:
         pytest.fail(f"still busy after 30 s: {figures}")
 
 
-@pytest.fixture(scope="module", params=LANES)
-def servers(request, model):
-    lane = request.param
+@pytest.fixture(scope="module")
+def servers_by_lane(model):
+    """A decode server for each lane beside one prefill and one single server: most of the time goes into starts."""
     first, second = cpus.halves()
-    kv_ports = free_ports(2)
-    options = {**PATIENT, "host": "127.0.0.1", "lane": lane}
+    offer_port, *pull_ports = free_ports(1 + len(LANES))
+    options = {**PATIENT, "host": "127.0.0.1"}
     with contextlib.ExitStack() as stack:
-        offers = p2p_config("producer", kv_ports[0], **options)
-        # Decode must not need the plugin: it is switched off there.
-        pulls = p2p_config("consumer", kv_ports[1], name=OWN_P2P_NAME, by_module_path=True, **options)
-        no_plugin = {"KVLANE_PLUGIN": "0"}
-        started = [
-            vllm_server("p2p-prefill", model, first, transfer=offers, arguments=CHUNKED_SERVER_ARGUMENTS),
-            vllm_server("p2p-decode", model, second, transfer=pulls, arguments=SERVER_ARGUMENTS, environment=no_plugin),
-            vllm_server("p2p-single", model, first, arguments=SERVER_ARGUMENTS),
-        ]
+        offers = p2p_config("producer", offer_port, **options)
+        prefill = vllm_server("p2p-prefill", model, first, transfer=offers, arguments=CHUNKED_SERVER_ARGUMENTS)
+        single = vllm_server("p2p-single", model, first, arguments=SERVER_ARGUMENTS)
+        decodes = {}
+        for lane, port in zip(LANES, pull_ports, strict=True):
+            pulls = p2p_config("consumer", port, name=OWN_P2P_NAME, by_module_path=True, lane=lane, **options)
+            # Decode must not need the plugin: it is switched off there.
+            decodes[lane] = vllm_server(
+                f"p2p-decode-{lane}",
+                model,
+                second,
+                transfer=pulls,
+                arguments=SERVER_ARGUMENTS,
+                environment={"KVLANE_PLUGIN": "0"},
+            )
+        started = [prefill, single, *decodes.values()]
         for server in started:
             stack.enter_context(server)
         for server in started:
             server.wait_until_ready()
-        urls = [server.url for server in started[:2]]
-        proxies = {
-            dispatch: stack.enter_context(kvlane_proxy(*urls, kv_ports=kv_ports, dispatch=dispatch))
-            for dispatch in DISPATCHES
-        }
-        for proxy in proxies.values():
-            proxy.wait_until_ready()
-        yield Servers(lane, *started, proxies)
+        by_lane = {}
+        for lane, port in zip(LANES, pull_ports, strict=True):
+            proxies = {
+                dispatch: stack.enter_context(
+                    kvlane_proxy(prefill.url, decodes[lane].url, kv_ports=(offer_port, port), dispatch=dispatch)
+                )
+                for dispatch in DISPATCHES
+            }
+            for proxy in proxies.values():
+                proxy.wait_until_ready()
+            by_lane[lane] = Servers(lane, prefill, decodes[lane], single, proxies)
+        yield by_lane
+
+
+@pytest.fixture(params=LANES)
+def servers(request, servers_by_lane):
+    return servers_by_lane[request.param]
 
 
 @pytest.fixture(params=DISPATCHES)
