@@ -187,7 +187,7 @@ def test_a_descriptor_that_could_not_be_left_is_warned_of_where_it_is_needed(is_
         raise OSError(errno.EROFS, "read-only")
 
     monkeypatch.setattr(connector, "leave_descriptor", read_only)
-    monkeypatch.setattr(connector, "_handshakes_may_be_missing", lambda parallel: is_needed)
+    monkeypatch.setattr(connector, "handshakes_may_be_missing", lambda parallel: is_needed)
     worker = connector.KvlaneFsConnector.__new__(connector.KvlaneFsConnector)
     worker._options = types.SimpleNamespace(root="/nowhere")
     worker._vllm_config = types.SimpleNamespace(cache_config=types.SimpleNamespace(block_size=16), parallel_config=None)
