@@ -8,6 +8,7 @@ use serde::Serialize;
 /// All of them; see the command's help and the README.
 const KNOWN: [&str; 8] = [
     "KVLANE_DECODE",
+    "KVLANE_DISPATCH",
     "KVLANE_HOST",
     "KVLANE_KV_BACKEND",
     "KVLANE_LOG",
