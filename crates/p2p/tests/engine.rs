@@ -461,3 +461,25 @@ fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
         .expect("accepted");
     assert_eq!(pair.wait(job), PullResult::Done);
 }
+
+#[test]
+fn the_end_of_a_revoked_hold_is_never_told_of_the_next_one_with_its_name() {
+    let pair = pair(LaneChoice::Auto);
+    let hold: Arc<str> = "key".into();
+    pair.prefill.offer(offer("key", "a", &[1, 2])).expect("accepted");
+    pair.prefill.progress("key", done(2)).expect("accepted");
+    pair.prefill.finish(&hold).expect("accepted");
+    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).expect("accepted");
+    assert_eq!(pair.wait(job), PullResult::Done);
+    // The end of the first hold is known by now, and nobody has asked for it.
+    let end = Instant::now() + PATIENCE;
+    while pair.prefill.stats().held_requests > 0 {
+        assert!(Instant::now() < end, "the hold never ends");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    pair.prefill.revoke("key").expect("accepted");
+    pair.prefill.offer(offer("key", "a", &[7, 8])).expect("accepted");
+    pair.prefill.progress("key", done(2)).expect("accepted");
+    pair.prefill.finish(&hold).expect("accepted");
+    assert!(pair.prefill.ended_holds().is_empty(), "the second hold is alive");
+}

@@ -49,7 +49,7 @@ fn without_faults_every_prompt_that_is_held_long_enough_arrives() {
 #[test]
 fn a_copy_that_no_lease_guards_is_caught_by_this_very_test() {
     // The world must notice what the protocol prevents: here it is told that every lease is held.
-    let caught = schedules(300).any(|seed| {
+    let caught = schedules(10_000).any(|seed| {
         let faults = Faults {
             blind_to_lapses: true,
             ..Faults::all(seed)

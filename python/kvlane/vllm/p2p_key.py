@@ -32,6 +32,9 @@ _PROMPT_INDEX = re.compile(r"(.*)-(\d{1,9})", re.DOTALL)
 _ADDRESSES = re.compile(r"___prefill_addr_(.+?):(\d{1,5})___decode_addr_(.+):(\d{1,5})_(.+)$", re.DOTALL)
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 
+#: Longer names are no proxy's. Clients choose them, and searching takes time that grows with the square of the length.
+_NAME_CHARACTERS_MAX = 2048
+
 #: The environment variable that turns random suffixes of request ids off (vLLM 0.17 and newer).
 _SWITCH = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 
@@ -152,7 +155,7 @@ def _unwrapped(request_id: str) -> _Id:
 
 
 def _addresses(name: str) -> tuple[Address | None, Address | None]:
-    found = _ADDRESSES.search(name)
+    found = _ADDRESSES.search(name) if len(name) <= _NAME_CHARACTERS_MAX else None
     if found is None:
         return None, None
     prefill_host, prefill_port, decode_host, decode_port, _ = found.groups()

@@ -42,6 +42,8 @@ class Offers:
         #: Ended requests whose blocks vLLM keeps, with their keys.
         self._held: dict[str, str] = {}
         self.orders: list[Order] = []
+        #: What the step being planned completes.
+        self._progress: list[Progress] = []
 
     def add(self, prompt: Prompt) -> None:
         """A request that has not been scheduled yet."""
@@ -50,7 +52,7 @@ class Offers:
     def plan(self, output: Any, is_doubtful: bool) -> list[Progress]:
         """Takes up a step (vLLM's SchedulerOutput). Returns what it completes; of a doubtful step nothing is said, and
         what it computed counts once a later step was reliable."""
-        progress: list[Progress] = []
+        self._progress = progress = []
         for request_id in output.preempted_req_ids or ():
             prompt = self._prompts.get(request_id)
             if prompt is not None:
@@ -168,6 +170,8 @@ class Offers:
         prompt.is_offered = False
         key = prompt.key
         self.orders.append(Revoke(key))
+        # What this request completes in the step must not be said of another that takes the key in the same step.
+        self._progress[:] = [progress for progress in self._progress if progress.key != key]
         if self._owners.get(key) == prompt.request_id:
             del self._owners[key]
 

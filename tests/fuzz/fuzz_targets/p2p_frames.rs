@@ -81,6 +81,7 @@ fn holder(now: Instant) -> Holder {
         block_tokens: 4,
         slots: 2,
         lease: Duration::from_secs(1),
+        reading: Duration::from_secs(2),
         readers: 2,
         unclaimed_blocks: 8,
         questions: 8,

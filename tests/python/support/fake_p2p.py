@@ -114,6 +114,7 @@ class FakeWorker:
         lease.is_finished = True
 
     def revoke(self, key):
+        self._ended = [ended for ended in self._ended if ended != key]
         lease = self.leases.pop(key, None)
         if lease is None:
             self.gone.add(key)  # who asks need not wait; a held one may come again, as after a preemption

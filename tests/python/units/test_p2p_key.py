@@ -1,5 +1,7 @@
 """Risk: the two sides of a hand-over name it differently, or a plain request is taken for one."""
 
+import time
+
 import pytest
 
 from kvlane.vllm.p2p_key import KEY_BYTES_MAX, Address, handover_of, ids_are_random
@@ -91,6 +93,13 @@ def test_a_long_name_becomes_a_short_key_of_its_own():
     keys = [key_of(f"cmpl-{name}-0-0a1b2c3d") for name in names]
     assert len(set(keys)) == 2
     assert all(len(key.encode()) <= KEY_BYTES_MAX for key in keys)
+
+
+def test_a_name_that_was_made_to_be_slow_to_search_is_not_searched():
+    name = "___prefill_addr_" * 100_000
+    started = time.monotonic()
+    assert key_of(f"cmpl-{name}-0-0a1b2c3d") is None
+    assert time.monotonic() - started < 1, "a scheduler that searches this stands still for hours"
 
 
 def test_a_name_that_utf8_cannot_hold_gets_a_key_that_it_can():

@@ -339,6 +339,20 @@ def test_the_last_request_with_a_key_has_it():
     assert half.finished(second)[0] is True
 
 
+def test_what_a_displaced_request_completes_is_not_said_of_the_one_that_took_its_key():
+    half = prefill()
+    first, second = named("u"), named("u", suffix="ffffffff")
+    half.matched_tokens(first, 0), half.matched_tokens(second, 0)
+    allocate(half, first, list(range(1, 8)), 0)
+    allocate(half, second, list(range(11, 18)), 0)
+    both = [(first.request_id, list(range(1, 8)), 0, 100), (second.request_id, list(range(11, 18)), 0, 40)]
+    step = half.step(output(new=both))
+    (offer,) = [order for order in step.orders[-1:] if isinstance(order, Offer)]
+    assert offer.block_ids == list(range(11, 18))
+    # 40 tokens are two whole blocks; the third is filled by half.
+    assert step.progress == [Progress(key("u"), 0, 2)]
+
+
 def test_a_second_try_takes_the_key_of_a_held_request():
     half = prefill()
     first, second = named("u"), named("u", suffix="99999999")

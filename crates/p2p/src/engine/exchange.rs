@@ -26,8 +26,11 @@ use crate::proto::{
 const PULLS_MAX: usize = 4096;
 /// Most data connections that are served at a time.
 const SERVED_MAX: usize = 256;
+/// Longest time that a reader may take; the longest transfer_timeout_ms. Its connection's heartbeat ends it sooner if it is
+/// gone.
+const READING_MAX: Duration = Duration::from_secs(600);
 /// Longest time for one answer on a data connection.
-const SERVE_TIMEOUT: Duration = Duration::from_secs(30);
+const SERVE_TIMEOUT: Duration = READING_MAX;
 /// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them.
 const COPY_HERE_BYTES: u64 = 256 << 10;
 
@@ -315,6 +318,7 @@ fn holder_limits(options: &WorkerOptions) -> HolderLimits {
         block_tokens: options.block_tokens,
         slots: options.holds,
         lease: options.lease,
+        reading: READING_MAX,
         readers: options.readers,
         unclaimed_blocks: options.unclaimed_blocks,
         questions: 4096,

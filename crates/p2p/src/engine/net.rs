@@ -90,6 +90,8 @@ const WAITING_MAX: usize = 8192;
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 /// Bytes that one call reads.
 const READ_BYTES: usize = 64 << 10;
+/// Reads from one connection in a turn: a peer that always has more to say must not keep the lock.
+const READS_PER_TURN: usize = 16;
 
 /// Connections, their thread, and the machine behind them.
 pub(super) struct Net<M: Machine> {
@@ -115,6 +117,8 @@ pub(super) struct Core<M: Machine> {
     last_id: u64,
     dials: usize,
     accepted: usize,
+    /// Connections that had more to read when their turn was over.
+    unread: Vec<ConnectionId>,
     /// When the thread wakes up by itself.
     sleeps_until: Option<Instant>,
     is_closing: bool,
@@ -175,6 +179,7 @@ impl<M: Machine> Net<M> {
             last_id: 0,
             dials: 0,
             accepted: 0,
+            unread: Vec::new(),
             sleeps_until: None,
             is_closing: false,
         };
@@ -290,18 +295,23 @@ impl<M: Machine> Shared<M> {
 fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<TcpListener>) {
     let mut events = Events::with_capacity(256);
     loop {
-        let timeout = {
+        let (timeout, has_unread) = {
             let mut core = shared.lock();
             if core.is_closing {
                 return;
             }
             core.sleeps_until = core.next_deadline();
             let now = Instant::now();
-            core.sleeps_until
-                .map(|until| until.saturating_duration_since(now))
+            let timeout = core
+                .sleeps_until
+                .map(|until| until.saturating_duration_since(now));
+            (timeout, !core.unread.is_empty())
         };
-        // The system rounds down to milliseconds: without the rest a loop would spin until the deadline.
-        let timeout = timeout.map(|timeout| timeout + Duration::from_millis(1));
+        let timeout = match timeout {
+            _ if has_unread => Some(Duration::ZERO),
+            // The system rounds down to milliseconds: without the rest a loop would spin until the deadline.
+            timeout => timeout.map(|timeout| timeout + Duration::from_millis(1)),
+        };
         if let Err(error) = poll.poll(&mut events, timeout)
             && error.kind() != io::ErrorKind::Interrupted
         {
@@ -309,8 +319,13 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
             shared.lock().work(|core, now| core.close(now));
             return;
         }
+        // Others wait for the lock too.
+        std::thread::yield_now();
         // Not `with`: this thread need not wake itself.
         shared.lock().work(|core, now| {
+            for id in std::mem::take(&mut core.unread) {
+                core.progress(now, id);
+            }
             for event in &events {
                 match event.token() {
                     WAKER => {}
@@ -433,7 +448,7 @@ impl<M: Machine> Core<M> {
                 connection.open = Some(Open {
                     stream,
                     peer,
-                    frames: Frames::new(),
+                    frames: Frames::of_stranger(),
                     link,
                     unsent: Frames::preamble().to_vec(),
                     sent_bytes: 0,
@@ -450,7 +465,14 @@ impl<M: Machine> Core<M> {
     /// Reads what there is, and writes what waits.
     fn progress(&mut self, now: Instant, id: ConnectionId) {
         let mut bytes = [0; READ_BYTES];
+        let mut reads = 0;
         loop {
+            if reads == READS_PER_TURN {
+                // The socket raises no event for what it has told of already.
+                self.unread.push(id);
+                break;
+            }
+            reads += 1;
             let Some(open) = self.open_of(id) else { return };
             match open.stream.read(&mut bytes) {
                 Ok(0) => return self.end(now, id, "the peer closed the connection"),
@@ -479,11 +501,14 @@ impl<M: Machine> Core<M> {
                 Ok(Some(message)) => message,
                 Ok(None) => return true,
                 Err(error) => {
-                    self.end(now, id, &error.to_string());
+                    self.refuse(now, id, &error.to_string());
                     return false;
                 }
             };
             let taken = open.link.receive(now, message);
+            if open.link.is_authenticated() {
+                open.frames.trust();
+            }
             let has_become_ready = !open.was_ready && open.link.is_ready();
             match taken {
                 Err(LinkError::Bye(reason)) => {

@@ -43,6 +43,16 @@ impl Results {
         holds
     }
 
+    /// The engine has taken the blocks of this hold back by itself: an end that it has not asked for is old news, and its
+    /// name may be given to another request.
+    pub(super) fn forget_hold(&self, hold: &str) {
+        let mut lists = self.lock();
+        let before = lists.holds.len();
+        lists.holds.retain(|(ended, _)| &**ended != hold);
+        let forgotten = before - lists.holds.len();
+        self.waiting.fetch_sub(forgotten, Ordering::Release);
+    }
+
     /// Pulls that have ended, each once. One atomic load when there are none.
     pub(super) fn take_pulls(&self) -> Vec<Ended> {
         if self.is_empty() {

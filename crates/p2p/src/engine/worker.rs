@@ -181,10 +181,12 @@ impl P2pWorker {
         self.with_holder(|holder, now| holder.finish(now, hold))
     }
 
-    /// The engine needs the blocks: others may write them as soon as this returns. An offer may follow. False: the hold is
-    /// unknown.
+    /// The engine needs the blocks: others may write them as soon as this returns, and no end of the hold is told any more.
+    /// An offer may follow. False: the hold is unknown.
     pub fn revoke(&self, hold: &str) -> Result<bool> {
-        self.with_holder(|holder, _| holder.revoke(hold))
+        let is_known = self.with_holder(|holder, _| holder.revoke(hold))?;
+        self.results.forget_hold(hold);
+        Ok(is_known)
     }
 
     /// Nothing will be offered under this key, so nobody shall wait for it.

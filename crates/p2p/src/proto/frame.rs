@@ -8,6 +8,9 @@ use super::message::{Message, VERSION};
 /// [`MAX_TOTAL_RUNS`]: crate::lanes::MAX_TOTAL_RUNS
 pub const FRAME_BYTES_MAX: usize = 4 << 20;
 
+/// Longest body before a peer has shown that it knows the secret: an Open is shorter.
+const STRANGER_BYTES_MAX: usize = 4 << 10;
+
 /// First bytes of a connection, in both directions; two bytes of version follow.
 const MAGIC: [u8; 6] = *b"kvlane";
 const PREAMBLE_BYTES: usize = MAGIC.len() + 2;
@@ -62,18 +65,45 @@ pub fn encode(message: &Message, bytes: &mut Vec<u8>) {
 }
 
 /// Takes bytes as they arrive and gives messages. Holds at most one frame and what arrived with it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Frames {
     bytes: Vec<u8>,
     /// Bytes in front that were given out already.
     used: usize,
     is_open: bool,
+    /// Longest body that is waited for.
+    limit_bytes: usize,
+}
+
+impl Default for Frames {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Frames {
-    /// Before the first byte.
+    /// Before the first byte of a peer that is known.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            bytes: Vec::new(),
+            used: 0,
+            is_open: false,
+            limit_bytes: FRAME_BYTES_MAX,
+        }
+    }
+
+    /// Before the first byte of a stranger, who gets no more memory than a handshake needs until
+    /// [`trust`](Self::trust) is called.
+    pub fn of_stranger() -> Self {
+        Self {
+            limit_bytes: STRANGER_BYTES_MAX,
+            ..Self::new()
+        }
+    }
+
+    /// The peer has shown who it is.
+    pub fn trust(&mut self) {
+        self.limit_bytes = FRAME_BYTES_MAX;
     }
 
     /// The bytes that open a connection, in both directions.
@@ -104,7 +134,7 @@ impl Frames {
         };
         // Refused before anything of that size is waited for.
         let length = u32::from_le_bytes(*length) as usize;
-        if length == 0 || length > FRAME_BYTES_MAX {
+        if length == 0 || length > self.limit_bytes {
             return Err(FrameError::Length(length));
         }
         let Some(body) = behind.get(..length) else {
@@ -246,6 +276,20 @@ mod tests {
             frames.push(&length.to_le_bytes());
             assert_eq!(frames.next_message(), Err(FrameError::Length(length as usize)));
         }
+    }
+
+    #[test]
+    fn a_stranger_gets_no_more_memory_than_a_handshake_needs() {
+        let header = (STRANGER_BYTES_MAX as u32 + 1).to_le_bytes();
+        let mut frames = Frames::of_stranger();
+        frames.push(&preamble());
+        frames.push(&header);
+        assert!(matches!(frames.next_message(), Err(FrameError::Length(_))));
+        let mut frames = Frames::of_stranger();
+        frames.trust();
+        frames.push(&preamble());
+        frames.push(&header);
+        assert_eq!(frames.next_message(), Ok(None));
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct HolderLimits {
     pub slots: u32,
     /// How long blocks are kept behind the end of their request or of the last want, whichever comes last.
     pub lease: Duration,
+    /// How long a reader may take from its want on, if that is longer: the lease does not end under it.
+    pub reading: Duration,
     /// Ranks of decode that must release a hold.
     pub readers: u32,
     /// Most blocks that are kept for requests that have ended and that nobody has claimed.
@@ -131,6 +133,7 @@ struct Lease {
     readers: Vec<(ConnectionId, u64)>,
     released: u32,
     is_claimed: bool,
+    last_want: Option<Instant>,
     expires: Option<Instant>,
 }
 
@@ -202,6 +205,7 @@ impl Holder {
                 readers: Vec::new(),
                 released,
                 is_claimed: released > 0,
+                last_want: None,
                 expires: None,
             }),
             is_finished: false,
@@ -368,7 +372,9 @@ impl Holder {
         while let Some((time, hold)) = self.expiries.first().cloned()
             && time <= now
         {
-            self.end(now, &hold, EndReason::Expired);
+            if !self.renew_for_readers(now, &hold) {
+                self.end(now, &hold, EndReason::Expired);
+            }
         }
         for (connection, question) in self.waiting.take_late(now) {
             let verdict = Verdict::None;
@@ -504,6 +510,7 @@ impl Holder {
             }
         }
         lease.readers.push(id);
+        lease.last_want = Some(now);
         let slot = lease.slot;
         self.transfers.entry(connection).or_default().insert(transfer);
         let reader = Reader {
@@ -540,10 +547,9 @@ impl Holder {
         let Some(hold) = self.holds.get(&reader.hold) else {
             return;
         };
-        let known_until = reader
-            .end_block
-            .min(hold.blocks.len() as u32)
-            .max(reader.named_until);
+        // A reader may want blocks that are not allocated yet: then there is nothing to name.
+        let allocated = u32::try_from(hold.blocks.len()).unwrap_or(u32::MAX);
+        let known_until = reader.end_block.min(allocated).max(reader.named_until);
         // A reader counts from the prompt's first block too, so progress needs no translation, only a cut: it is not
         // told of blocks that it does not want.
         let clip = |blocks: u32| blocks.clamp(reader.first_block, reader.end_block);
@@ -555,7 +561,8 @@ impl Holder {
         if known_until == reader.named_until && progress == reader.told {
             return;
         }
-        let blocks = &hold.blocks[reader.named_until as usize..known_until as usize];
+        let named = reader.named_until as usize..known_until as usize;
+        let blocks = hold.blocks.get(named).unwrap_or_default();
         reader.named_until = known_until;
         reader.told = progress;
         let mut parts: Vec<Vec<u32>> = blocks.chunks(BLOCKS_PER_MESSAGE).map(<[u32]>::to_vec).collect();
@@ -614,6 +621,19 @@ impl Holder {
             self.expiries.remove(&(earlier, Arc::clone(id)));
         }
         self.expiries.insert((expires, Arc::clone(id)));
+    }
+
+    /// False: nobody reads it, or the time of its readers is over too.
+    fn renew_for_readers(&mut self, now: Instant, id: &Arc<str>) -> bool {
+        let reading = self.limits.reading;
+        let lease = self.holds.get(id).and_then(|hold| hold.lease.as_ref());
+        let is_read = lease.is_some_and(|lease| {
+            !lease.readers.is_empty() && lease.last_want.is_some_and(|want| now < want + reading)
+        });
+        if is_read {
+            self.renew(now, id);
+        }
+        is_read
     }
 
     /// Drops the oldest finished holds that nobody has claimed, until the rest fits.

@@ -232,6 +232,11 @@ impl Link {
         Ok(())
     }
 
+    /// Whether the peer has shown that it knows the secret, or that there is none.
+    pub fn is_authenticated(&self) -> bool {
+        matches!(self.state, State::AwaitsHello | State::Ready)
+    }
+
     /// Whether the handshake is done.
     pub fn is_ready(&self) -> bool {
         self.state == State::Ready

@@ -33,6 +33,8 @@ pub(crate) struct Faults {
     pub(crate) slow_copies: u32,
     pub(crate) slow_messages: u32,
     pub(crate) never_prefilled: u32,
+    /// How long a lease outlasts its time while it is read.
+    pub(crate) reading: Duration,
     /// For the test of the test.
     pub(crate) blind_to_lapses: bool,
 }
@@ -49,6 +51,7 @@ impl Faults {
             slow_copies: 0,
             slow_messages: 0,
             never_prefilled: 0,
+            reading: 2 * LEASE,
             blind_to_lapses: false,
         }
     }
@@ -71,6 +74,7 @@ impl Faults {
             slow_copies: some(200),
             slow_messages: some(60),
             never_prefilled: some(150),
+            reading: some(2) * LEASE,
             blind_to_lapses: false,
         }
     }
@@ -142,6 +146,8 @@ struct Request {
     source: Vec<u32>,
     computed: u32,
     computed_layers: u32,
+    /// Blocks that the holder knows.
+    allocated: u32,
     is_computing: bool,
     /// Decode's part.
     targets: Vec<u32>,
@@ -237,7 +243,7 @@ impl World {
             events: BinaryHeap::new(),
             sequence: 0,
             requests: HashMap::new(),
-            holder: Holder::new(holder_limits()),
+            holder: Holder::new(holder_limits(faults)),
             table: vec![1; 8],
             source: vec![[None; LAYERS as usize]; BLOCKS as usize],
             source_free: (0..BLOCKS).collect(),
@@ -324,6 +330,7 @@ impl World {
             source: Vec::new(),
             computed: 0,
             computed_layers: 0,
+            allocated: 0,
             is_computing: true,
             targets: Vec::new(),
             job: None,
@@ -532,13 +539,13 @@ impl World {
                 blocks: own[..count as usize].to_vec(),
             };
             self.holder.offer(now, offer);
-            self.holder.extend(&hold, &own[count as usize..]);
             for &block in &own {
                 self.source[block as usize] = [None; LAYERS as usize];
             }
             if let Some(request) = self.requests.get_mut(&number) {
                 (request.hold, request.source) = (Some(hold), own);
                 (request.computed, request.computed_layers) = (0, 0);
+                request.allocated = count;
             }
             return self.soon(10, Event::Compute(number));
         };
@@ -562,6 +569,12 @@ impl World {
             return;
         };
         let wave = (request.computed + chunk).min(blocks);
+        // Blocks are allocated chunk by chunk.
+        if wave > request.allocated {
+            let late = &request.source[request.allocated as usize..wave as usize];
+            self.holder.extend(&hold, late);
+            request.allocated = wave;
+        }
         let layer = request.computed_layers as usize;
         for index in request.computed..wave {
             self.source[request.source[index as usize] as usize][layer] = Some((number, index));
@@ -637,7 +650,7 @@ impl World {
         let ids: Vec<u64> = self.connections.keys().copied().collect();
         ids.into_iter().for_each(|id| self.break_connection(id));
         while self.holder.next_action().is_some() {}
-        self.holder = Holder::new(holder_limits());
+        self.holder = Holder::new(holder_limits(self.faults));
         // What a reader of the old process' memory would find.
         self.table = vec![0; 8];
         self.source = vec![[Some((u64::MAX, 0)); LAYERS as usize]; BLOCKS as usize];
@@ -992,11 +1005,12 @@ impl World {
     }
 }
 
-fn holder_limits() -> HolderLimits {
+fn holder_limits(faults: Faults) -> HolderLimits {
     HolderLimits {
         block_tokens: BLOCK_TOKENS,
         slots: 8,
         lease: LEASE,
+        reading: faults.reading,
         readers: 1,
         unclaimed_blocks: 25,
         questions: 8,

@@ -8,6 +8,7 @@ fn limits() -> HolderLimits {
         block_tokens: 4,
         slots: 3,
         lease: LEASE,
+        reading: Duration::ZERO,
         readers: 1,
         unclaimed_blocks: 6,
         questions: 2,
@@ -384,4 +385,60 @@ fn a_rank_that_needs_nothing_may_say_so_before_the_request_is_there() {
             "{last:?}"
         );
     }
+}
+
+#[test]
+fn a_want_behind_the_blocks_that_are_allocated_so_far_waits_for_them() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    let whole = Offer {
+        blocks: vec![5],
+        ..offer("r", "a", &[5, 6, 7])
+    };
+    holder.offer(now, whole);
+    let late = Message::Want {
+        transfer: 1,
+        key: key("a"),
+        prompt: prompt(3),
+        first_block: 2,
+        block_count: 1,
+    };
+    holder.receive(now, READER, true, late).unwrap();
+    holder.progress("r", done(1));
+    holder.extend("r", &[6, 7]);
+    holder.progress("r", done(3));
+    let last = told(&mut holder).pop();
+    let Some(Message::Ready { blocks, progress, .. }) = last else {
+        panic!("{last:?}");
+    };
+    assert_eq!((blocks, progress.done_blocks), (vec![7], 3));
+}
+
+#[test]
+fn a_lease_does_not_end_under_a_reader_that_has_time() {
+    let now = Instant::now();
+    let mut holder = Holder::new(HolderLimits {
+        reading: 3 * LEASE,
+        ..limits()
+    });
+    held(&mut holder, now, "r", "a", &[1]);
+    want(&mut holder, now, 1, "a", 1);
+    actions(&mut holder);
+    for leases in [1, 2] {
+        holder.tick(now + leases * LEASE);
+        assert_eq!(actions(&mut holder), [], "{leases}");
+    }
+    // Its time is over, and at the latest the next renewal's.
+    holder.tick(now + 3 * LEASE);
+    let ended = actions(&mut holder);
+    assert!(
+        matches!(
+            ended.last(),
+            Some(HolderAction::Ended {
+                reason: EndReason::Expired,
+                ..
+            })
+        ),
+        "{ended:?}"
+    );
 }
