@@ -33,9 +33,22 @@ ROWS = [
 ]
 SYSTEMS = {"kvlane": "kvlane", "example-connector": "ExampleConnector", "vllm-fs": "vLLM `fs` tier"}
 # Peers' rows that do what a row of kvlane does. They always store into new files.
-SAME_WORK = {"store": "store", "first-fill": "store", "load": "load", "load-cold": "load-cold"}
+SAME_WORK = {
+    "store": "store",
+    "store-evicted": "store",
+    "first-fill": "store",
+    "load": "load",
+    "load-fresh-reader": "load",
+    "load-cold": "load-cold",
+}
 # Peers' rows that do less.
-ONLY_IO = {"store": "io-write", "first-fill": "io-write", "load": "io-read"}
+ONLY_IO = {
+    "store": "io-write",
+    "store-evicted": "io-write",
+    "first-fill": "io-write",
+    "load": "io-read",
+    "load-fresh-reader": "io-read",
+}
 IO_SYSTEMS = {"vllm-fs": "vLLM's `fs`", "lmcache-fs": "LMCache's file client"}
 IO_THREADS = (1, 2, 4)
 
