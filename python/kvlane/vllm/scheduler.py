@@ -30,6 +30,9 @@ RESERVATION_MS = 60_000
 #: A load that starts after a wait gets at least this share of `load_timeout_ms`, so that it is not begun for nothing.
 SHORTEST_LOAD_SHARE = 0.1
 
+#: An engine that was told to ask again does so in its next step. If it takes longer, it kept the request in its queue.
+LONGEST_STEP_MS = 250.0
+
 #: Mark of a request id that a prefill/decode proxy made: the prompt is being computed elsewhere.
 PREFILL_MARK = "___prefill_addr_"
 
@@ -83,6 +86,8 @@ class _Request:
     #: Whether the last answer was to ask again, and how long it did so before its load.
     is_waiting: bool = False
     waited_ms: float = 0.0
+    #: When it was last asked for.
+    asked_again_s: float = 0.0
     #: Blocks that vLLM had itself when it last asked, and blocks that it lets us load.
     local_blocks: int = 0
     own_blocks: int = 0
@@ -178,8 +183,12 @@ class SchedulerHalf:
         if state.asked_s is None:
             state.asked_s = now_s
         waited_ms = (now_s - state.asked_s) * 1000
-        if state.is_waiting:  # else vLLM kept it in its queue
-            state.waited_ms, state.is_waiting = waited_ms, False
+        if state.is_waiting:
+            # vLLM was told to come back, and does so in its next step unless it keeps the request in its queue: that
+            # time is not ours.
+            since_ms = (now_s - state.asked_again_s) * 1000
+            state.waited_ms, state.is_waiting = state.waited_ms + min(since_ms, LONGEST_STEP_MS), False
+        state.asked_again_s = now_s
         ready, pending = self._reader.lookup(state.chain, limit)
         if pending and ready + pending > local:
             if waited_ms < self._options.load_timeout_ms:

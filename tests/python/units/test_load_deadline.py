@@ -98,6 +98,18 @@ def test_time_in_vllms_own_queue_takes_nothing_from_the_load():
     assert store.timeouts_ms == [TIMEOUT_MS]
 
 
+def test_time_in_vllms_own_queue_behind_a_wait_takes_no_more_than_a_step_from_the_load():
+    folder = Folder(ready=0, pending=BLOCKS)
+    scheduler, worker, store, clock = halves(folder)
+    asked = request(BLOCKS * BLOCK + 1)
+    assert scheduler.matched_tokens(asked, 0) == (None, False)
+    folder.ready = BLOCKS
+    clock.now_s += 30  # vLLM has no room for another request
+    assert scheduler.matched_tokens(asked, 0) == (BLOCKS * BLOCK, True)
+    load(scheduler, worker, asked, BLOCKS * BLOCK)
+    assert store.timeouts_ms == [750]
+
+
 def test_a_load_after_a_preemption_has_all_of_the_time():
     folder = Folder(ready=0, pending=BLOCKS)
     scheduler, worker, store, clock = halves(folder)
