@@ -469,7 +469,10 @@ fn the_end_of_a_revoked_hold_is_never_told_of_the_next_one_with_its_name() {
     pair.prefill.offer(offer("key", "a", &[1, 2])).expect("accepted");
     pair.prefill.progress("key", done(2)).expect("accepted");
     pair.prefill.finish(&hold).expect("accepted");
-    let job = pair.decode.pull(pair.order("a", 2, 0, &[4, 5])).expect("accepted");
+    let job = pair
+        .decode
+        .pull(pair.order("a", 2, 0, &[4, 5]))
+        .expect("accepted");
     assert_eq!(pair.wait(job), PullResult::Done);
     // The end of the first hold is known by now, and nobody has asked for it.
     let end = Instant::now() + PATIENCE;

@@ -52,7 +52,8 @@ class Offers:
     def plan(self, output: Any, is_doubtful: bool) -> list[Progress]:
         """Takes up a step (vLLM's SchedulerOutput). Returns what it completes; of a doubtful step nothing is said, and
         what it computed counts once a later step was reliable."""
-        self._progress = progress = []
+        progress: list[Progress] = []
+        self._progress = progress
         for request_id in output.preempted_req_ids or ():
             prompt = self._prompts.get(request_id)
             if prompt is not None:
