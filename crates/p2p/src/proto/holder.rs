@@ -104,7 +104,6 @@ pub struct Holder {
     /// Ranks that said that they need nothing, before the request was here, and when the last of them did.
     early_releases: LruCache<TransferKey, (Prompt, u32, Instant)>,
     free_slots: Vec<u32>,
-    by_slot: HashMap<u32, Arc<str>>,
     epochs: Vec<u64>,
     readers: HashMap<(ConnectionId, u64), Reader>,
     transfers: HashMap<ConnectionId, HashSet<u64>>,
@@ -158,7 +157,6 @@ impl Holder {
             gone: LruCache::new(remembered),
             early_releases: LruCache::new(remembered),
             free_slots: (0..limits.slots).rev().collect(),
-            by_slot: HashMap::new(),
             epochs: vec![1; limits.slots as usize],
             readers: HashMap::new(),
             transfers: HashMap::new(),
@@ -211,7 +209,6 @@ impl Holder {
             is_finished: false,
             end_reason: EndReason::Revoked,
         };
-        self.by_slot.insert(slot, Arc::clone(&offer.hold));
         self.keys.insert(offer.key.clone(), Arc::clone(&offer.hold));
         self.holds.insert(offer.hold, hold);
         let prompt = offer.prompt;
@@ -390,15 +387,6 @@ impl Holder {
     /// Whether `slot` holds `epoch`: the same answer as the table gives.
     pub fn is_held(&self, slot: u32, epoch: u64) -> bool {
         self.epochs.get(slot as usize) == Some(&epoch)
-    }
-
-    /// The blocks that may be read under `slot` and `epoch`; none if it does not hold any more.
-    pub fn granted_blocks(&self, slot: u32, epoch: u64) -> Option<&[u32]> {
-        if !self.is_held(slot, epoch) {
-            return None;
-        }
-        let hold = self.holds.get(self.by_slot.get(&slot)?)?;
-        Some(&hold.blocks)
     }
 
     /// (holds, blocks of finished and unclaimed ones, waiting questions, open transfers): all zero when nothing is held.
@@ -691,7 +679,6 @@ impl Holder {
         };
         self.actions.push_back(action);
         self.free_slots.push(lease.slot);
-        self.by_slot.remove(&lease.slot);
         if hold.is_finished && !lease.is_claimed {
             self.unclaimed_blocks -= hold.blocks.len();
         }
