@@ -77,9 +77,9 @@ COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
 P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "vllm:kvlane_p2p_bytes",
-        "Bytes of KV that left for other servers and that arrived from them.",
+        "Bytes of KV that arrived from other servers.",
         "direction",
-        {"sent": "sent_bytes", "received": "received_bytes"},
+        {"received": "received_bytes"},
     ),
     (
         "vllm:kvlane_p2p_lane_bytes",
@@ -92,12 +92,6 @@ P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "Time that pulls spent copying, and that requests waited for an answer and for room.",
         "what",
         {"pull": "pull_seconds", "wait": "wait_seconds"},
-    ),
-    (
-        "vllm:kvlane_p2p_descriptors",
-        "Pieces of memory that pulls had to copy, before and after neighbours were merged.",
-        "when",
-        {"before": "descriptors_before", "after": "descriptors_after"},
     ),
     (
         "vllm:kvlane_p2p_requests",
