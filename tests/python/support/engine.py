@@ -20,6 +20,9 @@ OPEN_LIMIT_S = 180
 RUN_LIMIT_S = 90
 # On top of the engine's own deadline: what a loaded machine may add before the answer is read.
 ANSWER_SLACK_S = 30
+# vLLM 0.15 keeps the KV cache of every engine that was closed (210 MB here), with and without a connector. Beyond this
+# a process is replaced before it opens the next one, so that three of them never fill the machine.
+RESIDENT_LIMIT_BYTES = 3 << 30
 
 
 class EngineError(RuntimeError):
@@ -86,6 +89,9 @@ class Engine:
             self._start()
         binding = omp_binding(cpus or self._cpus, settings.get("tensor_parallel_size", 1))
         if self._configuration != (settings, transfer, binding):
+            if self._resident_bytes() > RESIDENT_LIMIT_BYTES:
+                self.stop()
+                self._start()
             self._configuration = None
             self._opening = (settings, transfer, binding)
             environment = {"VLLM_CPU_OMP_THREADS_BIND": binding}
@@ -164,7 +170,7 @@ class Engine:
                 ) from None
             if line is None:
                 self._answers.put(None)
-                raise EngineError(f"engine process '{self.name}' died; its log: {self._log_path}")
+                raise EngineError(f"engine process '{self.name}' {self._how_it_ended()}; its log: {self._log_path}")
             answer = json.loads(line)
         if "error" in answer:
             raise EngineError(f"engine process '{self.name}': {answer['error']}; its log: {self._log_path}")
@@ -175,6 +181,17 @@ class Engine:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
             time.sleep(1)
+
+    def _resident_bytes(self):
+        pages = int(pathlib.Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _how_it_ended(self):
+        try:
+            status = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "closed its answers and still runs"
+        return f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
     @staticmethod
     def _read_answers(read_end, queue_of_answers):

@@ -168,6 +168,7 @@ def _sampling(request):
 def main():
     # Asked for by the parent before it kills a process that does not answer: the log then says where it stood.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.enable()
     answers = os.fdopen(int(sys.argv[1]), "w")
     host = EngineHost()
     for line in sys.stdin:
