@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, DISTURBED, TWO_MEMCPYS, bars
+from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, DISTURBED, METHOD, TWO_MEMCPYS, bars
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- from benches/results/fs.json by benches/fs/readme.py -->\n\n"
@@ -253,7 +253,11 @@ def main() -> int:
     text = path.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    new = before + BEGIN + section(json.loads((ROOT / "benches/results/fs.json").read_text())) + END + after
+    result = json.loads((ROOT / "benches/results/fs.json").read_text())
+    if result["machine"].get("method") != METHOD:
+        print("benches/results/fs.json was measured by another method: run `make bench-fs`", file=sys.stderr)
+        return 1
+    new = before + BEGIN + section(result) + END + after
     if new == text:
         return 0
     if arguments.check:

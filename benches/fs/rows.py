@@ -52,6 +52,10 @@ class Samples:
     def add(self, key: Key, sample: Sample) -> None:
         self.by_key.setdefault(key, []).append(sample)
 
+    def drop(self, key: Key) -> None:
+        """Takes a row out: what could not be run in every set of processes is not measured."""
+        self.by_key.pop(key, None)
+
     def memcpys(self, medium: str | None = None) -> dict[str, list[float]]:
         """Seconds of every memcpy of the run, or of one medium's turns, by the place of its buffers."""
         found: dict[str, list[float]] = {}

@@ -203,6 +203,7 @@ def take_turns(by_key: dict[Key, Worker], rounds: int, run: Run, title: str) -> 
                         run.samples.add(key, sample)
                 except NotRun as reason:
                     run.not_run[key] = str(reason)
+                    run.samples.drop(key)
                     keys.remove(key)
                 progress.update()
             run.rounds_begun += 1

@@ -294,8 +294,10 @@ class System:
     def versions(self):
         return {{}}
     def turn(self, case, medium, threads, round_number):
-        if case == "load-cold":
+        if case == "load-cold" and round_number >= {first_not_run}:
             raise NotRun("no disk")
+        if case == "load-cold":
+            return Sample(0.02, [0.02, 0.02], floor_place=str(os.getpid()))
         left = os.listdir(self._folders[medium])
         Path(self._folders[medium], str(round_number)).touch()
         with open({log!r}, "a") as log:
@@ -306,11 +308,15 @@ serve(System)
 """
 
 
-def test_each_set_has_new_processes_and_empty_folders(tmp_path, monkeypatch):
+# The second: the case could be set up in the first set of processes, and in no later one.
+@pytest.mark.parametrize("first_not_run", [0, 3])
+def test_each_set_has_new_processes_and_empty_folders_and_what_not_all_could_run_has_no_row(
+    tmp_path, monkeypatch, first_not_run
+):
     import run
 
     script, log = tmp_path / "worker.py", tmp_path / "log"
-    script.write_text(SET_WORKER.format(bench=str(BENCH), log=str(log)))
+    script.write_text(SET_WORKER.format(bench=str(BENCH), log=str(log), first_not_run=first_not_run))
     environment = tmp_path / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -324,7 +330,9 @@ def test_each_set_has_new_processes_and_empty_folders(tmp_path, monkeypatch):
     assert [number for _, number, _ in turns] == list(range(9))
     assert len({process for process, _, _ in turns}) == 3
     assert [left for _, _, left in turns] == [0, 1, 2] * 3
-    machine = json.loads(result.read_text())["machine"]
+    written = json.loads(result.read_text())
+    machine = written["machine"]
+    assert {row["case"] for row in written["rows"]} == {"copy", "store"}
     assert (machine["sets"], machine["rounds"], len(machine["memcpy_ms"])) == (3, 6, 3)
     assert machine["not_run"] == ["kvlane load-cold disk 1: no disk"]
 

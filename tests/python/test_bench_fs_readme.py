@@ -224,3 +224,18 @@ def test_readme_and_run_call_a_machine_busy_at_the_same_limit(whole, capsys):
         run.show(samples, samples.rows(), [])
         assert ("The machine was busy" in capsys.readouterr().out) == is_busy
         assert ("The machine was busy" in section(whole)) == is_busy
+
+
+def test_figures_of_an_older_method_do_not_pass_the_check(whole, tmp_path, monkeypatch, capsys):
+    import readme
+    from rows import METHOD
+
+    (tmp_path / "benches/results").mkdir(parents=True)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
+    for method, status in ((METHOD, 0), ("Each row is divided by a memcpy of its own.", 1)):
+        whole["machine"]["method"] = method
+        (tmp_path / "benches/results/fs.json").write_text(json.dumps(whole))
+        (tmp_path / "README.md").write_text(readme.BEGIN + readme.section(whole) + readme.END)
+        assert readme.main() == status
+    assert "another method: run `make bench-fs`" in capsys.readouterr().err
