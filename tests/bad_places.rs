@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use kvlane_core::Outcome;
-use kvlane_fs::Medium;
+use kvlane_fs::{Medium, inspect};
 use kvlane_tests::fixture::eventually;
 use kvlane_tests::process::{PeerProcess, not_run};
 use kvlane_tests::worker::{Setup, Worker};
@@ -92,6 +92,43 @@ fn a_tmpfs_smaller_than_the_capacity_is_used_as_far_as_it_goes() {
         process.tell("quit");
         assert!(process.ended_well());
     }
+}
+
+#[test]
+fn a_later_writer_on_a_tmpfs_smaller_than_the_capacity_gets_its_share_from_an_idle_one() {
+    let folder = folder();
+    let setup = Setup {
+        capacity_bytes: Some(64 * MIB),
+        segment_bytes: Some(MIB),
+        ..Setup::default()
+    };
+    let what = "a tmpfs of 8 MiB";
+    let Some((mut idle, opened)) =
+        in_namespace(what, &small_tmpfs(folder.path(), "true"), folder.path(), &setup)
+    else {
+        return;
+    };
+    assert_eq!(opened, "open");
+    store_a_lot(&mut idle, 60);
+    // Into the mount, which only the other process sees.
+    let below = folder.path().strip_prefix("/").expect("it is absolute");
+    let seen = Path::new(&format!("/proc/{}/root", idle.id())).join(below);
+    let late = Worker::open(&seen, &setup).expect("a second writer can open the folder");
+    eventually("a block of the later writer", || {
+        late.store("late", 6, PATIENCE) == Outcome::Done
+    });
+    assert_eq!(late.load("late", 6, PATIENCE).missed, Vec::<usize>::new());
+    eventually("half of what there is", || {
+        late.store("more", 60, PATIENCE);
+        let info = inspect::list(&seen).expect("the folder can be listed");
+        let shares: Vec<u64> = info.writers.iter().map(|writer| writer.used_bytes).collect();
+        shares.len() == 2 && shares.iter().all(|share| (3 * MIB..=5 * MIB).contains(share))
+    });
+    // The idle one still works with what it has.
+    assert_eq!(idle.ask("store new 6"), "done");
+    assert_eq!(idle.ask("load new 6"), "done");
+    idle.tell("quit");
+    assert!(idle.ended_well());
 }
 
 #[test]

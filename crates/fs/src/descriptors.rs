@@ -3,9 +3,9 @@
 //! A process may have several folders open, or one twice: where one GPU is all there is, vLLM schedules and works in the
 //! same process. So all of them are counted together.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::jobs::lock;
 
@@ -20,11 +20,46 @@ pub(crate) struct Descriptors {
     open: AtomicU64,
     /// Open folders, each of which has an index.
     folders: AtomicU64,
-    /// Ids of the segments that this process writes.
-    own: Mutex<HashSet<u64>>,
+    /// Ids of the segments that this process writes, and how often it has each open: one that was lost to another folder of
+    /// the same process is open twice until the loser has noticed.
+    own: Mutex<HashMap<u64, u64>>,
 }
 
-static OF_THIS_PROCESS: LazyLock<Arc<Descriptors>> = LazyLock::new(Arc::default);
+/// The descriptors of a process, and in a chain behind them those of its forked children: each finds its own by its process
+/// id. Whoever had a lock of the parent when it forked does not exist in the child.
+struct OfProcess {
+    process: u32,
+    descriptors: Arc<Descriptors>,
+    forked: OnceLock<Box<OfProcess>>,
+}
+
+static OF_PROCESSES: OnceLock<OfProcess> = OnceLock::new();
+
+impl OfProcess {
+    /// `inherited`: what is open from before the fork.
+    fn new(process: u32, inherited: u64) -> Self {
+        let descriptors = Descriptors {
+            open: AtomicU64::new(inherited),
+            ..Descriptors::default()
+        };
+        OfProcess {
+            process,
+            descriptors: Arc::new(descriptors),
+            forked: OnceLock::new(),
+        }
+    }
+
+    fn descriptors_of(&self, process: u32) -> Arc<Descriptors> {
+        let mut entry = self;
+        while entry.process != process {
+            let inherited = entry.descriptors.open();
+            entry = entry
+                .forked
+                .get_or_init(|| Box::new(OfProcess::new(process, inherited)));
+        }
+        Arc::clone(&entry.descriptors)
+    }
+}
 
 impl Descriptors {
     pub(crate) fn max(&self) -> u64 {
@@ -59,7 +94,12 @@ pub(crate) struct Share(Arc<Descriptors>);
 
 impl Share {
     pub(crate) fn of_this_process() -> Self {
-        Self::of(Arc::clone(&OF_THIS_PROCESS))
+        let process = std::process::id();
+        Self::of(
+            OF_PROCESSES
+                .get_or_init(|| OfProcess::new(process, 0))
+                .descriptors_of(process),
+        )
     }
 
     fn of(descriptors: Arc<Descriptors>) -> Self {
@@ -75,7 +115,7 @@ impl Share {
 
     /// Counts what its owner has open of a segment.
     pub(crate) fn take_own(&self, id: u64) -> TakenByOwner {
-        lock(&self.0.own).insert(id);
+        *lock(&self.0.own).entry(id).or_default() += 1;
         TakenByOwner {
             taken: self.take(),
             id,
@@ -85,7 +125,7 @@ impl Share {
 
     /// Segments that this process writes. They are few enough, and it must find its own blocks.
     pub(crate) fn own(&self) -> HashSet<u64> {
-        lock(&self.0.own).clone()
+        lock(&self.0.own).keys().copied().collect()
     }
 
     /// How many segments of others the index of this folder may have open, so that every index gets its part.
@@ -101,7 +141,7 @@ impl Share {
     /// Whether one more segment may be written.
     pub(crate) fn has_room_for_own(&self) -> bool {
         let each = OWN_DESCRIPTORS + self.0.folders.load(Ordering::Relaxed);
-        let own = lock(&self.0.own).len() as u64 + 1;
+        let own = lock(&self.0.own).values().sum::<u64>() + 1;
         own.saturating_mul(each) <= self.0.part_max() && self.0.open().saturating_add(each) <= self.0.max()
     }
 
@@ -152,7 +192,13 @@ impl Drop for TakenByOwner {
     fn drop(&mut self) {
         // In a forked child somebody who is not there may have the lock.
         if self.process == std::process::id() {
-            lock(&self.taken.0.own).remove(&self.id);
+            let mut own = lock(&self.taken.0.own);
+            if let Some(count) = own.get_mut(&self.id) {
+                *count -= 1;
+                if *count == 0 {
+                    own.remove(&self.id);
+                }
+            }
         }
     }
 }

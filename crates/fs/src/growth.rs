@@ -24,8 +24,13 @@ pub(crate) enum Growth {
     Asked,
     /// No room, and we have our share: recycle our own.
     Full,
-    /// It cannot work: said once for each cause. The reason has numbers in it that change.
-    Refused { cause: &'static str, reason: String },
+    /// It cannot work: said once for each cause. The reason has numbers in it that change. `others_can_help`: those with
+    /// more than their share were asked to give back.
+    Refused {
+        cause: &'static str,
+        reason: String,
+        others_can_help: bool,
+    },
 }
 
 /// Tries to get one more segment for the writer at `place`, which owns `own_bytes`.
@@ -39,6 +44,7 @@ pub(crate) fn grow(shared: &Shared, place: WriterPlace, target_bytes: u64, own_b
                 _ => "other",
             },
             reason: error.to_string(),
+            others_can_help: false,
         },
         None => Growth::Full,
     }
@@ -55,6 +61,7 @@ fn grow_locked(
         return Ok(Growth::Refused {
             cause: "copy-on-write",
             reason,
+            others_can_help: false,
         });
     }
     let control = &directory.control;
@@ -64,8 +71,8 @@ fn grow_locked(
     // With many writers a segment of the usual size would be more than a share.
     let target_bytes = target_bytes.min(share);
     let somebody_waits = writers.iter().any(|writer| !writer.own && writer.wants_bytes > 0);
-    let over_share = own_bytes > 0 && own_bytes + target_bytes > share.max(target_bytes);
-    if somebody_waits && over_share {
+    let over = |share: u64| own_bytes > 0 && own_bytes + target_bytes > share.max(target_bytes);
+    if somebody_waits && over(usable_bytes(directory)? / writers.len().max(1) as u64) {
         // What is free now was given back for somebody else.
         return Ok(Growth::Full);
     }
@@ -78,6 +85,7 @@ fn grow_locked(
                     "capacity_bytes is {capacity}, but one block of this model takes {} with its tables",
                     shared.geometry.slot_bytes
                 ),
+                others_can_help: false,
             });
         };
         if header.file_bytes() <= left {
@@ -91,7 +99,19 @@ fn grow_locked(
                 Err((cause, reason)) => match make_room(shared, place, own_bytes)? {
                     Room::Adopted(segment) => return Ok(Growth::Grown(segment)),
                     Room::Removed => continue,
-                    Room::None => return Ok(Growth::Refused { cause, reason }),
+                    Room::None => {
+                        let usable_share = usable_bytes(directory)? / writers.len().max(1) as u64;
+                        let others_can_help =
+                            cause == FULL && writers.len() > 1 && (own_bytes == 0 || !over(usable_share));
+                        if others_can_help {
+                            control.set_wants(place, header.file_bytes());
+                        }
+                        return Ok(Growth::Refused {
+                            cause,
+                            reason,
+                            others_can_help,
+                        });
+                    }
                 },
             }
         }
@@ -108,6 +128,19 @@ fn grow_locked(
     }
     control.set_wants(place, 0);
     Ok(Growth::Full)
+}
+
+/// The cause of a refusal that ends when somebody else gives a segment back.
+const FULL: &str = "full";
+
+/// What segments can take here: the capacity, or less where the file system has no room for that much.
+fn usable_bytes(directory: &Directory) -> Result<u64, FsError> {
+    let free = rustix::fs::fstatvfs(&directory.folder)
+        .map_err(|errno| FsError::io("look for free space in", &directory.path)(errno.into()))?;
+    let possible = directory
+        .used_bytes()?
+        .saturating_add(free.f_bavail.saturating_mul(free.f_frsize));
+    Ok(directory.control.capacity_bytes().min(possible))
 }
 
 /// Why there is no segment: the kind of cause, and the reason in words.
@@ -130,7 +163,7 @@ fn create(shared: &Shared, header: &SegmentHeader) -> Result<Result<OwnedSegment
     match OwnedSegment::create(directory, header, &shared.geometry.layer_bytes, shared.start_id) {
         Ok(segment) => Ok(Ok(segment)),
         Err(FsError::Io { source, .. }) if is_full(&source) => {
-            Ok(Err(("full", format!("the file system is full: {source}"))))
+            Ok(Err((FULL, format!("the file system is full: {source}"))))
         }
         Err(error) => Err(error),
     }
@@ -185,13 +218,7 @@ impl Generosity {
             .filter(|writer| !writer.own)
             .map(|writer| writer.wants_bytes)
             .sum();
-        let capacity = directory.control.capacity_bytes();
-        let share = capacity / writers.len().max(1) as u64;
-        // Giving back stops as soon as there is room for those who wait.
-        if needed == 0
-            || own_bytes <= share
-            || capacity.saturating_sub(directory.used_bytes().unwrap_or(u64::MAX)) >= needed
-        {
+        if needed == 0 || !is_short(directory, own_bytes, needed, writers.len()) {
             self.largest = None;
             return false;
         }
@@ -209,6 +236,14 @@ impl Generosity {
         self.largest = Some((most.place, most.bytes_used, since));
         now.duration_since(since) >= LARGEST_PATIENCE
     }
+}
+
+/// Whether there is no room for those who wait, and the one of `writers` with `own_bytes` has more than its share.
+fn is_short(directory: &Directory, own_bytes: u64, needed_bytes: u64, writers: usize) -> bool {
+    let (Ok(usable), Ok(used)) = (usable_bytes(directory), directory.used_bytes()) else {
+        return false;
+    };
+    own_bytes > usable / writers.max(1) as u64 && usable.saturating_sub(used) < needed_bytes
 }
 
 /// The segment of a writer that is gone, of our geometry.

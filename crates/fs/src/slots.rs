@@ -52,6 +52,8 @@ pub(crate) enum Slot {
 struct Owned {
     segment: Arc<OwnedSegment>,
     slots: Vec<Slot>,
+    /// Which slots had a whole block at some time: where files have no blocks in advance, these have theirs.
+    written: Vec<bool>,
 }
 
 /// All slots of one writer.
@@ -59,6 +61,8 @@ struct Owned {
 pub(crate) struct Slots {
     segments: Vec<Option<Owned>>,
     free: VecDeque<SlotRef>,
+    /// Free ones that had a whole block before.
+    free_written: VecDeque<SlotRef>,
     victims: VecDeque<(SlotRef, u32)>,
     /// Victims that have no new block yet.
     recycled: HashSet<SlotRef>,
@@ -143,6 +147,7 @@ impl Slots {
             .unwrap_or(self.segments.len());
         let count = segment.header().slot_count;
         let mut slots = Vec::with_capacity(count as usize);
+        let mut written = Vec::with_capacity(count as usize);
         for slot in 0..count {
             let sequence = segment.view.sequence(slot);
             let state = if segment.view.is_spent(slot) {
@@ -162,6 +167,7 @@ impl Slots {
                 segment.clear(slot);
                 Slot::Free
             };
+            written.push(matches!(state, Slot::Committed { .. }));
             slots.push(state);
         }
         for slot in 0..count {
@@ -181,7 +187,11 @@ impl Slots {
                 });
             }
         }
-        let owned = Some(Owned { segment, slots });
+        let owned = Some(Owned {
+            segment,
+            slots,
+            written,
+        });
         if number == self.segments.len() {
             self.segments.push(owned);
         } else {
@@ -215,7 +225,9 @@ impl Slots {
             match state {
                 Slot::Reserved { key, .. } => drop(self.reserved.insert(key, at)),
                 Slot::Quarantined { .. } => drop(self.quarantined.insert(at)),
+                Slot::Free if owned.written[at.slot as usize] => self.free_written.push_back(at),
                 Slot::Free => self.free.push_back(at),
+                Slot::Committed { .. } => owned.written[at.slot as usize] = true,
                 _ => {}
             }
         }
@@ -225,6 +237,9 @@ impl Slots {
     pub(crate) fn set_refused(&mut self, at: SlotRef, now: Instant) {
         let mut refused = std::mem::take(&mut self.refused);
         refused.retain(|other| *other != at && self.quarantined.contains(other));
+        if let Some(owned) = &mut self.segments[at.segment] {
+            owned.written[at.slot as usize] = false;
+        }
         if refused.len() < REFUSED_MAX {
             refused.push_back(at);
             let until = now + QUARANTINE;
@@ -264,7 +279,20 @@ impl Slots {
 
     /// A slot that holds nothing.
     pub(crate) fn take_free(&mut self) -> Option<SlotRef> {
+        if let Some(at) = self.take_free_written() {
+            return Some(at);
+        }
         while let Some(at) = self.free.pop_back() {
+            if self.state(at) == Some(Slot::Free) && !self.put_away_if_spent(at) {
+                return Some(at);
+            }
+        }
+        None
+    }
+
+    /// A slot that holds nothing and had a whole block before, so that even a full file system takes one into it.
+    pub(crate) fn take_free_written(&mut self) -> Option<SlotRef> {
+        while let Some(at) = self.free_written.pop_back() {
             if self.state(at) == Some(Slot::Free) && !self.put_away_if_spent(at) {
                 return Some(at);
             }
@@ -425,6 +453,7 @@ impl Slots {
     /// Lets go of a segment.
     pub(crate) fn remove(&mut self, number: usize) -> Option<Arc<OwnedSegment>> {
         self.free.retain(|at| at.segment != number);
+        self.free_written.retain(|at| at.segment != number);
         self.victims.retain(|(at, _)| at.segment != number);
         self.reserved.retain(|_, at| at.segment != number);
         self.quarantined.retain(|at| at.segment != number);

@@ -245,9 +245,25 @@ def _lock(handle: int) -> bool | None:
 
 
 def _unlink(folder: int, name: str, handle: int) -> None:
-    """Removes the name of an open file if the name is still that file's."""
-    if os.path.samestat(os.stat(name, dir_fd=folder, follow_symlinks=False), os.fstat(handle)):
-        os.unlink(name, dir_fd=folder)
+    """Removes the name of an open file if the name is still that file's. Somebody may replace the file at any moment: it
+    is moved aside first, and what turns out to be another's goes back."""
+    if not _is_named(folder, name, handle):
+        return
+    aside = f"{_STAGED}{uuid.uuid4().hex}"
+    os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
+    if not _is_named(folder, aside, handle):
+        try:
+            os.link(aside, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            pass  # an even later one is there
+        except OSError:  # a file system without links
+            os.rename(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
+            return
+    os.unlink(aside, dir_fd=folder)
+
+
+def _is_named(folder: int, name: str, handle: int) -> bool:
+    return os.path.samestat(os.stat(name, dir_fd=folder, follow_symlinks=False), os.fstat(handle))
 
 
 @functools.lru_cache(maxsize=1)

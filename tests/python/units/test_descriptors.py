@@ -171,6 +171,27 @@ def test_a_worker_that_was_replaced_meanwhile_leaves_the_next_ones_descriptor_al
     assert os.path.samestat(os.stat(next_one[0].path), os.fstat(next_one[0]._handle))
 
 
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no links"])
+def test_a_descriptor_that_is_made_while_the_one_before_is_removed_stays(tmp_path, monkeypatch, has_links):
+    before, next_one, is_named = write(tmp_path), [], descriptors._is_named
+
+    def stand_still(folder, name, handle):
+        answer = is_named(folder, name, handle)
+        if not next_one:
+            next_one.append(write(tmp_path))
+        return answer
+
+    def no_links(*_, **__):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(descriptors, "_is_named", stand_still)
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    before.remove()
+    assert os.path.samestat(os.stat(next_one[0].path), os.fstat(next_one[0]._handle))
+    assert files(tmp_path) == [os.path.basename(next_one[0].path)]
+
+
 def test_a_start_removes_left_overs_also_where_it_can_write_nothing(tmp_path, monkeypatch):
     killed = write(tmp_path, "killed")
     kill(killed)

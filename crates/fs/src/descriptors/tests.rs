@@ -62,3 +62,26 @@ fn own_segments_are_known_whatever_others_have_made() {
     drop(own);
     assert_eq!(worker.descriptors.own().len(), 0);
 }
+
+#[test]
+fn a_segment_that_is_open_twice_stays_known_until_both_have_let_go() {
+    let share = Share::of_another_process(80);
+    let (lost, taken_over) = (share.take_own(7), share.take_own(7));
+    drop(lost);
+    assert_eq!(share.own(), HashSet::from([7]));
+    drop(taken_over);
+    assert_eq!(share.own(), HashSet::new());
+}
+
+#[test]
+fn a_forked_child_takes_no_lock_of_its_parent_and_counts_what_it_inherited() {
+    let parent = OfProcess::new(1, 0);
+    let share = Share::of(parent.descriptors_of(1));
+    let _open = share.take();
+    let _held = lock(&share.0.own);
+    let child = Share::of(parent.descriptors_of(2));
+    assert_eq!(child.own(), HashSet::new());
+    assert_eq!(child.0.open(), 1);
+    assert!(Arc::ptr_eq(&parent.descriptors_of(2), &child.0));
+    assert!(Arc::ptr_eq(&parent.descriptors_of(1), &share.0));
+}

@@ -238,7 +238,7 @@ fn refusal_on(file_system: &str) -> Option<(&'static str, String)> {
     let shared = shared(directory, 1);
     let place = shared.directory.control.register_writer(1).unwrap();
     match grow(&shared, place, TARGET, 0) {
-        Growth::Refused { cause, reason } => Some((cause, reason)),
+        Growth::Refused { cause, reason, .. } => Some((cause, reason)),
         _ => None,
     }
 }

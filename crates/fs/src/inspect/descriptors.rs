@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::{Dir, Mode, OFlags};
@@ -48,15 +49,26 @@ pub fn descriptors(path: &Path, mut look: impl FnMut(&Path, Result<String>)) -> 
 /// The folder at `path` with the descriptors of the store that is open as `store`; `None`: no server with vLLM ever ran there.
 pub(super) fn open_folder(store: &File, path: &Path) -> Result<Option<File>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    match rustix::fs::openat(store, FOLDER, flags, Mode::empty()) {
-        Ok(folder) => Ok(Some(File::from(folder))),
-        Err(Errno::NOENT) => Ok(None),
-        Err(Errno::LOOP | Errno::NOTDIR) => Err(FsError::Untrusted {
-            path: path.into(),
-            problem: "is a symbolic link or no folder".into(),
-        }),
-        Err(errno) => Err(FsError::io("open the folder", path)(errno.into())),
+    let untrusted = |problem: String| FsError::Untrusted {
+        path: path.into(),
+        problem,
+    };
+    let folder = match rustix::fs::openat(store, FOLDER, flags, Mode::empty()) {
+        Ok(folder) => File::from(folder),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP | Errno::NOTDIR) => {
+            return Err(untrusted("is a symbolic link or no folder".into()));
+        }
+        Err(errno) => return Err(FsError::io("open the folder", path)(errno.into())),
+    };
+    let owner = folder.metadata().map_err(FsError::io("inspect", path))?.uid();
+    let own = rustix::process::geteuid().as_raw();
+    if owner != own {
+        return Err(untrusted(format!(
+            "belongs to user {owner} and this process is user {own}"
+        )));
     }
+    Ok(Some(folder))
 }
 
 /// The names in it, in order.

@@ -41,7 +41,7 @@ impl Writer {
     /// A slot for a block of the chain `spare`: free, from a new segment, or recycled.
     pub(super) fn allocate(&mut self, spare: &HashSet<BlockKey>) -> Option<SlotRef> {
         if Instant::now() < self.recycle_until
-            && let Some(at) = self.recycle(spare)
+            && let Some(at) = self.slots.take_free_written().or_else(|| self.recycle(spare))
         {
             return Some(at);
         }
@@ -102,6 +102,7 @@ impl Writer {
             Growth::Refused {
                 cause: "descriptors",
                 reason: descriptors.complaint(),
+                others_can_help: false,
             }
         } else {
             growth::grow(&self.shared, self.place, self.target_bytes, own_bytes)
@@ -118,13 +119,21 @@ impl Writer {
                 self.grow_after = now + GROWTH_PAUSE;
                 false
             }
-            Growth::Refused { cause, reason } => {
+            Growth::Refused {
+                cause,
+                reason,
+                others_can_help,
+            } => {
                 if self.is_new_cause(cause) {
                     tracing::warn!(path = %self.shared.directory.path.display(), "cannot add a segment: {reason}");
                 }
-                // What others would give back is of no use now.
-                self.shared.directory.control.set_wants(self.place, 0);
-                self.grow_after = now + REFUSED_PAUSE;
+                if others_can_help {
+                    self.grow_after = now + GROWTH_PAUSE;
+                } else {
+                    // What others would give back is of no use now.
+                    self.shared.directory.control.set_wants(self.place, 0);
+                    self.grow_after = now + REFUSED_PAUSE;
+                }
                 false
             }
         }

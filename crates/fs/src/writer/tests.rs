@@ -221,6 +221,34 @@ fn a_full_file_system_gets_its_next_blocks_where_others_have_been() {
 }
 
 #[test]
+fn a_full_file_system_evicts_nothing_while_a_free_slot_has_space_of_its_own() {
+    let mut alone = Alone::new();
+    let segment = Arc::clone(alone.writer.slots.segments().next().unwrap());
+    let mut written = Vec::new();
+    for number in 0..4 {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        commit(&segment, at.slot, key(number), 0, 1);
+        let (key, depth) = (key(number), 0);
+        alone.writer.slots.set(at, Slot::Committed { key, depth });
+        written.push(at);
+    }
+    store_that_fails(&mut alone, &[key(10)], libc::ENOSPC);
+    // As after a reset, or once somebody has marked them bad.
+    alone.writer.free(written[1]);
+    alone.writer.free(written[2]);
+    let given = [(); 2].map(|()| {
+        let at = alone.writer.allocate(&HashSet::new()).unwrap();
+        alone.writer.slots.set(at, Slot::Filling);
+        at
+    });
+    assert_eq!(given, [written[2], written[1]]);
+    assert_eq!(alone.writer.shared.counters.snapshot().evicted_blocks, 0);
+    // Then blocks have to go.
+    let at = alone.writer.allocate(&HashSet::new()).unwrap();
+    assert!(at == written[0] || at == written[3], "{at:?}");
+}
+
+#[test]
 fn a_wish_for_space_ends_when_space_is_refused() {
     let mut alone = Alone::in_folder(Folder::new(8 << 20), 3);
     let control = Arc::clone(&alone.writer.shared.directory.control);

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::super::descriptors::{DESCRIPTOR_BYTES_MAX, FOLDER, names, open_folder};
 use super::{Fate, GcReport, LEFTOVER_AGE_MIN_MS};
 use crate::control::open_trusted;
-use crate::directory::Directory;
+use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::segment::is_linked_as;
 
@@ -23,6 +23,10 @@ const FOREIGN_AGE_MIN_MS: u64 = 30 * 86_400_000;
 /// What is read of a descriptor.
 #[derive(Deserialize)]
 struct Content {
+    /// 64 hexadecimal digits.
+    namespace: String,
+    #[serde(rename = "engine_id")]
+    _engine_id: String,
     /// Of the kernel under which its worker has locked it.
     boot_id: Option<String>,
 }
@@ -98,21 +102,47 @@ fn remove_with(
     let is_left_over = if name.starts_with(STAGED) {
         is_older(STAGED_AGE_MIN_MS)
     } else {
-        is_older(FOREIGN_AGE_MIN_MS) || was_locked_here(directory, &mut file)
+        // Anything else may be somebody's.
+        let Some(content) = content(&mut file) else {
+            return Ok(None);
+        };
+        let here = |boot_id: &String| directory.host.runs_since(boot_id);
+        is_older(FOREIGN_AGE_MIN_MS) || content.boot_id.as_ref().is_some_and(here)
     };
     if !is_left_over {
         return Ok(None);
     }
-    stand_still();
-    // A worker of that name may have started meanwhile, and made a descriptor of its own.
+    // A worker of that name may start at any moment, and make a descriptor of its own.
     if !is_linked_as(folder, &file, name).map_err(FsError::io("inspect", &path))? {
         return Ok(None);
     }
-    if !dry_run {
-        rustix::fs::unlinkat(folder, name, AtFlags::empty())
-            .map_err(|errno| FsError::io("remove", &path)(errno.into()))?;
+    stand_still();
+    let is_removed = dry_run || unlink(folder, &file, name).map_err(FsError::io("remove", &path))?;
+    Ok(is_removed.then_some(meta.len()))
+}
+
+/// Removes the name of an open file if the name is that file's. It is moved aside first, where nobody replaces it, and what
+/// turns out to be another's goes back.
+fn unlink(folder: &File, file: &File, name: &str) -> std::io::Result<bool> {
+    let aside = format!("{STAGED}{:016x}{:016x}", random_u64(), random_u64());
+    match rustix::fs::renameat(folder, name, folder, &aside) {
+        Err(Errno::NOENT) => return Ok(false),
+        moved => moved?,
     }
-    Ok(Some(meta.len()))
+    let is_that_file = is_linked_as(folder, file, &aside)?;
+    if !is_that_file {
+        match rustix::fs::linkat(folder, &aside, folder, name, AtFlags::empty()) {
+            // An even later one is there.
+            Ok(()) | Err(Errno::EXIST) => {}
+            // A file system without links.
+            Err(_) => {
+                rustix::fs::renameat(folder, &aside, folder, name)?;
+                return Ok(false);
+            }
+        }
+    }
+    rustix::fs::unlinkat(folder, &aside, AtFlags::empty())?;
+    Ok(is_that_file)
 }
 
 /// Whether its worker lives, or may live. Without such locks in this file system, age has to tell.
@@ -126,13 +156,16 @@ fn is_locked(file: &File, dry_run: bool) -> bool {
     flock(file, lock) == Err(Errno::WOULDBLOCK)
 }
 
-/// Whether a lock of its worker would be seen from here.
-fn was_locked_here(directory: &Directory, file: &mut File) -> bool {
+/// What it says; `None`: it is no descriptor.
+fn content(file: &mut File) -> Option<Content> {
     let mut text = String::new();
-    let is_read = file.take(DESCRIPTOR_BYTES_MAX).read_to_string(&mut text).is_ok();
-    let content: Option<Content> = serde_json::from_str(&text).ok();
-    let boot_id = content.and_then(|content| content.boot_id);
-    is_read && boot_id.is_some_and(|boot_id| directory.host.runs_since(&boot_id))
+    file.take(DESCRIPTOR_BYTES_MAX + 1)
+        .read_to_string(&mut text)
+        .ok()?;
+    let content: Content = serde_json::from_str(&text).ok()?;
+    let is_namespace =
+        content.namespace.len() == 64 && content.namespace.bytes().all(|b| b.is_ascii_hexdigit());
+    (text.len() as u64 <= DESCRIPTOR_BYTES_MAX && is_namespace).then_some(content)
 }
 
 #[cfg(test)]
@@ -152,7 +185,10 @@ mod tests {
         std::fs::create_dir_all(&path).unwrap();
         std::fs::write(
             path.join(name),
-            format!(r#"{{"boot_id":"{boot_id}","facts":{{}}}}"#),
+            format!(
+                r#"{{"namespace":"{}","engine_id":"e","boot_id":"{boot_id}","facts":{{}}}}"#,
+                "0".repeat(64)
+            ),
         )
         .unwrap();
         let file = File::options()
@@ -187,6 +223,12 @@ mod tests {
         drop(descriptor(&folder, ".staged-old", &here, 61 * MINUTE_MS));
         drop(descriptor(&folder, ".staged-new", &here, 2 * MINUTE_MS));
         drop(descriptor(&folder, "notes.txt", &here, 40 * DAY_MS));
+        let notes = descriptor(&folder, "notes.json", &here, 0);
+        std::fs::write(folder.path().join("descriptors/notes.json"), r#"{"mine": true}"#).unwrap();
+        notes
+            .set_modified(SystemTime::now() - Duration::from_millis(40 * DAY_MS))
+            .unwrap();
+        drop(notes);
         std::os::unix::fs::symlink("notes.txt", folder.path().join("descriptors/link.json")).unwrap();
 
         assert!(
@@ -213,6 +255,7 @@ mod tests {
             "elsewhere.json",
             ".staged-new",
             "notes.txt",
+            "notes.json",
         ];
         for name in stay {
             assert!(folder.path().join(FOLDER).join(name).exists(), "{name}");
