@@ -169,6 +169,16 @@ impl Pair {
         }
     }
 
+    /// Waits until a layer of prefill's block, filled with `seed`, is in decode's block.
+    fn until_arrived(&self, seed: u32, layer: usize, block: u32, target: u32) {
+        let end = Instant::now() + PATIENCE;
+        let wanted = content(seed, layer, block, self.source.layer_bytes(layer));
+        while layer_of(&self.target, layer, target) != wanted {
+            assert!(Instant::now() < end, "layer {layer} does not arrive early");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn ended(&self) -> Vec<(Arc<str>, EndReason)> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -250,14 +260,7 @@ fn layers_arrive_while_later_ones_are_computed() {
             }
             progress.wave_layers += 1;
             pair.prefill.progress("r", progress).expect("accepted");
-            let end = Instant::now() + PATIENCE;
-            while layer_of(&pair.target, layer, 5) != content(5, layer, 2, bytes) {
-                assert!(
-                    Instant::now() < end,
-                    "layer {layer} does not arrive early over {lane:?}"
-                );
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            pair.until_arrived(5, layer, 2, 5);
         }
         assert!(pair.decode.poll().is_empty(), "not done before prefill says so");
         pair.prefill.progress("r", done(2)).expect("accepted");
@@ -294,7 +297,9 @@ fn revoked_blocks_never_count_and_are_not_reported_as_released() {
             .decode
             .pull(pair.order("a", 2, 0, &[4, 5]))
             .expect("accepted");
-        std::thread::sleep(Duration::from_millis(30));
+        fill(&pair.source, 5, [1]);
+        pair.prefill.progress("r", done(1)).expect("accepted");
+        pair.until_arrived(5, 0, 1, 4);
         pair.prefill.revoke("r").expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Lapsed, "{lane:?}");
         assert!(pair.prefill.ended_holds().is_empty());
@@ -309,14 +314,15 @@ fn revoked_blocks_never_count_and_are_not_reported_as_released() {
 #[test]
 fn a_hold_that_nobody_wants_expires() {
     let pair = pair_with(LaneChoice::Auto, |prefill, _| {
-        prefill.lease = Duration::from_millis(80)
+        prefill.lease = Duration::from_secs(1)
     });
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
     pair.prefill.progress("r", done(2)).expect("accepted");
     let start = Instant::now();
     pair.prefill.finish(&"r".into()).expect("accepted");
     assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
-    assert!(start.elapsed() >= Duration::from_millis(80));
+    assert!(start.elapsed() >= Duration::from_secs(1));
+    // For as long again nobody waits for it.
     assert_eq!(pair.asked("a", 2), Asked::None);
 }
 
@@ -352,6 +358,22 @@ fn a_prefill_server_that_ends_makes_pulls_and_questions_unreachable() {
         assert_eq!(pair.wait(job), PullResult::Unreachable);
         assert!(start.elapsed() < Duration::from_secs(5));
     }
+}
+
+#[test]
+fn a_prefill_server_that_ends_gives_all_its_holds_back_and_takes_no_more() {
+    let pair = pair(LaneChoice::Auto);
+    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+    pair.prefill.offer(offer("s", "b", &[3])).expect("accepted");
+    pair.prefill.finish(&"r".into()).expect("accepted");
+    pair.prefill.close();
+    assert_eq!(pair.prefill.ended_holds(), [("r".into(), EndReason::Closed)]);
+    pair.prefill.finish(&"s".into()).expect("accepted");
+    assert_eq!(pair.prefill.ended_holds(), [("s".into(), EndReason::Closed)]);
+    assert!(!pair.prefill.offer(offer("t", "c", &[4])).expect("accepted"));
+    pair.prefill.finish(&"t".into()).expect("accepted");
+    assert_eq!(pair.prefill.ended_holds(), [("t".into(), EndReason::Dropped)]);
+    assert_eq!(pair.prefill.stats().held_requests, 0);
 }
 
 #[test]

@@ -519,7 +519,7 @@ fn end_name(reason: EndReason) -> &'static str {
     match reason {
         EndReason::Released => "released",
         EndReason::Expired => "expired",
-        EndReason::Dropped => "dropped",
+        EndReason::Dropped | EndReason::Closed => "dropped",
         _ => "revoked",
     }
 }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::address::PeerAddress;
 use super::dial::random_bytes;
-use super::net::{Machine, Net, NetConfig};
+use super::machine::{Machine, NetConfig};
+use super::net::Net;
 use super::options::AskerOptions;
 use crate::error::{Error, Result};
 use crate::key::{Prompt, TransferKey};
@@ -155,6 +156,8 @@ impl Machine for Questions {
     fn closed(&mut self, _: Instant, connection: ConnectionId) {
         self.0.closed(connection);
     }
+
+    fn close(&mut self, _: Instant) {}
 
     fn data_connection(&mut self, _: std::net::TcpStream, _: Vec<u8>, _: &Link) {}
 

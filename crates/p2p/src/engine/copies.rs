@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use super::dial;
-use super::net::NetConfig;
+use super::machine::NetConfig;
 use super::peers::{Peer, Way};
 use crate::error::{Error, Result};
 use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Instant;
 
 use super::address::PeerAddress;
-use super::net::NetConfig;
+use super::machine::NetConfig;
 use crate::proto::{Channel, Frames, Side, encode};
 
 /// Random bytes that no other connection has.

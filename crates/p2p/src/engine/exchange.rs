@@ -11,7 +11,7 @@ use kvlane_fs::HostCache;
 
 use super::address::PeerAddress;
 use super::copies::{CopyDone, CopyJob, CopyPool, copy_here};
-use super::net::Machine;
+use super::machine::Machine;
 use super::options::WorkerOptions;
 use super::peers::Peer;
 use super::results::Results;
@@ -48,9 +48,9 @@ pub(super) struct Exchange {
     pub(super) peers: HashMap<ConnectionId, PeerState>,
     /// Connections of peers that pull from here; whether their cache is like ours.
     readers: HashMap<ConnectionId, bool>,
-    pub(super) stops: HashMap<u64, Arc<AtomicBool>>,
+    stops: HashMap<u64, Arc<AtomicBool>>,
     served: Arc<AtomicUsize>,
-    pub(super) is_closing: Arc<AtomicBool>,
+    is_closing: Arc<AtomicBool>,
     results: Arc<Results>,
     pub(super) stats: WorkerStats,
 }
@@ -231,6 +231,16 @@ impl Machine for Exchange {
         self.readers.remove(&connection);
         if let Some(holder) = &mut self.holder {
             holder.closed(now, connection);
+        }
+    }
+
+    fn close(&mut self, now: Instant) {
+        self.is_closing.store(true, Ordering::Relaxed);
+        for stop in self.stops.values() {
+            stop.store(true, Ordering::Relaxed);
+        }
+        if let Some(holder) = &mut self.holder {
+            holder.close_all(now);
         }
     }
 

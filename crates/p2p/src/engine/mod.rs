@@ -11,9 +11,11 @@
 
 mod address;
 mod asker;
+mod connections;
 mod copies;
 mod dial;
 mod exchange;
+mod machine;
 mod net;
 mod options;
 mod peers;

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,8 @@ use super::address::PeerAddress;
 use super::asker::identity;
 use super::copies::CopyPool;
 use super::exchange::{Exchange, PeerState};
-use super::net::{Net, NetConfig};
+use super::machine::NetConfig;
+use super::net::Net;
 use super::options::WorkerOptions;
 use super::results::Results;
 use crate::error::{Error, Result};
@@ -290,13 +290,6 @@ impl P2pWorker {
 
     /// Ends its threads and connections. Pulls that run end as unreachable; what peers are reading lapses.
     pub fn close(&self) {
-        self.net.shared().with(|core, _| {
-            core.machine.is_closing.store(true, Ordering::Relaxed);
-            core.machine
-                .stops
-                .values()
-                .for_each(|stop| stop.store(true, Ordering::Relaxed));
-        });
         self.net.close();
     }
 

@@ -70,6 +70,8 @@ pub enum EndReason {
     Revoked,
     /// Another request has the same key.
     Replaced,
+    /// This side ends, or cannot hear its peers any more.
+    Closed,
 }
 
 /// What whoever drives a holder has to do, in order.
@@ -110,6 +112,7 @@ pub struct Holder {
     expiries: BTreeSet<(Instant, Arc<str>)>,
     unclaimed_blocks: usize,
     waiting: WaitingQuestions,
+    is_closed: bool,
     actions: VecDeque<HolderAction>,
 }
 
@@ -163,14 +166,18 @@ impl Holder {
             expiries: BTreeSet::new(),
             unclaimed_blocks: 0,
             waiting: WaitingQuestions::default(),
+            is_closed: false,
             actions: VecDeque::new(),
         }
     }
 
     // ---- the engine's side
 
-    /// Begins a hold. False: all slots are taken, and nobody can read this request.
+    /// Begins a hold. False: all slots are taken or the holder is closed, and nobody can read this request.
     pub fn offer(&mut self, now: Instant, offer: Offer) -> bool {
+        if self.is_closed {
+            return false;
+        }
         if self.holds.get(&offer.hold).is_some_and(|known| known.is_finished) {
             self.end(now, &offer.hold, EndReason::Replaced);
         } else {
@@ -297,6 +304,15 @@ impl Holder {
         if !self.keys.contains_key(key) {
             self.gone.put(key.clone(), now);
             self.answer_waiting(key, |_| Verdict::None);
+        }
+    }
+
+    /// Ends all holds, and takes no more: nobody would notice any more that their time is over.
+    pub fn close_all(&mut self, now: Instant) {
+        self.is_closed = true;
+        let holds: Vec<Arc<str>> = self.holds.keys().cloned().collect();
+        for hold in holds {
+            self.end(now, &hold, EndReason::Closed);
         }
     }
 

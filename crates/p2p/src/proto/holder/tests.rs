@@ -440,3 +440,25 @@ fn a_lease_does_not_end_under_a_reader_that_has_time() {
         "{ended:?}"
     );
 }
+
+#[test]
+fn a_holder_that_closes_takes_every_lease_away_and_tells_of_finished_requests() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    assert!(holder.offer(now, offer("finished", "a", &[1])));
+    assert!(holder.offer(now, offer("running", "b", &[2])));
+    holder.finish(now, &"finished".into());
+    want(&mut holder, now, 1, "b", 1);
+    actions(&mut holder);
+    holder.close_all(now);
+    let done = actions(&mut holder);
+    let bumped = |action: &&HolderAction| matches!(action, HolderAction::SetEpoch { epoch: 2, .. });
+    assert_eq!(done.iter().filter(bumped).count(), 2);
+    let reason = EndReason::Closed;
+    let hold: Arc<str> = "finished".into();
+    assert!(done.contains(&HolderAction::Ended { hold, reason }));
+    holder.revoke("running");
+    assert_eq!(holder.load(), (0, 0, 0, 0));
+    assert!(!holder.offer(now, offer("late", "c", &[3])));
+    assert_eq!(holder.next_deadline(), None);
+}
