@@ -253,16 +253,12 @@ fn a_truncated_or_extended_segment_is_a_miss() {
 #[test]
 fn damaged_segments_do_not_keep_a_writer_from_adopting_the_others() {
     for medium in MEDIA {
-        let setup = Setup {
-            capacity_bytes: Some(330 << 10),
-            ..setup(medium)
-        };
         let folder = folder(medium);
         // A full folder of four segments.
         let setup = Setup {
             capacity_bytes: Some(1 << 20),
             segment_bytes: Some(256 << 10),
-            ..setup
+            ..setup(medium)
         };
         let writer = Worker::open(folder.path(), &setup).expect("a writer can open the folder");
         for chain in 0..10 {

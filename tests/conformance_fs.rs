@@ -19,32 +19,50 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Through mappings, on a file system that lives in memory.
 mod memory {
-    kvlane_tests::conformance!(super::Fs(kvlane_fs::Medium::Memory));
+    kvlane_tests::conformance!(super::Fs::new(kvlane_fs::Medium::Memory));
 }
 
 /// By pwrite and preadv2, on whatever holds the build.
 mod disk {
-    kvlane_tests::conformance!(super::Fs(kvlane_fs::Medium::Disk));
+    kvlane_tests::conformance!(super::Fs::new(kvlane_fs::Medium::Disk));
 }
 
 /// As for a folder of which nothing is known.
 mod network {
-    kvlane_tests::conformance!(super::Fs(kvlane_fs::Medium::Network));
+    kvlane_tests::conformance!(super::Fs::new(kvlane_fs::Medium::Network));
+}
+
+/// Without checksums of payloads: the sequences of slots alone must tell what was recycled under a copy.
+mod unchecked {
+    mod memory {
+        kvlane_tests::conformance!(crate::Fs::unchecked(kvlane_fs::Medium::Memory));
+    }
+
+    mod disk {
+        kvlane_tests::conformance!(crate::Fs::unchecked(kvlane_fs::Medium::Disk));
+    }
+
+    mod network {
+        kvlane_tests::conformance!(crate::Fs::unchecked(kvlane_fs::Medium::Network));
+    }
 }
 
 /// A cache on a CUDA device, through pinned memory. There is no device: the driver is a stand-in whose copies happen later
 /// than they were asked for.
 mod device_stand_in {
     mod memory {
-        kvlane_tests::conformance!(crate::OnDevice(crate::Fs(kvlane_fs::Medium::Memory)));
+        kvlane_tests::conformance!(crate::OnDevice(crate::Fs::new(kvlane_fs::Medium::Memory)));
     }
 
     mod disk {
-        kvlane_tests::conformance!(crate::OnDevice(crate::Fs(kvlane_fs::Medium::Disk)));
+        kvlane_tests::conformance!(crate::OnDevice(crate::Fs::new(kvlane_fs::Medium::Disk)));
     }
 }
 
-struct Fs(Medium);
+struct Fs {
+    medium: Medium,
+    verify: bool,
+}
 
 /// As `Fs`, with caches on the stand-in of a CUDA device.
 struct OnDevice(Fs);
@@ -57,8 +75,19 @@ struct FsPlace {
 }
 
 impl Fs {
+    fn new(medium: Medium) -> Self {
+        Self { medium, verify: true }
+    }
+
+    fn unchecked(medium: Medium) -> Self {
+        Self {
+            medium,
+            verify: false,
+        }
+    }
+
     fn open(&self, capacity_bytes: u64, segment_bytes: u64) -> FsPlace {
-        let parent = match self.0 {
+        let parent = match self.medium {
             Medium::Memory => PathBuf::from("/dev/shm"),
             _ => Path::new(env!("CARGO_TARGET_TMPDIR")).to_path_buf(),
         };
@@ -70,7 +99,8 @@ impl Fs {
             .with_capacity_bytes(capacity_bytes)
             .with_segment_bytes(segment_bytes)
             .with_io_threads(2)
-            .with_medium(self.0);
+            .with_medium(self.medium)
+            .with_verify(self.verify);
         FsPlace {
             folder,
             options,

@@ -16,6 +16,7 @@ if [ "$1" = --summary ]; then
   echo
   echo "kvlane: suites"
   cat "$logs"/*.result 2>/dev/null || echo "  none ran"
+  awk '{ sum += $(NF - 1) } END { if (NR) printf "  %-41s %5d s\n", "all of them", sum }' "$logs"/*.result 2>/dev/null || true
   # One line per statement, whatever the harness printed in front of it. Pytest prints a skip twice.
   grep -hoE 'NOT RUN: .*' "$logs"/*.log | sort -u >"$logs/not-run.txt" || true
   if [ -s "$logs/not-run.txt" ]; then

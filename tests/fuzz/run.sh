@@ -41,7 +41,7 @@ fuzz() {
   fi
   if [ "${KVLANE_SOAK:-0}" = 1 ]; then
     mkdir -p tests/results
-    printf '{"campaign":"fuzz","target":"%s","seed":%d,"seconds":%d,"executed":%d,"outcome":"%s"}\n' \
+    printf '{"campaign":"fuzz","target":"%s","seed":%d,"seconds":%d,"counts":{"executed":%d},"outcome":"%s"}\n' \
       "$target" "$seed" "$seconds" "${executed:-0}" "$([ "$status" -eq 0 ] && echo passed || echo failed)" \
       >"tests/results/soak-fuzz${2:+-$2}.json"
   fi

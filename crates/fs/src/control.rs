@@ -25,7 +25,6 @@ pub(crate) struct Control {
     file: File,
     path: PathBuf,
     view: View,
-    capacity_bytes: u64,
     /// The epoch that this process has asked for; the file may lag behind while its file system accepts no writes.
     epoch_wanted: AtomicU64,
 }
@@ -38,6 +37,11 @@ enum View {
     Read(ReadMapping),
     Write(WriteMapping),
 }
+
+/// How long another process may hold the budget lock before the capacity stays as it is.
+const REPLACE_PATIENCE: Duration = Duration::from_millis(200);
+/// The head is 28 bytes, written in one call.
+const HEAD_PAUSE: Duration = Duration::from_millis(20);
 
 /// Opens a file of the folder without following links, and refuses what somebody else could have put there.
 pub(crate) fn open_trusted(folder: &File, name: &str, path: &Path, write: bool) -> Result<Option<File>> {
@@ -95,7 +99,6 @@ impl Control {
         let Some(file) = found else {
             return Err(FsError::io("open", path)(std::io::ErrorKind::NotFound.into()));
         };
-        let mut head = [0; control::FIXED_BYTES];
         let length = file.metadata().map_err(FsError::io("inspect", &path))?.len();
         let reject = |reject| FsError::Foreign {
             path: path.clone(),
@@ -108,18 +111,7 @@ impl Control {
                 expected,
             }));
         }
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut head, 0).map_err(FsError::io("read", &path))?;
-        let capacity_bytes = format::parse_control(&head).map_err(reject)?;
-        if let Some(configured) = configured
-            && configured != capacity_bytes
-        {
-            let path = folder_path.into();
-            return Err(FsError::CapacityMismatch {
-                path,
-                configured,
-                recorded: capacity_bytes,
-            });
-        }
+        check_head(&file, &path)?.map_err(reject)?;
         let bytes = control::FILE_BYTES as usize;
         let view = if writable {
             View::Write(WriteMapping::new(&file, bytes).map_err(FsError::io("map", &path))?)
@@ -131,13 +123,37 @@ impl Control {
             file,
             path,
             view,
-            capacity_bytes,
             epoch_wanted: AtomicU64::new(0),
         }))
     }
 
+    /// What all segments together may take, as the file says now.
     pub(crate) fn capacity_bytes(&self) -> u64 {
-        self.capacity_bytes
+        self.read().load_u64(control::CAPACITY as usize)
+    }
+
+    /// Records another capacity, if nobody writes here and nothing was written. False: somebody does, or something was.
+    ///
+    /// Whoever opened the folder first without an option, such as a server that only loads, has made a guess.
+    pub(crate) fn replace_capacity(
+        &self,
+        capacity_bytes: u64,
+        is_empty: impl FnOnce() -> bool,
+    ) -> Result<bool> {
+        use std::os::unix::fs::FileExt;
+        let replace = || {
+            if !self.live_writers(None).is_empty() || !is_empty() {
+                return Ok(false);
+            }
+            let head = format::encode_control(capacity_bytes);
+            let fixed = control::CAPACITY as usize..control::FIXED_BYTES;
+            self.file
+                .write_all_at(&head[fixed], control::CAPACITY)
+                .map_err(FsError::io("write", &self.path))?;
+            Ok(true)
+        };
+        self.with_budget_lock(REPLACE_PATIENCE, replace)
+            .unwrap_or(Ok(false))
     }
 
     fn read(&self) -> &ReadMapping {
@@ -369,6 +385,22 @@ pub(crate) struct WriterEntry {
     pub(crate) own: bool,
     pub(crate) bytes_used: u64,
     pub(crate) wants_bytes: u64,
+}
+
+/// Whether the file's head is right. One that somebody is writing is looked at once more.
+fn check_head(file: &File, path: &Path) -> Result<std::result::Result<u64, format::Reject>> {
+    let read = || {
+        let mut head = [0; control::FIXED_BYTES];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).map_err(FsError::io("read", path))?;
+        Ok(format::parse_control(&head))
+    };
+    match read()? {
+        Err(format::Reject::Checksum { .. }) => {
+            std::thread::sleep(HEAD_PAUSE);
+            read()
+        }
+        outcome => Ok(outcome),
+    }
 }
 
 /// Creates the control file whole or not at all; losing a race against another process is fine.

@@ -79,6 +79,19 @@ impl Directory {
         else {
             return Ok(None);
         };
+        if let Some(configured) = options.capacity_bytes
+            && configured != control.capacity_bytes()
+            && !(writable
+                && control.replace_capacity(configured, || {
+                    segment_names(&folder, path).is_ok_and(|names| names.is_empty())
+                })?)
+        {
+            return Err(FsError::CapacityMismatch {
+                path: path.into(),
+                configured,
+                recorded: control.capacity_bytes(),
+            });
+        }
         // Not earlier: a reader comes here again and again until there is a store.
         if is_writable_for_others(meta.mode()) {
             tracing::warn!(
@@ -124,19 +137,7 @@ impl Directory {
 
     /// Names and ids of the segments that are linked now.
     pub(crate) fn segment_names(&self) -> Result<Vec<(u64, String)>> {
-        let entries = rustix::fs::Dir::read_from(&self.folder)
-            .map_err(|errno| FsError::io("list", &self.path)(errno.into()))?;
-        let mut names = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(|errno| FsError::io("list", &self.path)(errno.into()))?;
-            if let Some(name) = entry.file_name().to_str().ok()
-                && let Some(id) = segment_id(name)
-            {
-                names.push((id, name.to_owned()));
-            }
-        }
-        names.sort_unstable();
-        Ok(names)
+        segment_names(&self.folder, &self.path)
     }
 
     /// Bytes of all linked segments.
@@ -169,6 +170,21 @@ impl Directory {
     pub(crate) fn mapped_payload(&self) -> bool {
         self.choice.medium == Medium::Memory
     }
+}
+
+fn segment_names(folder: &File, path: &Path) -> Result<Vec<(u64, String)>> {
+    let failed = |errno: rustix::io::Errno| FsError::io("list", path)(errno.into());
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if let Some(name) = entry.file_name().to_str().ok()
+            && let Some(id) = segment_id(name)
+        {
+            names.push((id, name.to_owned()));
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// Whether users besides the owner may replace files of a folder with this mode. With the sticky bit, they can add files

@@ -337,7 +337,9 @@ pub fn parse_layers(bytes: &[u8], header: &SegmentHeader) -> Result<Vec<u64>, Re
 pub mod control {
     /// Size of the file.
     pub const FILE_BYTES: u64 = 2 * super::PAGE_BYTES;
-    /// Bytes that never change after creation, checksum included.
+    /// u64, all segment files together.
+    pub const CAPACITY: u64 = 16;
+    /// Bytes that never change once there is a segment, checksum included.
     pub const FIXED_BYTES: usize = 28;
     /// u64, grows whenever a segment appears or disappears.
     pub const GENERATION: u64 = 64;

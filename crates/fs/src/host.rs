@@ -49,10 +49,12 @@ impl Host {
         } else {
             id(&names.join("\n"))
         };
-        Host {
-            boot_id: id(&read(BOOT_ID)),
-            machine_id,
-        }
+        // Else all machines without one, and all their boots, would be the same.
+        let boot_id = match read(BOOT_ID).as_str() {
+            "" => UNNAMED,
+            text => id(text),
+        };
+        Host { boot_id, machine_id }
     }
 
     /// Whether `boot_id`, as the kernel writes it, is the one of the kernel that runs.
@@ -60,9 +62,14 @@ impl Host {
         !boot_id.is_empty() && id(boot_id) == self.boot_id
     }
 
+    /// Whether a segment was made in this run of this machine's kernel.
+    pub(crate) fn made_since_boot(&self, header: &SegmentHeader) -> bool {
+        self.boot_id != UNNAMED && header.boot_id == self.boot_id
+    }
+
     /// Whether a segment was made on this machine, in this run of its kernel or before it.
     pub(crate) fn has_made(&self, header: &SegmentHeader) -> bool {
-        header.boot_id == self.boot_id || (self.machine_id != UNNAMED && header.machine_id == self.machine_id)
+        self.made_since_boot(header) || (self.machine_id != UNNAMED && header.machine_id == self.machine_id)
     }
 }
 
@@ -117,5 +124,9 @@ mod tests {
             assert!(has_made(before, before) && !has_made(after, before));
         }
         assert_eq!(machine(&[(BOOT_ID, "1")]).machine_id, UNNAMED);
+        assert!(
+            !has_made(machine(&[]), machine(&[])),
+            "all machines that tell nothing are not one"
+        );
     }
 }

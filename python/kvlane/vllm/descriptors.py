@@ -245,8 +245,10 @@ def _lock(handle: int) -> bool | None:
 
 
 def _unlink(folder: int, name: str, handle: int) -> None:
-    """Removes the name of an open file if the name is still that file's. Somebody may replace the file at any moment: it
-    is moved aside first, and what turns out to be another's goes back."""
+    """Removes the name of an open file if the name is still that file's.
+
+    Somebody may replace the file at any moment: it is moved aside first, and what turns out to be another's goes back.
+    """
     if not _is_named(folder, name, handle):
         return
     aside = f"{_STAGED}{uuid.uuid4().hex}"

@@ -4,7 +4,9 @@ All of it is read from vLLM's configuration objects by name, so nothing of vLLM 
 """
 
 import dataclasses
+import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +14,9 @@ from typing import Any
 
 from kvlane._native import Chain, RecentChains, namespace_id
 from kvlane.vllm.canonical import canonical_json, config_dict
-from kvlane.vllm.weights import Facts, file_facts, weight_facts, weights_elsewhere
+from kvlane.vllm.weights import Facts, file_facts, processor_facts, weight_facts, weights_elsewhere
+
+logger = logging.getLogger("vllm.kvlane")
 
 # With these the angle of a rotation depends on the longest sequence that the server allows.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "su", "dynamic"}
@@ -30,6 +34,10 @@ ADAPTER_ANSWER_S = 10.0
 #: Adapters that are remembered, and looks at their files that may hang at the same time.
 ADAPTERS_LIMIT = 4096
 ADAPTER_CHECKS_LIMIT = 8
+
+# What vLLM's hashers make of an image (blake3, SHA-256, SHA-512), with the adapter's name in front where that changes
+# how images are read. Anything else is a name that the client has given it, with whatever meaning.
+_IMAGE_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}|[0-9a-f]{128})", re.DOTALL)
 
 
 def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
@@ -52,6 +60,7 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
     multimodal = getattr(model, "multimodal_config", None)
     if multimodal is not None:
         facts.append(("image processing", canonical_json(getattr(multimodal, "mm_processor_kwargs", None))))
+        facts += _prefixed("image processor", processor_facts(model, vllm_config.load_config))
     facts += _prefixed("weights", weight_facts(model, vllm_config.load_config, model_identity))
     draft = _draft_model(vllm_config)
     if draft is not None:
@@ -168,6 +177,7 @@ class AdapterIdentities:
         self._look = look or file_facts
         self._clock = clock
         self._adapters: dict[tuple[str, str], _Adapter] = {}
+        self._is_full = False
         self._checks = threading.BoundedSemaphore(ADAPTER_CHECKS_LIMIT)
 
     def identity(self, lora_request: Any) -> bytes | None:
@@ -178,6 +188,13 @@ class AdapterIdentities:
         adapter = self._adapters.get((name, path))
         if adapter is None:
             if len(self._adapters) >= ADAPTERS_LIMIT:
+                if not self._is_full:
+                    self._is_full = True
+                    logger.warning(
+                        "kvlane: %d LoRA adapters were seen; requests with further ones are computed and not "
+                        "transferred until this server starts anew",
+                        ADAPTERS_LIMIT,
+                    )
                 return None
             adapter = self._adapters[name, path] = _Adapter()
         self._take(adapter)
@@ -232,7 +249,8 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
     """The chain of a request's prompt, or None if its KV cannot be named by its content.
 
     That is so for prompts given as embeddings, for pooling requests (their attention may look ahead), and for images
-    whose identifier is the request's and not the image's. A prompt that continues a recent one is hashed from there on.
+    whose identifier is the request's or the client's and not the image's. A prompt that continues a recent one is
+    hashed from there on.
     """
     tokens = request.prompt_token_ids
     if tokens is None or getattr(request, "prompt_embeds", None) is not None:
@@ -252,7 +270,7 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
     # vLLM's hashes do not count images as kvlane does.
     chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
     for feature in features:
-        if not images_are_named or not feature.identifier:
+        if not images_are_named or not _IMAGE_HASH.fullmatch(feature.identifier or ""):
             return None
         place = feature.mm_position
         chain.add_image(place.offset, place.length, f"{feature.modality}:{feature.identifier}")

@@ -1,8 +1,11 @@
 """The identity of a model's weights: which files, or which name, they were loaded from."""
 
+import functools
 import hashlib
 import os
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from kvlane.vllm.canonical import canonical_json
@@ -20,6 +23,12 @@ _LOAD_FORMATS_OF_FILES = {
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # A name in a hub cache's blob folder is a hash of the content.
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# Pieces of a weight file that are read: the first one has the header, the others lie at equal distances.
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+# Files beside the weights that decide what an image processor makes of an image.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_PROCESSOR_BYTES_MAX = 4 << 20
 
 
 def weights_elsewhere(model: Any, load_config: Any) -> str | None:
@@ -35,6 +44,10 @@ def weights_elsewhere(model: Any, load_config: Any) -> str | None:
     path = model_path(model, load_config)
     if path is None or not file_facts(path, _WEIGHT_SUFFIXES):
         return f"'{name}', of which no weight files were found here,"
+    changed = _file_changed_since(path, process_start_s())
+    if changed is not None:
+        # Loading takes minutes, and nobody knows whether it was before or behind the change.
+        return f"'{name}', whose file {changed} was changed while this process ran,"
     if path != name and _config_commit(model) not in (None, os.path.basename(path)):
         # The hub's branch moved on between the start and now, so nobody knows which of the two was loaded.
         return f"'{name}', which another download replaced meanwhile,"
@@ -45,9 +58,9 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     """The identity of a model's weights.
 
     In order of preference: the operator's word; the weight files in the model's folder (name, size, and the content
-    hash of a hub cache or else the modification time); the name and revision that the model was asked for, with all
-    files in its folder, because weights may be in files of an unknown kind. That last is not enough to share, and
-    `weights_elsewhere` says so.
+    hash of a hub cache or else the modification time and samples of the content); the name and revision that the model
+    was asked for, with all files in its folder, because weights may be in files of an unknown kind. That last is not
+    enough to share, and `weights_elsewhere` says so.
     """
     if model_identity is not None:
         return [("identity", model_identity)]
@@ -62,7 +75,7 @@ def weight_facts(model: Any, load_config: Any, model_identity: str | None) -> Fa
     if load_format.endswith("dummy"):
         return [*facts, ("random seed", str(getattr(model, "seed", None)))]
     path = model_path(model, load_config)
-    files = file_facts(path, _WEIGHT_SUFFIXES) if path else []
+    files = file_facts(path, _WEIGHT_SUFFIXES, samples=True) if path else []
     if files:
         return [*facts, *files]
     facts += [("name", str(model.model)), ("revision", str(getattr(model, "revision", None)))]
@@ -91,26 +104,83 @@ def model_path(model: Any, load_config: Any) -> str | None:
         return None
 
 
-def file_facts(path: str, suffixes: tuple[str, ...] | None = None) -> Facts:
-    """Name, size and content hash or modification time of a file, or of the files directly in a folder."""
+def processor_facts(model: Any, load_config: Any) -> Facts:
+    """The files that decide what becomes of an image before the model sees it. vLLM's name of an image does not cover
+    them."""
+    path = str(model.model) if os.path.isdir(str(model.model)) else model_path(model, load_config)
+    facts = []
+    for name in _PROCESSOR_FILES if path is not None and os.path.isdir(path) else ():
+        try:
+            with open(os.path.join(path, name), "rb") as file:
+                content = file.read(_PROCESSOR_BYTES_MAX)
+        except FileNotFoundError:
+            continue
+        facts.append((f"file {name}", hashlib.sha256(content).hexdigest()))
+    return facts
+
+
+def file_facts(path: str, suffixes: tuple[str, ...] | None = None, samples: bool = False) -> Facts:
+    """Name, size and content hash or modification time of a file, or of the files directly in a folder.
+
+    `samples`: instead of the time alone a hash of some of the content, too. Archives and images are often made with one
+    fixed time for all files, and all fine-tunes of a model are of one size.
+    """
+    facts = []
+    for name, target in _files(path, suffixes):
+        status, content_hash = os.stat(target), _content_hash(target)
+        if content_hash is not None:
+            version = f"hash {content_hash}"
+        elif samples:
+            version = f"time {status.st_mtime_ns}, samples {_samples_hash(target, status.st_size)}"
+        else:
+            version = f"time {status.st_mtime_ns}"
+        facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
+    return facts
+
+
+def _files(path: str, suffixes: tuple[str, ...] | None) -> Iterator[tuple[str, str]]:
+    """Names, and where the content lies: a file, or those directly in a folder."""
     if os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if suffixes is None or name.endswith(suffixes))
         paths = [(name, os.path.join(path, name)) for name in names]
     else:
         paths = [(os.path.basename(path), path)]
-    facts = []
     for name, file in paths:
         target = os.path.realpath(file)
-        if not os.path.isfile(target):
-            continue
-        status = os.stat(target)
-        folder, blob = os.path.split(target)
-        if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob):
-            version = f"hash {blob}"
-        else:
-            version = f"time {status.st_mtime_ns}"
-        facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
-    return facts
+        if os.path.isfile(target):
+            yield name, target
+
+
+def _content_hash(target: str) -> str | None:
+    """The content's hash where a hub cache has named the file after it."""
+    folder, blob = os.path.split(target)
+    return blob if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob) else None
+
+
+def _samples_hash(target: str, size_bytes: int) -> str:
+    samples = hashlib.sha256()
+    with open(target, "rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            file.seek(max(size_bytes - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+            samples.update(file.read(_SAMPLE_BYTES))
+    return samples.hexdigest()
+
+
+def _file_changed_since(path: str, since_s: float) -> str | None:
+    """A weight file whose content, or name, somebody changed later. A hub cache's file is its content's own."""
+    for name, target in _files(path, _WEIGHT_SUFFIXES):
+        if _content_hash(target) is None and os.stat(target).st_ctime > since_s:
+            return name
+    return None
+
+
+@functools.cache
+def process_start_s() -> float:
+    """When this process began, in seconds since 1970. vLLM loads weights in the process that asks."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22 of proc_pid_stat(5), since the system's boot
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s
 
 
 def _load_format(load_config: Any) -> str:

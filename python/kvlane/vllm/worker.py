@@ -389,8 +389,8 @@ class WorkerHalf:
             elif pieces % PIECES_PER_WARNING == 1:
                 logger.warning(
                     "kvlane: the folder holds up a copy into %d blocks of request %s, and this step with it, for %d s "
-                    "past its deadline, which is load_timeout_ms (%d) or less; vLLM ends an engine with worker processes whose step takes longer than "
-                    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
+                    "past its deadline, which is load_timeout_ms (%d) or less; vLLM ends an engine with worker "
+                    "processes whose step takes longer than VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
                     len(load.block_ids), load.request_id, pieces * FENCE_MS // 1000, self._options.load_timeout_ms,
                 )  # fmt: skip
             ended = self._wait_for_load(job, load, FENCE_MS)

@@ -22,7 +22,7 @@ PAIRWISE = [
     (True, False, False, True, True),
     (False, True, True, False, False),
 ]
-MODES = list(itertools.product((False, True), repeat=5)) if os.environ.get("KVLANE_SOAK") else PAIRWISE
+MODES = list(itertools.product((False, True), repeat=5)) if os.environ.get("KVLANE_SOAK") == "1" else PAIRWISE
 
 
 def mode_name(mode):

@@ -23,7 +23,7 @@ PAIRWISE = [
     (False, True, True, True, True, False),
     (False, True, True, True, False, True),
 ]
-MODES = list(itertools.product((False, True), repeat=6)) if os.environ.get("KVLANE_SOAK") else PAIRWISE
+MODES = list(itertools.product((False, True), repeat=6)) if os.environ.get("KVLANE_SOAK") == "1" else PAIRWISE
 
 
 def mode_name(mode):

@@ -12,7 +12,7 @@ from late_store import make_loads_late
 from paper_engine import BLOCK_TOKENS, PaperEngine
 from paper_model import LAYERS, expected_tokens
 
-CAMPAIGNS = 200 if os.environ.get("KVLANE_SOAK") else 6
+CAMPAIGNS = 200 if os.environ.get("KVLANE_SOAK") == "1" else 6
 BASE_SEED = int(os.environ.get("KVLANE_SEED", "1"))
 REQUESTS = 24
 

@@ -41,6 +41,7 @@ class Engine:
 
     def _start(self):
         self._configuration = None
+        self._started_s = time.time()
         environment = vllm_environment(self._cpus)
         # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -89,7 +90,7 @@ class Engine:
             self._start()
         binding = omp_binding(cpus or self._cpus, settings.get("tensor_parallel_size", 1))
         if self._configuration != (settings, transfer, binding):
-            if self._resident_bytes() > RESIDENT_LIMIT_BYTES:
+            if self._resident_bytes() > RESIDENT_LIMIT_BYTES or self._is_older_than(settings["model"]):
                 self.stop()
                 self._start()
             self._configuration = None
@@ -185,6 +186,11 @@ class Engine:
     def _resident_bytes(self):
         pages = int(pathlib.Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _is_older_than(self, model):
+        """Weights that were made while a process ran are shared with nobody."""
+        # A margin for clocks that differ: the file system's is behind by some milliseconds.
+        return any(file.stat().st_ctime > self._started_s - 0.1 for file in pathlib.Path(model).glob("*.safetensors"))
 
     def _how_it_ended(self):
         try:

@@ -16,6 +16,8 @@ from kvlane._native import Chain, RecentChains
 from kvlane.vllm import identity
 
 RANK = ((0, 1), (0, 2))
+# What vLLM makes of two images.
+CAT, DOG = "c" * 64, "d" * 64
 
 
 class ModelConfig(dict):
@@ -364,13 +366,24 @@ def test_salted_requests_have_keys_of_their_own():
 def test_images_decide_the_keys_by_name_and_place():
     keys = {
         chain_keys(request(mm_features=features))
-        for features in ([], [image("x")], [image("y")], [image("x", offset=5)], [image("x"), image("y", 20)])
+        for features in ([], [image(CAT)], [image(DOG)], [image(CAT, offset=5)], [image(CAT), image(DOG, 20)])
     }
     assert len(keys) == 5
 
 
+@pytest.mark.parametrize("name", ["img-0", "", None, "c" * 63, "C" * 64, f"{CAT} ", f"{CAT}\n"])
+def test_an_image_that_the_client_has_named_has_no_chain(name):
+    """A client's name lives as long as one server's caches; the next one may have another image of that name."""
+    assert chain_keys(request(mm_features=[image(CAT), image(name, 20)])) is None
+
+
+@pytest.mark.parametrize("name", [CAT, "0123456789abcdef" * 8, f"adapter: a\nb:{CAT}"])
+def test_an_image_that_vllm_has_hashed_has_a_chain(name):
+    assert chain_keys(request(mm_features=[image(name)])) is not None
+
+
 def test_images_without_a_name_of_their_own_have_no_chain(folder):
-    assert chain_keys(request(mm_features=[image("x")]), named=False) is None
+    assert chain_keys(request(mm_features=[image(CAT)]), named=False) is None
     assert chain_keys(request(), named=False) is not None
     multimodal = types.SimpleNamespace(mm_processor_cache_gb=0)
     unnamed = engine(folder, model_config__multimodal_config=multimodal, cache_config__enable_prefix_caching=False)
@@ -531,7 +544,7 @@ def test_a_prompt_that_grew_is_hashed_from_where_it_grew(recent):
         {"block_hashes": vllm_hashes(list(range(100)), digest_bytes=16)},
         {"block_hashes": vllm_hashes(list(range(100)), block_tokens=8)},
         {"block_hashes": []},
-        {"mm_features": [image("x", 97, 2)]},
+        {"mm_features": [image(CAT, 97, 2)]},
     ],
 )
 def test_a_prompt_that_may_not_continue_another_is_hashed_whole(recent, changes):
@@ -607,7 +620,7 @@ def test_names_do_not_depend_on_the_hash_seed_of_python(folder):
         config = engine(folder, model_config__hf_overrides={"names": {"a", "b", "c", "d", "e"}})
         print(namespace(config).hex())
         for asked in (
-            request(cache_salt="s", mm_features=[image("x"), image("y", 20)]),
+            request(cache_salt="s", mm_features=[image(CAT), image(DOG, 20)]),
             request(lora_request=adapter(folder)),
             hashed_request(list(range(100))),
         ):

@@ -1,11 +1,14 @@
 """Risk: servers whose weights came from a hub share KV of two commits, because nobody looked at the files."""
 
 import json
+import os
+import time
 import types
 
 import pytest
 
-from kvlane.vllm import identity
+from kvlane.vllm import identity, weights
+from kvlane.vllm.weights import process_start_s
 from test_identity import ModelConfig, engine, namespace
 
 NAME = "org/name"
@@ -113,3 +116,63 @@ def test_a_draft_model_of_a_hub_counts_too(tmp_path):
     draft = types.SimpleNamespace(model="org/draft", hf_config=ModelConfig())
     config.speculative_config = types.SimpleNamespace(method="eagle", draft_model_config=draft)
     assert "'org/draft'" in identity.unnamed_weights(config, None)
+
+
+def test_weights_that_change_while_the_server_starts_are_not_shared(tmp_path, monkeypatch):
+    """Loading takes minutes. A server that read the old files would name its KV after the new ones."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    changed_s = os.stat(tmp_path / "model.safetensors").st_ctime
+    monkeypatch.setattr(weights, "process_start_s", lambda: changed_s + 0.01)
+    assert identity.unnamed_weights(engine(tmp_path), None) is None
+    monkeypatch.setattr(weights, "process_start_s", lambda: changed_s - 0.01)
+    assert "model.safetensors was changed while this process ran" in identity.unnamed_weights(engine(tmp_path), None)
+    assert identity.unnamed_weights(engine(tmp_path), "build 7") is None
+    # Whatever times the copy brought along.
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    assert "was changed" in identity.unnamed_weights(engine(tmp_path), None)
+
+
+def test_a_hubs_files_are_shared_though_they_came_while_the_server_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "process_start_s", lambda: time.time() - 3600)
+    download(tmp_path, FIRST, "1")
+    assert identity.unnamed_weights(hub_engine(tmp_path), None) is None
+
+
+def test_a_process_knows_when_it_began():
+    psutil = pytest.importorskip("psutil")
+    began_s = process_start_s.__wrapped__()
+    assert abs(began_s - psutil.Process().create_time()) < 2
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4096, 5000, 1 << 20])
+@pytest.mark.parametrize("place", ["start", "middle", "end"])
+def test_weights_of_one_size_and_time_are_told_apart_by_what_is_in_them(tmp_path, size_bytes, place):
+    """Archives and images are often made with one fixed time for all files."""
+    names = []
+    for value in (b"a", b"b"):
+        content = bytearray(size_bytes)
+        piece = max(size_bytes // 8, 1)
+        at = {"start": 0, "middle": (size_bytes - piece) // 2, "end": size_bytes - piece}[place]
+        content[at : at + piece] = value * piece
+        (tmp_path / "model.safetensors").write_bytes(content)
+        os.utime(tmp_path / "model.safetensors", (1, 1))
+        names.append(namespace(engine(tmp_path)))
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
+)
+def test_what_an_image_processor_does_is_part_of_the_namespace_where_there_are_images(tmp_path, name):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    images = {"model_config__multimodal_config": types.SimpleNamespace(mm_processor_kwargs=None)}
+    names = []
+    for content in (None, '{"image_mean": 0.5}', '{"image_mean": 0.4}'):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        names.append(namespace(engine(tmp_path, **images)))
+    assert len(set(names)) == 3
+    text_only = namespace(engine(tmp_path))
+    (tmp_path / name).unlink()
+    assert namespace(engine(tmp_path)) == text_only

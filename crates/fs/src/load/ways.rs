@@ -244,7 +244,11 @@ impl Part<'_> {
     /// The checksum of a layer, if it is to be checked. After a crash of the system a record may be there without its
     /// payload, so what was written before the last boot always is.
     fn crc(&self, layer: usize) -> Option<LayerCrc> {
-        let is_from_before = self.found.view.header.boot_id != self.shared.directory.host.boot_id;
+        let is_from_before = !self
+            .shared
+            .directory
+            .host
+            .made_since_boot(&self.found.view.header);
         (self.shared.verify || is_from_before).then(|| LayerCrc::new(&self.record.key.0, layer as u32))
     }
 

@@ -260,3 +260,45 @@ fn one_damaged_sequence_costs_one_slot_and_no_store() {
         assert_eq!(store(&writer, chain), Outcome::Done, "{chain}");
     }
 }
+
+#[test]
+fn a_writer_says_the_capacity_whoever_opened_the_folder_first_and_only_while_it_is_empty() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("store");
+    let options = FsOptions::default().with_medium(Medium::Disk);
+    let open =
+        |options: &FsOptions, can_store| FsTransfer::open(&path, NAMESPACE, cache(), options, can_store);
+    let consumer = open(&options, false).unwrap();
+    let scheduler = crate::reader::FsReader::open(&path, vec![NAMESPACE], &options).unwrap();
+    let small = options.clone().with_capacity_bytes(8 << 20);
+    let mut producer = open(&small, true).unwrap();
+    for seen in [&consumer, &producer] {
+        assert_eq!(seen.shared.directory.control.capacity_bytes(), 8 << 20);
+    }
+    let request = StoreRequest {
+        keys: vec![key(1)],
+        blocks: vec![0],
+        first_depth: 0,
+        deadline: Instant::now() + Duration::from_secs(10),
+    };
+    let job = producer.begin_store(request).unwrap();
+    producer.finish_store(job).unwrap();
+    producer
+        .wait(job, Instant::now() + Duration::from_secs(10))
+        .unwrap();
+    let mut cursor = crate::index::LookupCursor::default();
+    assert_eq!(scheduler.lookup(&[key(1)], &mut cursor).ready_blocks, 1);
+    // Somebody writes, and then there are blocks.
+    let other = options.with_capacity_bytes(16 << 20);
+    let refused = || {
+        let error = open(&other, true).unwrap_err();
+        assert!(
+            matches!(error, crate::error::FsError::CapacityMismatch { recorded, .. } if recorded == 8 << 20),
+            "{error}"
+        );
+    };
+    refused();
+    producer.close();
+    drop(producer);
+    refused();
+}
