@@ -101,7 +101,7 @@ P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             outcome: f"request_{outcome}"
             for outcome in (
                 "pulled", "local", "none", "mismatch", "unreachable", "refused", "timeout", "busy", "no_room",
-                "must_compute", "parameters", "unnamed", "error",
+                "must_compute", "parameters", "unnamed", "error", "reset",
             )
         },
     ),
@@ -112,7 +112,8 @@ P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         {
             reason: f"failed_{reason}"
             for reason in (
-                "none", "mismatch", "unreachable", "refused", "timeout", "lapsed", "lost", "cancelled", "closed",
+                "none", "mismatch", "busy", "unreachable", "refused", "timeout", "lapsed", "lost", "cancelled",
+                "closed",
             )
         },
     ),

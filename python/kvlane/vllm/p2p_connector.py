@@ -225,6 +225,10 @@ class KvlaneP2pConnector(KvlaneConnector):
         assert self._scheduler is not None
         return self._scheduler.finished(request)
 
+    @guarded(False)
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset() if self._scheduler is not None else None
+
     # ---- both sides
 
     @guarded(None)

@@ -21,6 +21,8 @@ class Prompt:
     key: str
     tokens: int
     digest: bytes
+    #: vLLM's own record; its `status` changes.
+    request: Any
     is_offered: bool = False
     #: Blocks of the prompt that vLLM has handed out. Only the first `told_blocks` are known to the workers.
     block_ids: list[int] = dataclasses.field(default_factory=list)
@@ -57,8 +59,11 @@ class Offers:
         for request_id in output.preempted_req_ids or ():
             prompt = self._prompts.get(request_id)
             if prompt is not None:
-                self._revoke(prompt)
-                prompt.block_ids, prompt.computed_tokens = [], 0
+                self._lose_blocks(prompt)
+        for prompt in self._prompts.values():
+            # A reset of the prefix cache preempts running requests too, and vLLM 0.15 names nobody then.
+            if prompt.is_offered and _status(prompt.request) == "PREEMPTED":
+                self._lose_blocks(prompt)
         if not self._prompts:
             return progress
         scheduled = output.num_scheduled_tokens
@@ -113,6 +118,14 @@ class Offers:
         if key not in self._owners:
             self.orders.append(Revoke(key))
 
+    def reset(self) -> None:
+        """What was computed so far has become wrong for others, such as with new weights: it is handed over no more."""
+        for prompt in list(self._prompts.values()):
+            self._revoke(prompt)
+            self.never_came(prompt.key)
+        self._prompts.clear()
+        self.orders += [Revoke(key) for key in self._held.values()]  # the workers name them as sent then
+
     @property
     def count(self) -> int:
         """Requests that are known here, those with held blocks included."""
@@ -164,6 +177,10 @@ class Offers:
             # The workers name it as sent then.
             self.orders.append(Revoke(self._held[owner]))
 
+    def _lose_blocks(self, prompt: Prompt) -> None:
+        self._revoke(prompt)
+        prompt.block_ids, prompt.computed_tokens = [], 0
+
     def _revoke(self, prompt: Prompt) -> None:
         prompt.done_blocks = prompt.told_blocks = 0
         if not prompt.is_offered:
@@ -178,3 +195,8 @@ class Offers:
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
+
+
+def _status(request: Any) -> str:
+    status = getattr(request, "status", None)
+    return getattr(status, "name", str(status))

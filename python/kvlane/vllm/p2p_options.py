@@ -22,7 +22,6 @@ from kvlane.vllm.options import (
 logger = logging.getLogger("vllm.kvlane")
 
 LANES = ("auto", "shm", "tcp")
-SEND_TYPES = ("PUT_ASYNC", "PUT", "GET")
 
 #: Options that the old connector needed and this one does not.
 _OBSOLETE = ("send_type", "mem_pool_size_gb", "nccl_num_channels")
@@ -69,9 +68,9 @@ class P2pOptions:
     #: Ask vLLM for the layout in which a block is one piece (vLLM 0.29 and newer).
     block_outermost_layout: bool = False
     #: Of the old connector, without effect.
-    send_type: str | None = None
-    mem_pool_size_gb: int | None = None
-    nccl_num_channels: int | None = None
+    send_type: Any = None
+    mem_pool_size_gb: Any = None
+    nccl_num_channels: Any = None
 
     def secret(self) -> bytes | None:
         """The content of the secret file without the line end."""
@@ -97,8 +96,10 @@ def parse_p2p_options(extra_config: Mapping[str, Any] | None) -> P2pOptions:
     """Reads the options; an unknown name or a value of a wrong kind is a `ConfigError` that says what is allowed."""
     options = P2pOptions(**read_options(extra_config, _READERS))
     if (options.proxy_ip is None) != (options.proxy_port is None):
+        # As the old connector: manifests that were made from a template have one of them.
         given, missing = ("proxy_ip", "proxy_port") if options.proxy_port is None else ("proxy_port", "proxy_ip")
-        raise ConfigError(f"{given} is given without {missing}, allowed: both, or none")
+        logger.warning("kvlane: %s is given without %s, so this server announces itself nowhere", given, missing)
+        return dataclasses.replace(options, proxy_ip=None, proxy_port=None)
     if options.proxy_ip is not None and options.http_port is None:
         raise ConfigError("proxy_ip is given without http_port, the port that the proxy shall send requests to")
     return options
@@ -113,6 +114,10 @@ def obsolete_options(transfer: Any) -> list[str]:
         if name not in found and getattr(transfer, name, default) != default:
             found.append(name)
     return found + [name for name in _OBSOLETE if name in extra]
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value
 
 
 def _read_text_or_none(name: str, value: Any) -> str | None:
@@ -171,7 +176,6 @@ _READERS: dict[str, Any] = {
     "load_failure_policy": read_choice(*LOAD_FAILURE_POLICIES),
     "model_identity": read_text,
     "block_outermost_layout": read_flag,
-    "send_type": read_choice(*SEND_TYPES),
-    "mem_pool_size_gb": _digits_or_number(0, 1 << 20),
-    "nccl_num_channels": _digits_or_number(1, 1024),
+    # Nobody reads these any more, so whatever old manifests have there is right.
+    **dict.fromkeys(_OBSOLETE, _anything),
 }

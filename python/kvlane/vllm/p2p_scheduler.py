@@ -123,6 +123,7 @@ class P2pSchedulerHalf:
         self._pulls: list[Pull] = []
         self._orders: list[Order] = []
         self._counters: dict[str, float] = {}
+        self._told_parked_blocks = 0
         self._planning_failed = False
 
     def listens_on(self, port: int) -> None:
@@ -164,8 +165,9 @@ class P2pSchedulerHalf:
             self._miss(state, answer)
             return 0, False
         if not self._has_room_for(state):
-            # Others' pulls end by their deadlines, which makes room.
-            if waited_ms <= self._options.ask_timeout_ms + self._options.transfer_timeout_ms:
+            # Others' pulls end by their deadlines, which makes room. Behind its lease prefill has nothing any more.
+            patience_ms = self._options.ask_timeout_ms + self._options.transfer_timeout_ms
+            if waited_ms <= min(patience_ms, self._options.lease_ms):
                 return None, False
             self._miss(state, "no_room")
             return 0, False
@@ -316,6 +318,16 @@ class P2pSchedulerHalf:
             self._settle_without_pull(state, state.place)
         return False, None
 
+    def reset(self) -> bool:
+        """KV that was computed before this call must not be used by requests that come behind it (weights have changed,
+        say). The workers hear of it with the next step."""
+        self._offers.reset()
+        for state in self._requests.values():
+            if state.place is not None and not state.is_pulled and state.miss_reason is None:
+                state.miss_reason = "reset"
+                self._forget(state)
+        return True
+
     def _parameters_for_decode(self, handover: Handover) -> dict[str, Any] | None:
         if not handover.answers_parameters:
             return None
@@ -330,10 +342,11 @@ class P2pSchedulerHalf:
 
     def take_counters(self) -> dict[str, float]:
         """Counts since the last call, empty if nothing happened."""
-        if not self._counters:
+        parked = self._parking.blocks
+        if not self._counters and parked == self._told_parked_blocks:
             return {}
         counters, self._counters = self._counters, {}
-        counters["parked_blocks"] = self._parking.blocks
+        counters["parked_blocks"] = self._told_parked_blocks = parked
         return counters
 
     def close(self) -> None:
@@ -372,7 +385,7 @@ class P2pSchedulerHalf:
         state.prompt_tokens, state.digest = chain.token_count, prompt_digest(chain)
         state.handover, state.key = handover, handover.key
         if role == _PREFILL:
-            self._offers.add(Prompt(request.request_id, handover.key, state.prompt_tokens, state.digest))
+            self._offers.add(Prompt(request.request_id, handover.key, state.prompt_tokens, state.digest, request))
             return
         state.place = handover.prefill
         if must_compute(request):

@@ -96,6 +96,8 @@ class P2pWorkerHalf:
         self._bad_blocks: set[int] = set()
         self._counters: dict[str, float] = {}
         self._next_stats_s = 0.0
+        #: When aborted pulls of this step are waited for no longer.
+        self._abort_end_s = 0.0
 
     def open(self, native: Transfer, layout: Layout) -> None:
         """From now on orders are carried out."""
@@ -108,6 +110,7 @@ class P2pWorkerHalf:
         if step is self._ordered:
             return
         self._ordered = step
+        self._cancel_all(step.orders)
         for order in step.orders:
             try:
                 self._carry_out(order)
@@ -272,6 +275,17 @@ class P2pWorkerHalf:
             self._options.transfer_timeout_ms,
         )
 
+    def _cancel_all(self, orders: Sequence[Order]) -> None:
+        """Cancels what a step aborts, before any of it is waited for: all of them have one wait together."""
+        aborts = [order for order in orders if isinstance(order, Abort)]
+        if not aborts:
+            return
+        self._abort_end_s = self._clock() + ABORT_WAIT_MS / 1000
+        for abort in aborts:
+            job = self._job_of_request.get(abort.request_id)
+            if job is not None and self._native is not None:
+                self._try("cancel", self._native.cancel, job)
+
     def _abort(self, request_id: str) -> None:
         job = self._job_of_request.get(request_id)
         if job is None or self._native is None:
@@ -282,9 +296,9 @@ class P2pWorkerHalf:
             return
         running = self._running[job]
         running.aborted = True
-        self._try("cancel", self._native.cancel, job)
         if not self._settings.holds_aborted_loads:
-            ended = self._try("wait", self._native.wait, job, ABORT_WAIT_MS)
+            remaining_ms = max(int((self._abort_end_s - self._clock()) * 1000), 0)
+            ended = self._try("wait", self._native.wait, job, remaining_ms)
             if ended is not None:
                 del self._running[job]
                 self._ended(running, *ended)

@@ -214,6 +214,59 @@ def test_a_preempted_prefill_takes_its_offer_back_and_makes_it_again(monkeypatch
             assert pair.prefill.answers[request_id(name, side="prefill")] == expected_tokens(prompt, 40)
 
 
+def test_a_prefill_that_a_reset_preempts_takes_its_offer_back(monkeypatch, prompts, asynchronous):
+    """vLLM 0.15 does not name whom a reset preempts. Another request gets the blocks and writes them."""
+    # Where steps follow each other, a request of one token ends with its last chunk.
+    max_tokens = 1 if asynchronous else 30
+    settings = {"step_tokens": 24, "blocks": 20}
+    with PaperPair(monkeypatch, asynchronous=asynchronous, prefill=settings) as pair:
+        pair.hub.lease_steps = 500
+        other, prompt = prompts(110), prompts(100)
+        pair.prefill.add("plain-00000000", other, max_tokens=30)
+        for _ in range(5):
+            pair.prefill.step()
+        pair.prefill.add(PREFILL_ID, prompt, max_tokens=max_tokens)
+        while pair.prefill.request(PREFILL_ID).num_computed_tokens < 100:
+            pair.prefill.step()
+        assert pair.prefill.scheduler.reset_prefix_cache(reset_running_requests=True)
+        for _ in range(3):
+            pair.prefill.step()
+        own = pair.ask_decode("u1", prompt)
+        pair.run(steps=2000)
+        assert pair.decode.answers[own] == expected_tokens(prompt, 8)
+        assert pair.prefill.answers[PREFILL_ID] == expected_tokens(prompt, max_tokens)
+
+
+def test_what_was_computed_before_a_reset_is_handed_over_no_more(pair, prompts):
+    """The weights may have changed in between."""
+    prompt = prompts(100)
+    prefilled(pair, prompt)
+    pair.prefill.add(request_id("u2", side="prefill"), prompt, max_tokens=3)
+    pair.prefill.step()
+    assert pair.prefill.connector.reset_cache() is True
+    pair.prefill.run()
+    for name in ("u1", "u2"):
+        own = pair.ask_decode(name, prompt)
+        pair.decode.run()
+        assert pair.decode.loaded_tokens[own] == 0
+        assert pair.decode.answers[own] == expected_tokens(prompt, 8)
+    assert pair.hub.leases() == []
+    # What comes behind it is handed over.
+    assert pair.answer("u3", prompt) == expected_tokens(prompt, 8)
+    assert pair.settle()
+
+
+def test_decode_does_not_pull_what_it_asked_for_before_a_reset(pair, prompts):
+    prompt = prompts(60)
+    own = pair.ask_decode("u1", prompt)
+    pair.decode.step()
+    assert pair.decode.connector.reset_cache() is True
+    pair.ask_prefill("u1", prompt)
+    pair.run()
+    assert pair.decode.answers[own] == expected_tokens(prompt, 8)
+    assert pair.decode.loaded_tokens[own] == 0
+
+
 def test_a_preempted_decode_computes_its_prompt_itself(monkeypatch, prompts, asynchronous):
     """Its KV was consumed and prefill does not hold it any more."""
     asked = {name: prompts(60) for name in ("u1", "u2", "u3")}

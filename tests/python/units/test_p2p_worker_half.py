@@ -224,6 +224,14 @@ def test_an_aborted_pull_is_cancelled_and_reported_as_received_when_it_ended():
     assert half.finished() == (None, None)
 
 
+def test_pulls_that_are_aborted_together_are_all_cancelled_before_any_is_waited_for():
+    half, native = make(holds_aborted_loads=False)
+    run(half, P2pStep(pulls=[pull("r"), pull("s")]))
+    run(half, P2pStep([Abort("r"), Abort("s")]))
+    calls = [call[:2] for call in native.named("cancel", "wait")]
+    assert calls == [("cancel", 1), ("cancel", 2), ("wait", 1), ("wait", 2)]
+
+
 @pytest.mark.parametrize("ends_at_once", [True, False])
 def test_vllm_015_hears_of_an_aborted_pull_as_sent(ends_at_once):
     half, native = make(holds_aborted_loads=False)
