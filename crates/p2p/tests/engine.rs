@@ -1,13 +1,18 @@
 //! Two workers and an asker in one process, over real sockets and real memory. The risk: parts that are right alone and
 //! wrong together.
 
-use std::net::IpAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvlane_core::{BlockMap, Device, NamespaceId, PagedMemory, TensorView};
 use kvlane_fs::HostCache;
-use kvlane_p2p::proto::{DenyReason, EndReason, Offer, Progress, PullResult};
+use kvlane_p2p::proto::{
+    Channel, DenyReason, EndReason, Frames, Hello, Identity, Link, LinkConfig, Message, Offer, Progress,
+    PullResult, Role, Side, encode,
+};
 use kvlane_p2p::{
     Asked, AskerOptions, LaneChoice, P2pAsker, P2pWorker, PeerAddress, Prompt, PullOrder, TransferKey,
     WorkerOptions,
@@ -482,6 +487,90 @@ fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
         .pull(pair.order("a", 2, 0, &[4, 5]))
         .expect("accepted");
     assert_eq!(pair.wait(job), PullResult::Done);
+}
+
+/// A peer that has shaken hands, and what it says from then on.
+fn shaken_hands(pair: &Pair) -> TcpStream {
+    let identity = Identity {
+        engine_id: "stranger".into(),
+        start_id: [9; 16],
+        rank: 0,
+        secret: None,
+    };
+    let config = LinkConfig {
+        identity: Arc::new(identity),
+        role: Role::Puller,
+        hello: Hello {
+            channel: Channel::Control,
+            namespace: [1; 32],
+            block_tokens: BLOCK_TOKENS,
+            cache: None,
+            probe: None,
+        },
+        handshake_timeout: PATIENCE,
+        heartbeat: PATIENCE,
+        peer_timeout: PATIENCE,
+    };
+    let mut link = Link::new(Side::Dialling, config, [3; 32], Instant::now());
+    let address = ("127.0.0.1", pair.prefill.port().expect("it listens"));
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    let (mut frames, mut bytes) = (Frames::new(), Frames::preamble().to_vec());
+    while !link.is_ready() {
+        for message in link.take_outgoing(Instant::now()) {
+            encode(&message, &mut bytes);
+        }
+        stream.write_all(&bytes).expect("it reads");
+        bytes.clear();
+        let mut received = [0; 4096];
+        let count = stream.read(&mut received).expect("it answers");
+        assert!(count > 0, "it refused the handshake");
+        frames.push(&received[..count]);
+        while let Some(message) = frames.next_message().expect("well formed") {
+            link.receive(Instant::now(), message).expect("a right handshake");
+        }
+    }
+    for message in link.take_outgoing(Instant::now()) {
+        encode(&message, &mut bytes);
+    }
+    stream.write_all(&bytes).expect("it reads");
+    stream
+}
+
+#[test]
+fn a_peer_that_never_stops_talking_does_not_keep_the_engine_waiting() {
+    let pair = pair(LaneChoice::Auto);
+    let mut stream = shaken_hands(&pair);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let flood = std::thread::spawn({
+        let is_over = Arc::clone(&is_over);
+        move || {
+            let mut pings = Vec::new();
+            (0..10_000).for_each(|_| encode(&Message::Ping, &mut pings));
+            let mut sent_bytes = 0;
+            // An error: it was cut off, which is as good.
+            while !is_over.load(Ordering::Relaxed) && stream.write_all(&pings).is_ok() {
+                sent_bytes += pings.len();
+            }
+            sent_bytes
+        }
+    });
+    let end = Instant::now() + Duration::from_secs(2);
+    let (mut calls, mut longest) = (0, Duration::ZERO);
+    while Instant::now() < end {
+        let start = Instant::now();
+        pair.prefill.progress("nothing", done(1)).expect("accepted");
+        longest = longest.max(start.elapsed());
+        calls += 1;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let sent_bytes = flood.join().expect("no panic");
+    assert!(sent_bytes > 1 << 20, "{sent_bytes} bytes are no flood");
+    assert!(
+        longest < Duration::from_millis(500),
+        "a call took {longest:?}; {calls} calls, {sent_bytes} bytes"
+    );
+    println!("{calls} calls, the longest took {longest:?}, during {sent_bytes} bytes");
 }
 
 #[test]

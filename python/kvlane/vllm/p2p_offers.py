@@ -124,7 +124,11 @@ class Offers:
             self._revoke(prompt)
             self.never_came(prompt.key)
         self._prompts.clear()
-        self.orders += [Revoke(key) for key in self._held.values()]  # the workers name them as sent then
+        for request_id, key in self._held.items():
+            self.orders.append(Revoke(key))  # the workers name it as sent then
+            if self._owners.get(key) == request_id:
+                del self._owners[key]
+                self.never_came(key)
 
     @property
     def count(self) -> int:

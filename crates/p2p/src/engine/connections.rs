@@ -1,6 +1,6 @@
 //! The control connections of one value: their bytes, messages and ends. Everything here happens behind one lock.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::net::TcpStream as StdStream;
 use std::sync::Arc;
@@ -23,8 +23,10 @@ const WAITING_MAX: usize = 8192;
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 /// Bytes that one call reads.
 const READ_BYTES: usize = 64 << 10;
-/// Reads from one connection in a turn: a peer that always has more to say must not keep the lock.
+/// Reads from one connection in a turn, and messages of one that are dealt with.
 const READS_PER_TURN: usize = 16;
+/// See [`READS_PER_TURN`].
+const MESSAGES_PER_TURN: usize = 256;
 
 /// Everything behind the lock.
 pub(super) struct Core<M: Machine> {
@@ -38,7 +40,7 @@ pub(super) struct Core<M: Machine> {
     dials: usize,
     accepted: usize,
     /// Connections that had more to read when their turn was over.
-    unread: Vec<ConnectionId>,
+    unread: HashSet<ConnectionId>,
     /// When the thread wakes up by itself.
     pub(super) sleeps_until: Option<Instant>,
     pub(super) is_closing: bool,
@@ -77,7 +79,7 @@ impl<M: Machine> Core<M> {
             last_id: 0,
             dials: 0,
             accepted: 0,
-            unread: Vec::new(),
+            unread: HashSet::new(),
             sleeps_until: None,
             is_closing: false,
         }
@@ -120,14 +122,17 @@ impl<M: Machine> Core<M> {
         Some(id)
     }
 
-    /// Reads on where a turn was over before everything was read.
-    pub(super) fn read_on(&mut self, now: Instant) {
-        for id in std::mem::take(&mut self.unread) {
-            self.progress(now, id);
-        }
+    /// Connections whose last turn was over before everything was read. They are due again.
+    pub(super) fn take_unread(&mut self) -> HashSet<ConnectionId> {
+        std::mem::take(&mut self.unread)
     }
 
-    /// Whether [`read_on`](Self::read_on) has something to do.
+    /// Whether a connection is among them.
+    pub(super) fn is_unread(&self, id: ConnectionId) -> bool {
+        self.unread.contains(&id)
+    }
+
+    /// Whether there are any.
     pub(super) fn has_unread(&self) -> bool {
         !self.unread.is_empty()
     }
@@ -256,17 +261,18 @@ impl<M: Machine> Core<M> {
         }
     }
 
-    /// Reads what there is, and writes what waits.
+    /// Reads what there is, and writes what waits. A turn has a bound: a peer that always has more to say must not keep the
+    /// lock.
     pub(super) fn progress(&mut self, now: Instant, id: ConnectionId) {
         let mut bytes = [0; READ_BYTES];
-        let mut reads = 0;
-        loop {
-            if reads == READS_PER_TURN {
-                // The socket raises no event for what it has told of already.
-                self.unread.push(id);
+        let mut messages_left = MESSAGES_PER_TURN;
+        for _ in 0..READS_PER_TURN {
+            if !self.take_messages(now, id, &mut messages_left) {
+                return;
+            }
+            if messages_left == 0 {
                 break;
             }
-            reads += 1;
             let Some(open) = self.open_of(id) else { return };
             match open.stream.read(&mut bytes) {
                 Ok(0) => return self.end(now, id, "the peer closed the connection"),
@@ -274,20 +280,22 @@ impl<M: Machine> Core<M> {
                     open.was_heard = true;
                     open.frames.push(&bytes[..count]);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return self.flush(now, id),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return self.end(now, id, &error.to_string()),
             }
-            if !self.take_messages(now, id) {
-                return;
-            }
         }
+        // The socket raises no event for what it has told of already.
+        self.unread.insert(id);
         self.flush(now, id);
     }
 
     /// False: the connection is not this machine's any more.
-    fn take_messages(&mut self, now: Instant, id: ConnectionId) -> bool {
+    fn take_messages(&mut self, now: Instant, id: ConnectionId, left: &mut usize) -> bool {
         loop {
+            if *left == 0 {
+                return true;
+            }
             let Some(open) = self.open_of(id) else {
                 return false;
             };
@@ -299,6 +307,7 @@ impl<M: Machine> Core<M> {
                     return false;
                 }
             };
+            *left -= 1;
             let taken = open.link.receive(now, message);
             if open.link.is_authenticated() {
                 open.frames.trust();
@@ -446,6 +455,7 @@ impl<M: Machine> Core<M> {
         if let Some(mut open) = connection.open {
             let _ = self.registry.deregister(&mut open.stream);
         }
+        self.unread.remove(&id);
         self.machine.closed(now, id);
         self.settle(now);
     }

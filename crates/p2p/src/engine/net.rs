@@ -3,12 +3,13 @@
 use std::io;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token, Waker};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::address::PeerAddress;
 use super::connections::Core;
@@ -88,7 +89,7 @@ impl<M: Machine> Net<M> {
     /// Ends the thread and all connections.
     pub(super) fn close(&self) {
         self.shared.with(|core, now| core.close(now));
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.thread.lock().take();
         if let Some(thread) = thread {
             let _ = self.shared.waker.wake();
             let _ = thread.join();
@@ -138,8 +139,16 @@ impl<M: Machine> Shared<M> {
         })
     }
 
+    /// One thing that the thread does. Whoever waits for the lock has it next: the engine must not wait for a peer that
+    /// always has more to say. Not `with`: the thread need not wake itself.
+    fn turn(&self, work: impl FnOnce(&mut Core<M>, Instant)) {
+        let mut core = self.lock();
+        core.work(work);
+        MutexGuard::unlock_fair(core);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Core<M>> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock()
     }
 }
 
@@ -181,24 +190,30 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
             shared.lock().work(|core, now| core.close(now));
             return;
         }
-        // Others wait for the lock too.
-        std::thread::yield_now();
-        // Not `with`: this thread need not wake itself.
-        shared.lock().work(|core, now| {
-            core.read_on(now);
-            for event in &events {
-                match event.token() {
-                    WAKER => {}
-                    LISTENER => {
-                        if let Some(listener) = &listener {
-                            core.accept(now, listener);
-                        }
+        let unread = shared.lock().take_unread();
+        for id in unread {
+            shared.turn(|core, now| core.progress(now, id));
+        }
+        for event in &events {
+            match event.token() {
+                WAKER => {}
+                LISTENER => {
+                    if let Some(listener) = &listener {
+                        shared.turn(|core, now| core.accept(now, listener));
                     }
-                    Token(id) => core.progress(now, ConnectionId(id as u64)),
+                }
+                Token(id) => {
+                    let id = ConnectionId(id as u64);
+                    shared.turn(|core, now| {
+                        // One that has had its turn has the next one anyway.
+                        if !core.is_unread(id) {
+                            core.progress(now, id);
+                        }
+                    });
                 }
             }
-            core.tick(now);
-        });
+        }
+        shared.turn(Core::tick);
     }
 }
 

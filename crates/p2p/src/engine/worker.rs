@@ -185,6 +185,11 @@ impl P2pWorker {
     /// An offer may follow. False: the hold is unknown.
     pub fn revoke(&self, hold: &str) -> Result<bool> {
         let is_known = self.with_holder(|holder, _| holder.revoke(hold))?;
+        if is_known {
+            self.net.shared().with(|core, _| {
+                *core.machine.stats.holds.entry(EndReason::Revoked).or_default() += 1;
+            });
+        }
         self.results.forget_hold(hold);
         Ok(is_known)
     }

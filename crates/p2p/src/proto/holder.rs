@@ -134,6 +134,8 @@ struct Lease {
     slot: u32,
     readers: Vec<(ConnectionId, u64)>,
     released: u32,
+    /// Of those, the ranks that said so before the request was here.
+    released_early: u32,
     is_claimed: bool,
     last_want: Option<Instant>,
     expires: Option<Instant>,
@@ -187,7 +189,7 @@ impl Holder {
             self.end(now, &older, EndReason::Replaced);
         }
         let Some(slot) = self.free_slots.pop() else {
-            self.answer_waiting(&offer.key, |_| Verdict::None);
+            self.give_up(now, &offer.key);
             return false;
         };
         self.gone.pop(&offer.key);
@@ -209,6 +211,7 @@ impl Holder {
                 slot,
                 readers: Vec::new(),
                 released,
+                released_early: released,
                 is_claimed: released > 0,
                 last_want: None,
                 expires: None,
@@ -302,6 +305,8 @@ impl Holder {
     /// Nothing will be offered under this key: whoever waits for it need not wait any longer.
     pub fn give_up(&mut self, now: Instant, key: &TransferKey) {
         if !self.keys.contains_key(key) {
+            // What was said of this one is not about the next one with its key.
+            self.early_releases.pop(key);
             self.gone.put(key.clone(), now);
             self.answer_waiting(key, |_| Verdict::None);
         }
@@ -512,6 +517,11 @@ impl Holder {
             if hold.is_finished {
                 self.unclaimed_blocks -= hold.blocks.len();
             }
+        }
+        if !range.is_empty() && lease.readers.is_empty() {
+            // A client's second try: the first one's early release does not end the lease under this one.
+            lease.released = lease.released.saturating_sub(lease.released_early);
+            lease.released_early = 0;
         }
         lease.readers.push(id);
         lease.last_want = Some(now);

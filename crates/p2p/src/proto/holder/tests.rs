@@ -462,3 +462,68 @@ fn a_holder_that_closes_takes_every_lease_away_and_tells_of_finished_requests() 
     assert!(!holder.offer(now, offer("late", "c", &[3])));
     assert_eq!(holder.next_deadline(), None);
 }
+
+#[test]
+fn a_second_try_is_not_ended_by_what_was_said_of_the_first() {
+    let now = Instant::now();
+    let release = |holder: &mut Holder| {
+        let message = Message::Want {
+            transfer: 1,
+            key: key("a"),
+            prompt: prompt(2),
+            first_block: 0,
+            block_count: 0,
+        };
+        holder.receive(now, READER, true, message).unwrap();
+    };
+    for is_given_up in [true, false] {
+        let mut holder = Holder::new(limits());
+        // The client left before prefill had begun, and comes again with the same id.
+        release(&mut holder);
+        if is_given_up {
+            holder.give_up(now, &key("a"));
+        }
+        assert!(holder.offer(now, offer("again", "a", &[1, 2])));
+        want(&mut holder, now, 2, "a", 2);
+        actions(&mut holder);
+        holder.finish(now, &"again".into());
+        assert_eq!(actions(&mut holder), [], "it is being read");
+        holder
+            .receive(now, READER, true, Message::Done { transfer: 2 })
+            .unwrap();
+        let ended = |action: &HolderAction| {
+            matches!(
+                action,
+                HolderAction::Ended {
+                    reason: EndReason::Released,
+                    ..
+                }
+            )
+        };
+        assert!(actions(&mut holder).iter().any(ended));
+        assert_eq!(holder.load(), (0, 0, 0, 0));
+    }
+}
+
+#[test]
+fn a_question_behind_an_offer_without_a_slot_is_answered_at_once() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    for number in 0..3 {
+        assert!(holder.offer(
+            now,
+            offer(&format!("r{number}"), &format!("k{number}"), &[number])
+        ));
+    }
+    assert!(!holder.offer(now, offer("late", "late", &[9])));
+    let ask = Message::Ask {
+        question: 5,
+        key: key("late"),
+        prompt: prompt(1),
+        patience_ms: 1000,
+    };
+    actions(&mut holder);
+    holder.receive(now, READER, true, ask).unwrap();
+    let verdict = Verdict::None;
+    assert_eq!(told(&mut holder), [Message::Answer { question: 5, verdict }]);
+}
