@@ -136,6 +136,7 @@ lint: preflight-lint $(VENV)/.kvlane-wheel .tools/bin/cargo-deny ## formats, cli
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python benches/fs/readme.py --check
+	$(VENV)/bin/python benches/p2p/readme.py --check
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy.stubtest --allowlist python/stubtest_allowlist.txt kvlane._native
 	.tools/bin/cargo-deny --locked check --hide-inclusion-graph licenses bans sources
@@ -163,6 +164,7 @@ bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS_FS)/.kvlane-ready #
 
 bench-p2p: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS_P2P)/.kvlane-ready ## server to server, beside its peers
 	$(VENV)/bin/python benches/p2p/run.py
+	$(VENV)/bin/python benches/p2p/readme.py
 
 soak: preflight-test $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel ## full counts of the long campaigns (hours)
 	@rm -rf target/test tests/results/soak-*.json

@@ -23,12 +23,11 @@ def main(description: str, script: str, result: str, method: str, section: Calla
     first, last = marks(script, result)
     before, rest = text.split(first)
     after = rest.split(last)[1]
-    found = json.loads((ROOT / result).read_text())
-    if found["machine"].get("method") != method:
-        target = "bench-" + Path(result).stem
-        print(f"{result} was measured by another method: run `make {target}`", file=sys.stderr)
+    written = written_section(result, method, section)
+    if written is None:
+        print(f"{result} was measured by another method: run `make {target_of(result)}`", file=sys.stderr)
         return 1
-    new = before + first + section(found) + last + after
+    new = before + first + written + last + after
     if new == text:
         return 0
     if arguments.check:
@@ -36,3 +35,15 @@ def main(description: str, script: str, result: str, method: str, section: Calla
         return 1
     path.write_text(new)
     return 0
+
+
+def written_section(result: str, method: str, section: Callable[[dict], str]) -> str | None:
+    """None: the figures were measured by another method."""
+    if not (ROOT / result).exists():
+        return f"Not measured yet: `make {target_of(result)}` does it, and writes the figures here.\n"
+    found = json.loads((ROOT / result).read_text())
+    return section(found) if found["machine"].get("method") == method else None
+
+
+def target_of(result: str) -> str:
+    return f"bench-{Path(result).stem}"
