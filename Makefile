@@ -13,7 +13,8 @@ ROOT := $(CURDIR)
 OLD_VLLM := 0.15.0
 VENV := .venv
 VENV_OLD := .venv-vllm-$(OLD_VLLM)
-VENV_PEERS := .venv-peers-fs
+VENV_PEERS_FS := .venv-peers-fs
+VENV_PEERS_P2P := .venv-peers-p2p
 MACHINE := $(shell uname -m)
 
 CARGO_DENY_VERSION := 0.20.2
@@ -38,11 +39,11 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) pyproject.toml README.md LICE
 ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
-.PHONY: help demo test lint bench bench-fs wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
+.PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
   $(addprefix preflight-,demo test lint wheel bench)
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 $(addprefix preflight-,demo test lint wheel bench):
 	@tests/env/preflight.sh $(@:preflight-%=%)
@@ -57,8 +58,12 @@ $(VENV_OLD)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
 	tests/env/build.sh vllm-$(OLD_VLLM)
 	@touch $@
 
-$(VENV_PEERS)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
+$(VENV_PEERS_FS)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
 	tests/env/build.sh peers-fs
+	@touch $@
+
+$(VENV_PEERS_P2P)/.kvlane-ready: $(ENV_SOURCES) | $(VENV)/.kvlane-ready
+	tests/env/build.sh peers-p2p
 	@touch $@
 
 # A stamp without its wheel is worth nothing.
@@ -131,6 +136,7 @@ lint: preflight-lint $(VENV)/.kvlane-wheel .tools/bin/cargo-deny ## formats, cli
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python benches/fs/readme.py --check
+	$(VENV)/bin/python benches/p2p/readme.py --check
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy.stubtest --allowlist python/stubtest_allowlist.txt kvlane._native
 	.tools/bin/cargo-deny --locked check --hide-inclusion-graph licenses bans sources
@@ -149,12 +155,16 @@ test-fuzz:
 
 # ---- benches, soak, release ----------------------------------------------------------------------------------------
 
-bench: preflight-bench bench-fs ## micro-benchmarks and the side-by-side comparisons
+bench: preflight-bench bench-fs bench-p2p ## micro-benchmarks and the side-by-side comparisons
 	cargo bench --package kvlane-benches --locked
 
-bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS)/.kvlane-ready ## the folder backend beside its peers
+bench-fs: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS_FS)/.kvlane-ready ## the folder backend beside its peers
 	$(VENV)/bin/python benches/fs/run.py
 	$(VENV)/bin/python benches/fs/readme.py
+
+bench-p2p: preflight-bench $(VENV)/.kvlane-wheel $(VENV_PEERS_P2P)/.kvlane-ready ## server to server, beside its peers
+	$(VENV)/bin/python benches/p2p/run.py
+	$(VENV)/bin/python benches/p2p/readme.py
 
 soak: preflight-test $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel ## full counts of the long campaigns (hours)
 	@rm -rf target/test tests/results/soak-*.json

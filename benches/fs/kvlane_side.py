@@ -1,36 +1,16 @@
 """What both halves of the kvlane system share: the same layout, names and options in the writer and the reader."""
 
 from kvlane import _native
+from kvlane_layout import layout_of
 from turns import threads_on
-from workload import (
-    BLOCK_TOKENS,
-    BLOCKS,
-    HEAD_DIM,
-    KV_HEADS,
-    POOL_BLOCKS,
-    TOKENS,
-    PagedCache,
-)
+from workload import BLOCK_TOKENS, BLOCKS, TOKENS, PagedCache
 
-NUMBER_BYTES = 2
 TIMEOUT_MS = 30_000
 # Two and a half requests: a store of a request always recycles the slots of an older one.
 CAPACITY_BYTES = 256 << 20
 REQUESTS_TO_FILL = 4
 
 NAMESPACE = _native.namespace_id([("model", "benchmark"), ("rank", "0")])
-
-
-def layout_of(cache: PagedCache) -> _native.Layout:
-    """The tensors as vLLM 0.32 hands them over: [block][head][token][K and V of a head]."""
-    shape = [POOL_BLOCKS, KV_HEADS, BLOCK_TOKENS, 2 * HEAD_DIM]
-    token = KV_HEADS * 2 * HEAD_DIM
-    strides = [BLOCK_TOKENS * token, 2 * HEAD_DIM, token, 1]
-    tensors = [
-        (f"model.layers.{number}.self_attn.attn", layer.ctypes.data, "cpu", NUMBER_BYTES, shape, strides)
-        for number, layer in enumerate(cache.layers)
-    ]
-    return _native.Layout(tensors, POOL_BLOCKS, 0)
 
 
 def keys_of(serial: int) -> bytes:

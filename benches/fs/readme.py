@@ -6,17 +6,18 @@
 What a run did not measure is left out of the text, never guessed and never an error.
 """
 
-import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
-from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, DISTURBED, METHOD, TWO_MEMCPYS, bars
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[2]
-BEGIN = "<!-- from benches/results/fs.json by benches/fs/readme.py -->\n\n"
-END = "<!-- end of what benches/fs/readme.py writes -->\n"
+import readme_section
+from bars import sentence
+from rows import BARE_WRITE, COLD_READS, DIRECT_READ, DIRECT_READS, DISTURBED, METHOD, TWO_MEMCPYS, promises
+
+SCRIPT, RESULT = "benches/fs/readme.py", "benches/results/fs.json"
+BEGIN, END = readme_section.marks(SCRIPT, RESULT)
 
 ROWS = [
     ("store, tmpfs", "store", "tmpfs", 1),
@@ -128,16 +129,7 @@ def table(run: Result) -> list[str]:
 
 
 def targets(run: Result) -> str:
-    found = bars(run.rows, run.other_floors)
-    missed = [
-        f"{bar.text} {bar.figure:.2f}{bar.unit} "
-        f"(wanted: at {'most' if bar.is_ceiling else 'least'} {bar.limit:g}{bar.unit})"
-        for bar in found
-        if bar.holds is False
-    ]
-    text = "Targets that this run misses: " + ("; ".join(missed) or "none") + "."
-    if unknown := [bar.text for bar in found if bar.holds is None]:
-        text += " Not measured: " + "; ".join(unknown) + "."
+    text = sentence(promises(run.rows, run.other_floors))
     copies = {case: run.floor(TWO_MEMCPYS, case, "tmpfs", 2) for case in ("store", "load")}
     if reached := [f"{floor['floor_of_memcpy']:.2f} beside the {case}" for case, floor in copies.items() if floor]:
         text += f" Two threads that only copy, half each, reach {' and '.join(reached)} of one memcpy here."
@@ -246,25 +238,7 @@ def not_run(run: Result) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if figures differ")
-    arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    result = json.loads((ROOT / "benches/results/fs.json").read_text())
-    if result["machine"].get("method") != METHOD:
-        print("benches/results/fs.json was measured by another method: run `make bench-fs`", file=sys.stderr)
-        return 1
-    new = before + BEGIN + section(result) + END + after
-    if new == text:
-        return 0
-    if arguments.check:
-        print("README.md shows other figures than benches/results/fs.json: run benches/fs/readme.py", file=sys.stderr)
-        return 1
-    path.write_text(new)
-    return 0
+    return readme_section.main(__doc__.splitlines()[0], SCRIPT, RESULT, METHOD, section)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ happened to get for their buffers, and would so change the share of all of its r
 import statistics
 from dataclasses import dataclass, field
 
+from bars import Bar
 from workload import REQUEST_BYTES, Sample
 
 # Reading threads of kvlane on a disk, whatever the row's threads: COLD_READS in crates/fs/src/cold.rs.
@@ -41,6 +42,15 @@ class Key:
     case: str
     threads: int
     system: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.system} {self.case} {self.medium} {self.threads}"
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Rows of one group are measured next to each other."""
+        return self.medium, self.case
 
 
 @dataclass
@@ -150,26 +160,8 @@ def milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One promise: a figure made of rows, and where it should lie."""
-
-    text: str
-    limit: float
-    unit: str
-    is_ceiling: bool
-    figure: float | None
-
-    @property
-    def holds(self) -> bool | None:
-        """None: the rows for it were not run."""
-        if self.figure is None:
-            return None
-        return self.figure <= self.limit if self.is_ceiling else self.figure >= self.limit
-
-
-def bars(rows: list[dict], other_floors: list[dict]) -> list[Bar]:
-    """The promises of the filesystem backend. They are information: a slow machine does not fail the run."""
+def promises(rows: list[dict], other_floors: list[dict]) -> list[Bar]:
+    """The promises of the filesystem backend."""
     found = {(r["system"], r["case"], r["medium"], r["threads"]): r for r in rows}
     direct = [floor["of_floor"] for floor in other_floors if (floor["floor"], floor["threads"]) == (DIRECT_READ, 1)]
 

@@ -20,29 +20,27 @@ worker, never because something is slow.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bars
 import machine
-from rows import CALLS_MEDIUM, DISTURBED, METHOD, Bar, Key, Samples, bars
-from turns import NotRun, Worker, WorkerFailed
-from workload import Sample, WrongBytes
+from rows import CALLS_MEDIUM, DISTURBED, METHOD, Key, Samples, promises
+from sets import ROOT, Run, python_of, read_options, take_turns, wanted, workers
+from turns import Worker, WorkerFailed
+from workload import WrongBytes
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benches" / "results" / "fs.json"
-SETS, ROUNDS = 5, 3
-QUICK_SETS, QUICK_ROUNDS = 1, 3
+# Sets, and rounds in each.
+COUNTS, QUICK_COUNTS = (5, 3), (1, 3)
 
 # Worker scripts of each system, with the environment whose Python runs them.
 SYSTEMS = {
@@ -86,24 +84,9 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help=f"write the rows here (a whole run: {RESULT.relative_to(ROOT)})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SETS} set instead of {SETS}")
-    parser.add_argument("--sets", type=int, help="how often all workers start anew")
-    parser.add_argument("--rounds", type=int, help="number of rounds in each set")
-    parser.add_argument(
-        "--only", default="", help="comma-separated names of systems, cases and media; others are left out"
-    )
     parser.add_argument("--tmpfs-dir", default="/dev/shm", help="parent of the memory-backed scratch folder")
     parser.add_argument("--disk-dir", default=str(ROOT / "target"), help="parent of the disk-backed scratch folder")
-    options = parser.parse_args(arguments)
-    options.only = {name for name in options.only.split(",") if name}
-    unknown = options.only - {*SYSTEMS, *CASES, *MEDIA}
-    if unknown:
-        parser.error(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join([*SYSTEMS, *CASES, *MEDIA])}")
-    options.sets = options.sets or (QUICK_SETS if options.quick else SETS)
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    if options.json is None and not options.quick and not options.only:
-        options.json = RESULT
+    options = read_options(parser, arguments, [*SYSTEMS, *CASES, *MEDIA], COUNTS, QUICK_COUNTS, RESULT)
     os.makedirs(options.disk_dir, exist_ok=True)
     for medium, folder in (("tmpfs", options.tmpfs_dir), ("disk", options.disk_dir)):
         if (machine.filesystem_of(folder) == "tmpfs") != (medium == "tmpfs"):
@@ -111,27 +94,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-@dataclass
-class Run:
-    """What all sets of workers add to."""
-
-    samples: Samples = field(default_factory=Samples)
-    not_run: dict[Key, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    rounds_begun: int = 0
-    shuffle: random.Random = field(default_factory=lambda: random.Random(0))
-
-
 def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
     cores = sorted(os.sched_getaffinity(0), reverse=True)  # the highest first: core 0 serves most interrupts
-    facts, run = machine.facts(scratch, cores), Run()
+    facts, run = machine.facts(cores, scratch), Run(Samples())
     for number in range(options.sets):
         folders = {medium: os.path.join(folder, f"set-{number}") for medium, folder in scratch.items()}
-        with workers(options.only, cores, folders, run) as by_key:
+        starts = starts_of(options.only, cores, folders)
+        with workers(starts, key_of, partial(is_wanted, options.only), run) as by_key:
             take_turns(by_key, options.rounds, run, f"set {number + 1} of {options.sets}")
         for folder in folders.values():
             shutil.rmtree(folder)
-    rows, not_run = run.samples.rows(), [f"{name_of(key)}: {reason}" for key, reason in run.not_run.items()]
+    rows, not_run = run.samples.rows(), run.not_run_lines()
     show(run.samples, rows, not_run)
     if options.json:
         facts["versions"] |= dict(sorted(run.versions.items()))
@@ -145,78 +118,29 @@ def measure(options: argparse.Namespace, scratch: dict[str, str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def workers(only: set[str], cores: list[int], folders: dict[str, str], run: Run) -> Iterator[dict[Key, Worker]]:
-    """A new process for each system, ready for its turns: by row, without those that cannot be run."""
-    started: list[tuple[str, Worker]] = []
-    by_key: dict[Key, Worker] = {}
-    try:
-        for system, scripts in SYSTEMS.items():
-            for environment, script in scripts if wanted(only, SYSTEMS, system) else ():
-                started.append((system, start(environment, script, system, cores, folders)))
-        # They import together, and get their memory one after the other: who is first gets other pages.
-        for system, worker in run.shuffle.sample(started, len(started)):
-            run.versions |= worker.call("versions")
-            for case, medium, threads in worker.call("cases"):
-                key = Key(medium, case, threads, system)
-                if wanted(only, CASES, case) and wanted(only, MEDIA, medium) and key not in run.not_run:
-                    by_key[key] = worker
-        yield by_key
-    finally:
-        for _, worker in started:
-            worker.close()
+def starts_of(only: set[str], cores: list[int], folders: dict[str, str]) -> list:
+    return [
+        (system, partial(start, environment, script, system, cores, folders))
+        for system, scripts in SYSTEMS.items()
+        for environment, script in scripts
+        if wanted(only, SYSTEMS, system)
+    ]
+
+
+def key_of(system: str, case: str, medium: str, threads: int) -> Key:
+    return Key(medium, case, threads, system)
+
+
+def is_wanted(only: set[str], key: Key) -> bool:
+    return wanted(only, CASES, key.case) and wanted(only, MEDIA, key.medium)
 
 
 def start(environment: str, script: str, system: str, cores: list[int], folders: dict[str, str]) -> Worker:
-    python = ROOT / environment / "bin" / "python"
-    if not python.exists():
-        name = environment.removeprefix(".venv").removeprefix("-") or "main"
-        raise WorkerFailed(f"{environment} is missing; build it: tests/env/build.sh {name}")
     folders = {medium: str(Path(folder, system)) for medium, folder in folders.items()}
     for folder in folders.values():
         os.makedirs(folder, exist_ok=True)
-    return Worker(str(python), script, cores=cores, folders=folders)
-
-
-def wanted(only: set[str], kind, name: str) -> bool:
-    """Names of one kind (system, case, medium) in --only exclude the others of that kind."""
-    return name in only or not only.intersection(kind)
-
-
-def take_turns(by_key: dict[Key, Worker], rounds: int, run: Run, title: str) -> None:
-    """The first round is not counted: it opens files, fills stores and starts threads."""
-    keys = sorted(by_key)
-    total = len(keys) * (rounds + 1)
-    with tqdm(total=total, file=sys.stderr, unit="turn", mininterval=1, dynamic_ncols=True) as progress:
-        for number in range(rounds + 1):
-            for key in in_turn(keys, run.shuffle):
-                progress.set_description(f"{title}: {name_of(key)}", refresh=False)
-                try:
-                    arguments = {
-                        "case": key.case,
-                        "medium": key.medium,
-                        "threads": key.threads,
-                        "round_number": run.rounds_begun,
-                    }
-                    sample = Sample(**by_key[key].call("turn", **arguments))
-                    if number:
-                        run.samples.add(key, sample)
-                except NotRun as reason:
-                    run.not_run[key] = str(reason)
-                    run.samples.drop(key)
-                    keys.remove(key)
-                progress.update()
-            run.rounds_begun += 1
-
-
-def name_of(key: Key) -> str:
-    return f"{key.system} {key.case} {key.medium} {key.threads}"
-
-
-def in_turn(keys: list[Key], shuffle: random.Random) -> list[Key]:
-    """The order of a round: the systems of one case follow each other, in another order each round."""
-    place = {(key.medium, key.case): shuffle.random() for key in keys}
-    return sorted(keys, key=lambda key: (place[key.medium, key.case], shuffle.random()))
+    script_path = Path(__file__).parent / script
+    return Worker(str(python_of(environment)), script_path, cores=cores, folders=folders)
 
 
 def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
@@ -242,16 +166,7 @@ def show(samples: Samples, rows: list[dict], not_run: list[str]) -> None:
         print(f"NOT RUN: {line}")
     if samples.disturbance() > DISTURBED:
         print(f"The machine was busy: memcpy on the same pages varied by {samples.disturbance():.1f}x. Run it again.")
-    print("\nBars (for information):")
-    for bar in bars(rows, other_floors):
-        print(f"  {mark(bar)} {bar.text}")
-
-
-def mark(bar: Bar) -> str:
-    sign = "at most" if bar.is_ceiling else "at least"
-    verdict = {True: "pass", False: "FAIL", None: "----"}[bar.holds]
-    figure = "not run" if bar.figure is None else f"{bar.figure:.2f}{bar.unit}"
-    return f"{verdict}  {figure:>9}  ({sign} {bar.limit:g}{bar.unit})"
+    bars.show(promises(rows, other_floors))
 
 
 if __name__ == "__main__":

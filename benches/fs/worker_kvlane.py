@@ -31,7 +31,7 @@ class System:
         self._source = PagedCache()
         touch([*self._floor.buffers, *self._source.buffers])
         self._source.fill_with_noise()
-        self._reader = Worker(sys.executable, "worker_kvlane_reader.py", cores=cores)
+        self._reader = Worker(sys.executable, Path(__file__).with_name("worker_kvlane_reader.py"), cores=cores)
         self._reader.call("has_memory")
         self._writers: dict[str, _native.FsWorker] = {}
         self._serial = 0

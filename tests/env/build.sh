@@ -5,6 +5,7 @@
 #   tests/env/build.sh main        .venv: vLLM 0.32.0 for CPU, build and test tools
 #   tests/env/build.sh vllm-0.15.0 .venv-vllm-0.15.0: the oldest supported vLLM
 #   tests/env/build.sh peers-fs    .venv-peers-fs: the LMCache file client, for `make bench-fs`
+#   tests/env/build.sh peers-p2p   .venv-peers-p2p: NIXL and Mooncake, for `make bench-p2p`
 #
 # KVLANE_PYTHON names the interpreter to start from (3.11 or 3.12).
 set -euo pipefail
@@ -57,6 +58,19 @@ install_into() {
   .venv/bin/uv pip install --quiet --python "$folder/bin/python" "$@"
 }
 
+# Mooncake's library links libibverbs and libnuma, also where there is no RDMA. NIXL's wheel carries copies under names
+# with a hash; links with the plain names let a machine without RDMA packages load it.
+borrow_rdma_libraries() {
+  local folder=$1 packages file name
+  packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  mkdir -p "$folder/borrowed-libs"
+  for file in "$packages"/nixl_cu12.libs/lib{ibverbs,numa,nl-3,nl-route-3,mlx5}-*.so*; do
+    name=$(basename "$file")
+    ln -sf "$file" "$folder/borrowed-libs/$name"
+    ln -sf "$file" "$folder/borrowed-libs/$(sed -E 's/-[0-9a-f]{8}\.so\.([0-9]+).*/.so.\1/' <<<"$name")"
+  done
+}
+
 build() {
   local name=$1 folder
   folder=$(folder_of "$name")
@@ -77,7 +91,11 @@ build() {
       .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         >"$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kvlane-main.pth"
       ;;
-    *) say "unknown environment '$name'; known: main, vllm-0.15.0, peers-fs"; return 2 ;;
+    peers-p2p)
+      install_into "$folder" --no-deps --require-hashes --requirement tests/env/peers-p2p.txt
+      borrow_rdma_libraries "$PWD/$folder"
+      ;;
+    *) say "unknown environment '$name'; known: main, vllm-0.15.0, peers-fs, peers-p2p"; return 2 ;;
   esac
 }
 

@@ -19,6 +19,9 @@ disk_gb() {
   if [ "$target" = test ]; then
     [ -e .venv-vllm-0.15.0/.kvlane-ready ] || total_gb=$((total_gb + 8))
   fi
+  if [ "$target" = bench ]; then
+    [ -e .venv-peers-p2p/.kvlane-ready ] || total_gb=$((total_gb + 1))
+  fi
   if [ "$target" = test ] || [ "$target" = lint ]; then
     [ -e target/debug ] || total_gb=$((total_gb + 5))
   fi

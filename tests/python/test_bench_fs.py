@@ -4,18 +4,18 @@ import json
 import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "benches" / "fs"
+from support.bench_modules import BENCHES, importable
+
+BENCH = BENCHES / "fs"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bench_modules():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
+    with importable(BENCH):
+        yield
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_every_key_gives_one_row_of_the_agreed_form():
 
 
 def test_a_bar_is_missed_below_a_floor_and_above_a_ceiling():
-    from rows import bars
+    from rows import promises
 
     row = {"system": "kvlane", "threads": 1}
-    found = bars(
+    found = promises(
         [
             {**row, "case": "store", "medium": "tmpfs", "ms": 20.0, "of_memcpy": 0.99},
             {**row, "case": "store", "medium": "tmpfs", "system": "example-connector", "ms": 100.0, "of_memcpy": 0.19},
@@ -223,9 +223,6 @@ def test_the_direct_read_floor_reads_the_whole_file(tmp_path, monkeypatch, reads
 
 
 WORKER = """
-import sys
-import types
-sys.path.insert(0, {bench!r})
 from turns import NotRun, serve
 from workload import Sample, WrongBytes
 
@@ -259,7 +256,7 @@ def test_the_run_fails_for_wrong_bytes_and_broken_workers_only(tmp_path, monkeyp
     import run
 
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(bench=str(BENCH), failure=failure))
+    script.write_text(WORKER.format(failure=failure))
     environment = tmp_path / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -280,8 +277,7 @@ def test_the_run_fails_for_wrong_bytes_and_broken_workers_only(tmp_path, monkeyp
 
 
 SET_WORKER = """
-import os, sys
-sys.path.insert(0, {bench!r})
+import os
 from pathlib import Path
 from turns import NotRun, serve
 from workload import Sample
@@ -316,7 +312,7 @@ def test_each_set_has_new_processes_and_empty_folders_and_what_not_all_could_run
     import run
 
     script, log = tmp_path / "worker.py", tmp_path / "log"
-    script.write_text(SET_WORKER.format(bench=str(BENCH), log=str(log), first_not_run=first_not_run))
+    script.write_text(SET_WORKER.format(log=str(log), first_not_run=first_not_run))
     environment = tmp_path / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')

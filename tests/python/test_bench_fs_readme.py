@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from support.bench_modules import BENCHES, importable
+
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "benches" / "fs"
+BENCH = BENCHES / "fs"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bench_modules():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
+    with importable(BENCH):
+        yield
 
 
 @pytest.fixture
@@ -228,10 +229,11 @@ def test_readme_and_run_call_a_machine_busy_at_the_same_limit(whole, capsys):
 
 def test_figures_of_an_older_method_do_not_pass_the_check(whole, tmp_path, monkeypatch, capsys):
     import readme
+    import readme_section
     from rows import METHOD
 
     (tmp_path / "benches/results").mkdir(parents=True)
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme_section, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
     for method, status in ((METHOD, 0), ("Each row is divided by a memcpy of its own.", 1)):
         whole["machine"]["method"] = method

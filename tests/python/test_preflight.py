@@ -82,6 +82,16 @@ def test_the_sizes_that_a_newcomer_reads_are_those_that_are_asked_for(checkout: 
     assert f"Disk: about {asked_gb('demo')} GB" in (ROOT / "examples/demo.py").read_text()
 
 
+def test_the_environment_of_the_peers_is_counted_where_it_is_built(checkout: Path) -> None:
+    provide_everything(checkout)
+    assert "up to 9 GB" in preflight(checkout, "bench").stdout
+    assert "up to 8 GB" in preflight(checkout, "demo").stdout
+    ready = checkout / ".venv-peers-p2p/.kvlane-ready"
+    ready.parent.mkdir()
+    ready.touch()
+    assert "up to 8 GB" in preflight(checkout, "bench").stdout
+
+
 @pytest.mark.parametrize(
     ("target", "limit"),
     [("demo", "10 minutes"), ("test", "30 minutes"), ("lint", "8 minutes"), ("wheel", "8 minutes"), ("bench", "hours")],

@@ -237,6 +237,56 @@ fn a_computed_prompt_is_asked_for_pulled_and_released() {
 }
 
 #[test]
+fn who_asks_over_and_over_sees_every_end_once_and_right_bytes() {
+    for lane in LANES {
+        let pair = pair(lane);
+        fill(&pair.source, 1, 0..BLOCKS);
+        for round in 0..50 {
+            let mut jobs = Vec::new();
+            for block in 0..4 {
+                let name = format!("{round} {block}");
+                assert!(
+                    pair.prefill
+                        .offer(offer(&name, &name, &[block]))
+                        .expect("accepted")
+                );
+                pair.prefill.progress(&name, done(1)).expect("accepted");
+                pair.prefill.finish(&name.as_str().into()).expect("accepted");
+                let order = pair.order(&name, 1, 0, &[20 - block]);
+                jobs.push(pair.decode.pull(order).expect("accepted"));
+            }
+            // Nobody has it: its end is of another kind.
+            let order = pair.order("nothing", 1, 0, &[22]);
+            jobs.push(pair.decode.pull(order).expect("accepted"));
+            pair.decode.cancel(jobs[4]);
+            let (mut ended, end) = (Vec::new(), Instant::now() + PATIENCE);
+            while ended.len() < jobs.len() {
+                assert!(Instant::now() < end, "{ended:?} of {jobs:?} over {lane:?}");
+                ended.extend(pair.decode.poll());
+            }
+            ended.sort_by_key(|pull| pull.job);
+            assert_eq!(ended.iter().map(|pull| pull.job).collect::<Vec<_>>(), jobs);
+            assert!(
+                ended[..4].iter().all(|pull| pull.result == PullResult::Done),
+                "{ended:?}"
+            );
+            assert!(pair.decode.poll().is_empty());
+            for block in 0..4 {
+                for layer in 0..LAYERS {
+                    let bytes = pair.target.layer_bytes(layer);
+                    let expected = content(1, layer, block, bytes);
+                    assert!(
+                        layer_of(&pair.target, layer, 20 - block) == expected,
+                        "{lane:?} {layer} {block}"
+                    );
+                }
+                fill(&pair.target, 2, [20 - block]);
+            }
+        }
+    }
+}
+
+#[test]
 fn layers_arrive_while_later_ones_are_computed() {
     for lane in LANES {
         let pair = pair(lane);

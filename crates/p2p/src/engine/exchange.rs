@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kvlane_core::PagedMemory;
+use kvlane_core::{BlockMap, PagedMemory};
 use kvlane_fs::HostCache;
 
 use super::address::PeerAddress;
@@ -33,6 +33,8 @@ const READING_MAX: Duration = Duration::from_secs(600);
 const SERVE_TIMEOUT: Duration = READING_MAX;
 /// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them.
 const COPY_HERE_BYTES: u64 = 256 << 10;
+/// A part of a span that another thread copies meanwhile has at least so many bytes: some milliseconds of copying.
+const PART_BYTES_MIN: usize = 8 << 20;
 
 /// What a worker's threads do with messages, holds and copies.
 pub(super) struct Exchange {
@@ -76,6 +78,8 @@ impl Exchange {
                 pulls: PULLS_MAX,
                 layers: cache.map().layer_count() as u32,
                 block_count_max: u32::MAX,
+                parts: options.copy_threads as u32,
+                part_pieces_min: part_pieces_min(cache.map()),
             }),
             table,
             _token: token,
@@ -321,6 +325,12 @@ impl Machine for Exchange {
         }
         None
     }
+}
+
+/// Pieces, each of one block in one layer, that are worth a thread of their own.
+fn part_pieces_min(map: &BlockMap) -> u32 {
+    let piece_bytes = map.block_bytes() / map.layer_count().max(1);
+    (PART_BYTES_MIN / piece_bytes.max(1)).max(1) as u32
 }
 
 fn holder_limits(options: &WorkerOptions) -> HolderLimits {

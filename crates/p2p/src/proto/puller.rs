@@ -20,6 +20,10 @@ pub struct PullerLimits {
     pub layers: u32,
     /// Blocks of the holders' caches never have a number from here on; their own HELLO says how many they have.
     pub block_count_max: u32,
+    /// Most parts that a span is copied in at the same time.
+    pub parts: u32,
+    /// Fewest pieces, each of one block in one layer, of a part.
+    pub part_pieces_min: u32,
 }
 
 /// Blocks to get.
@@ -405,10 +409,10 @@ impl Puller {
             pull.wave_layers = pull.wave_layers.max(whole);
         }
         let (slot, epoch) = pull.lease.unwrap_or_default();
-        for (layers, positions) in spans {
-            if layers.is_empty() || positions.is_empty() {
-                continue;
-            }
+        let parts = spans
+            .into_iter()
+            .flat_map(|(layers, positions)| parts(&limits, layers, positions));
+        for (layers, positions) in parts {
             pull.running += 1;
             self.actions.push_back(PullerAction::Copy {
                 transfer,
@@ -496,6 +500,21 @@ impl Puller {
             result,
         });
     }
+}
+
+/// A span in parts of about as many layers each, none of them empty.
+fn parts(
+    limits: &PullerLimits,
+    layers: Range<u32>,
+    positions: Range<usize>,
+) -> impl Iterator<Item = (Range<u32>, Range<usize>)> + use<> {
+    let layer_count = layers.len();
+    let pieces = layer_count * positions.len();
+    let count = (pieces / limits.part_pieces_min.max(1) as usize)
+        .min(limits.parts as usize)
+        .clamp(usize::from(pieces > 0), layer_count);
+    let start = move |part: usize| layers.start + (layer_count * part / count) as u32;
+    (0..count).map(move |part| (start(part)..start(part + 1), positions.clone()))
 }
 
 #[cfg(test)]

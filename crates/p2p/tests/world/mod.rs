@@ -254,6 +254,9 @@ impl World {
                 pulls: 8,
                 layers: LAYERS,
                 block_count_max: BLOCKS,
+                // Small spans stay whole.
+                parts: 2,
+                part_pieces_min: 2,
             }),
             target: vec![[None; LAYERS as usize]; BLOCKS as usize],
             target_free: (0..BLOCKS).collect(),

@@ -5,10 +5,16 @@ use super::*;
 const PEER: ConnectionId = ConnectionId(1);
 
 fn puller() -> Puller {
+    puller_of_parts(1, 1)
+}
+
+fn puller_of_parts(parts: u32, part_pieces_min: u32) -> Puller {
     Puller::new(PullerLimits {
         pulls: 2,
         layers: 4,
         block_count_max: 100,
+        parts,
+        part_pieces_min,
     })
 }
 
@@ -61,11 +67,74 @@ fn grant() -> Message {
 
 /// A pull of blocks 2, 3 and 4 of a prompt, granted.
 fn granted(now: Instant) -> Puller {
-    let mut puller = puller();
+    granted_to(puller(), now)
+}
+
+fn granted_to(mut puller: Puller, now: Instant) -> Puller {
     puller.pull(PEER, request(7, 2, &[10, 11, 12], now));
     puller.receive(PEER, grant()).unwrap();
     actions(&mut puller);
     puller
+}
+
+#[test]
+fn a_span_is_copied_in_parts_of_whole_layers_that_are_large_enough() {
+    // Three blocks in four layers: twelve pieces.
+    for (parts, part_pieces_min, expected) in [
+        (1, 1, &[(0, 4)][..]),
+        (2, 6, &[(0, 2), (2, 4)]),
+        (2, 7, &[(0, 4)]),
+        (3, 1, &[(0, 1), (1, 2), (2, 4)]),
+        (9, 1, &[(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (0, 0, &[(0, 4)]),
+    ] {
+        let now = Instant::now();
+        let mut puller = granted_to(puller_of_parts(parts, part_pieces_min), now);
+        puller.receive(PEER, ready(&[20, 21, 22], 5, 5, 0)).unwrap();
+        let copies = copies(&mut puller);
+        let layers: Vec<_> = copies
+            .iter()
+            .map(|(layers, ..)| (layers.start, layers.end))
+            .collect();
+        assert_eq!(
+            layers, expected,
+            "{parts} parts of at least {part_pieces_min} pieces"
+        );
+        for (_, remote, local) in &copies {
+            assert_eq!((&remote[..], &local[..]), (&[20, 21, 22][..], &[10, 11, 12][..]));
+        }
+    }
+}
+
+#[test]
+fn a_pull_has_ended_when_all_parts_of_its_span_have() {
+    let ended = |puller: &mut Puller| {
+        actions(puller).into_iter().find_map(|action| match action {
+            PullerAction::Ended { result, .. } => Some(result),
+            _ => None,
+        })
+    };
+    for (second, result) in [
+        (Copied::Held, PullResult::Done),
+        (Copied::Lapsed, PullResult::Lapsed),
+        (Copied::Failed, PullResult::Failed),
+    ] {
+        let now = Instant::now();
+        let mut puller = granted_to(puller_of_parts(2, 1), now);
+        puller.receive(PEER, ready(&[20, 21, 22], 5, 5, 0)).unwrap();
+        assert_eq!(copies(&mut puller).len(), 2);
+        puller.copied(1, Copied::Held);
+        assert_eq!(ended(&mut puller), None);
+        puller.copied(1, second);
+        assert_eq!(ended(&mut puller), Some(result));
+        // The other way round the pull fails at once, and ends only when nothing writes its blocks any more.
+        let mut puller = granted_to(puller_of_parts(2, 1), now);
+        puller.receive(PEER, ready(&[20, 21, 22], 5, 5, 0)).unwrap();
+        puller.copied(1, second);
+        assert_eq!(ended(&mut puller), None);
+        puller.copied(1, Copied::Held);
+        assert_eq!(ended(&mut puller), Some(result));
+    }
 }
 
 #[test]

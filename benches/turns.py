@@ -35,11 +35,16 @@ class WorkerFailed(Exception):
 class Worker:
     """The asking side of one worker process."""
 
-    def __init__(self, python: str, script: str, **setup: Any) -> None:
+    def __init__(
+        self, python: str, script: str | Path, environment: dict[str, str] | None = None, **setup: Any
+    ) -> None:
+        """``environment``: variables that it has beside this process' own. ``setup``: what its system is made of."""
         self.name = Path(script).stem
         answers, answer_end = os.pipe()
+        modules = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).parent / script), str(answer_end)],
+            [python, str(script), str(answer_end)],
+            env=os.environ | {"PYTHONPATH": modules} | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno(),
             pass_fds=[answer_end],

@@ -81,8 +81,11 @@ def touch(buffers: list[np.ndarray]) -> None:
 class PagedCache:
     """One side's KV cache, layer-major: ``layers[layer][block][byte]``."""
 
-    def __init__(self) -> None:
-        self.layers = anonymous(LAYERS * POOL_BLOCKS * RUN_BYTES).reshape(LAYERS, POOL_BLOCKS, RUN_BYTES)
+    def __init__(self, layers: np.ndarray | None = None) -> None:
+        """``layers``: those of another cache, or some of them."""
+        if layers is None:
+            layers = anonymous(LAYERS * POOL_BLOCKS * RUN_BYTES).reshape(LAYERS, POOL_BLOCKS, RUN_BYTES)
+        self.layers = layers
         self.buffers = [self.layers]
 
     def fill_with_noise(self) -> "PagedCache":
@@ -129,10 +132,12 @@ class Floor:
         self._memcpy.restype = ctypes.c_void_p
         self._pool = self._ready = None
 
-    def seconds(self) -> float:
+    def seconds(self, size_bytes: int | None = None) -> float:
+        """A copy of the whole request, if no other size is named."""
+        size_bytes = REQUEST_BYTES if size_bytes is None else size_bytes
         target, source = self._addresses()
         start = time.perf_counter()
-        self._memcpy(target, source, REQUEST_BYTES)
+        self._memcpy(target, source, size_bytes)
         return time.perf_counter() - start
 
     def seconds_of_two(self, cores: list[int]) -> float:

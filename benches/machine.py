@@ -9,20 +9,22 @@ import sys
 from pathlib import Path
 
 
-def facts(folders: dict[str, str], cores: list[int]) -> dict:
-    """What ran where. ``folders``: medium to scratch folder; ``cores``: first the one that the floor uses."""
-    return {
+def facts(cores: list[int], folders: dict[str, str] | None = None) -> dict:
+    """What ran where. ``cores``: those that may be used; ``folders``: medium to scratch folder, if any."""
+    found = {
         "cpu": cpu_name(),
         "cores": len(cores),
         "virtual": is_virtual(),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "filesystems": {medium: filesystem_of(folder) for medium, folder in folders.items()},
         "load": [round(load, 2) for load in os.getloadavg()],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()},
         "command": shlex.join(["python", *sys.argv]),
     }
+    if folders:
+        found["filesystems"] = {medium: filesystem_of(folder) for medium, folder in folders.items()}
+    return found
 
 
 def cpu_name() -> str:
