@@ -271,7 +271,7 @@ fn a_writer_says_the_capacity_whoever_opened_the_folder_first_and_only_while_it_
     let consumer = open(&options, false).unwrap();
     let scheduler = crate::reader::FsReader::open(&path, vec![NAMESPACE], &options).unwrap();
     let small = options.clone().with_capacity_bytes(8 << 20);
-    let mut producer = open(&small, true).unwrap();
+    let producer = open(&small, true).unwrap();
     for seen in [&consumer, &producer] {
         assert_eq!(seen.shared.directory.control.capacity_bytes(), 8 << 20);
     }
