@@ -193,7 +193,7 @@ fn a_stopped_peer_is_read_over_shm_and_never_overruns_a_deadline_over_tcp() {
 #[test]
 fn a_peer_that_stops_in_the_middle_of_a_copy_never_overruns_the_deadline() {
     let mut holder = holder(LARGE, Place::Child);
-    let mut lane = holder.lane(Kind::Tcp, &LARGE.cache());
+    let mut lane = holder.lane(Kind::Tcp, LARGE.cache());
     let lasts = Duration::from_millis(250);
     let start = Instant::now();
     let ended = std::thread::scope(|scope| {
