@@ -21,7 +21,7 @@ from kvlane.vllm.options import (
 
 logger = logging.getLogger("vllm.kvlane")
 
-LANES = ("auto", "shm", "tcp")
+LANES = ("auto", "shm", "tcp", "cuda")
 SEND_TYPES = ("PUT_ASYNC", "PUT", "GET")
 
 #: Options that the old connector needed and this one does not.
