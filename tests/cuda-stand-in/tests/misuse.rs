@@ -32,7 +32,7 @@ impl Rig {
             shape: vec![4, BYTES as u64 / 4],
             strides: vec![BYTES as i64 / 4, 1],
         };
-        let map = BlockMap::from_tensors([view].into_iter(), 4, Some(0)).expect("accepted");
+        let map = BlockMap::from_tensors([view], 4, Some(0)).expect("accepted");
         // SAFETY: as many bytes were allocated on that device, for as long as the process lives.
         let tensors = unsafe { DeviceTensors::from_map(map, Arc::new(())) };
         Self {

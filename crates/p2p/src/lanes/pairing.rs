@@ -283,6 +283,8 @@ impl Walk<'_> {
 mod tests {
     use std::sync::Arc;
 
+    use kvlane_core::PagedMemory;
+
     use super::super::fixture::{Form, cache};
     use super::*;
 
