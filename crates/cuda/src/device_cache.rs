@@ -8,6 +8,7 @@ use kvlane_core::{BlockMap, PagedMemory};
 use crate::error::{CudaError, Result};
 use crate::pool::{Lease, Pool};
 use crate::raw::{DeviceMemory, DeviceTensors, Direction, Event, InFlight, Progress, StreamHandle};
+use crate::spans::RunPart;
 
 /// Buffers start and end on whole pages, for direct I/O.
 const PAGE_BYTES: usize = 4096;
@@ -26,6 +27,16 @@ pub struct Patience<'a> {
     pub deadline: Instant,
     /// Asked while waiting: `true` ends the wait at once.
     pub cancelled: &'a dyn Fn() -> bool,
+}
+
+impl Mark {
+    /// Whether the stream has come to this point. Does not wait; from whatever thread.
+    ///
+    /// # Errors
+    /// The device is lost, so nobody will ever know.
+    pub fn is_over(&self) -> Result<bool> {
+        self.0.is_over()
+    }
 }
 
 impl Patience<'_> {
@@ -152,6 +163,31 @@ impl DeviceCache {
         self.finish(copy, None).map(drop)
     }
 
+    /// Parts of runs, one after the other in a buffer, which has room for as many as [`buffer_bytes`](Self::buffer_bytes). An
+    /// error: nobody will touch a buffer of the caller.
+    pub fn gather(&self, parts: &[RunPart], patience: &Patience<'_>) -> Result<Lease> {
+        let lease = self.staging(patience)?;
+        patience.check("the start of a copy")?;
+        let Some(staging) = lease.into_staging() else {
+            return Err(CudaError::Cancelled { what: "a buffer" });
+        };
+        let copy = self.memory.start_parts(Direction::Out, parts, staging);
+        self.finish(copy, Some(patience))
+    }
+
+    /// Copies what lies in `staging`, one after the other, into parts of runs, and gives the buffer back.
+    ///
+    /// When this returns, nothing of it can reach the cache any more, as with [`copy_block_in`](Self::copy_block_in).
+    pub fn scatter(&self, parts: &[RunPart], staging: Lease, patience: &Patience<'_>) -> Result<Lease> {
+        self.check()?;
+        patience.check("the start of a copy")?;
+        let Some(staging) = staging.into_staging() else {
+            return Err(CudaError::Cancelled { what: "a buffer" });
+        };
+        let copy = self.memory.start_parts(Direction::In, parts, staging);
+        self.finish(copy, None)
+    }
+
     /// Copies one block of one layer out, now.
     pub fn read(&self, layer: usize, block: u32, data: &mut [u8], patience: &Patience<'_>) -> Result<()> {
         let bytes = self.copy_block_out(block, &[layer], patience)?;
@@ -264,5 +300,8 @@ impl Pause {
     }
 }
 
+mod peer;
 #[cfg(test)]
 mod tests;
+
+pub use peer::{PeerCache, PeerCopyError, SharedCache};

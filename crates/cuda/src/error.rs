@@ -51,6 +51,9 @@ pub enum CudaError {
         /// Where it is.
         found: String,
     },
+    /// A peer's offer of its memory is wrong, or of another machine. Use another way to its blocks.
+    #[error("refused the peer's offer of device memory: {0}")]
+    Offer(String),
     /// The deadline passed first. Treat as a miss.
     #[error("the deadline passed while waiting for {what}")]
     TimedOut {

@@ -1,8 +1,11 @@
-//! KV blocks in the memory of a CUDA device, for backends that move bytes with the CPU.
+//! KV blocks in the memory of a CUDA device, for backends that move bytes with the CPU, or from device to device.
 //!
-//! The one idea: a backend never sees a device address. It gets a block's bytes in a buffer of pinned host memory, or hands
-//! in such a buffer, and [`DeviceCache`] moves it with asynchronous copies on streams of its own. A buffer is free again
-//! when the event behind its copies says so, not when a call returns.
+//! The one idea: a backend never sees memory at a device address. It gets a block's bytes in a buffer of pinned host memory,
+//! or hands in such a buffer, and [`DeviceCache`] moves it with asynchronous copies on streams of its own. A buffer is free
+//! again when the event behind its copies says so, not when a call returns.
+//!
+//! Between two processes of a machine the host is not needed: one [shares](DeviceCache::share) its cache, the other
+//! [maps](DeviceCache::map_peer) it and [copies](DeviceCache::copy_from_peer) from it into its own.
 //!
 //! Guarantees:
 //! - The driver is loaded when the first cache is made or [`probe`] is called. Without it there is an error that says what
@@ -27,12 +30,15 @@ mod probe;
     reason = "the one place where the driver is called and device addresses are handled"
 )]
 mod raw;
+mod share;
 mod spans;
 
-pub use device_cache::{DeviceCache, Mark, Patience};
+pub use device_cache::{DeviceCache, Mark, Patience, PeerCache, PeerCopyError, SharedCache};
 pub use error::{CudaError, Result};
 pub use pool::Lease;
 pub use probe::{DriverInfo, probe};
 #[cfg(feature = "stand-in")]
 pub use raw::stand_in;
 pub use raw::{DeviceTensors, StreamHandle};
+pub use share::{CacheOffer, SharedAllocation};
+pub use spans::RunPart;

@@ -10,6 +10,21 @@ pub(crate) struct Span {
     pub(crate) len_bytes: usize,
 }
 
+/// Bytes of one run of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunPart {
+    /// Place of the layer in the map.
+    pub layer: usize,
+    /// The block.
+    pub block: u32,
+    /// The run in the block.
+    pub run: usize,
+    /// From the start of the run.
+    pub offset_bytes: usize,
+    /// How many.
+    pub len_bytes: usize,
+}
+
 /// Bytes of one block in `layers` together.
 pub(crate) fn part_bytes(map: &BlockMap, layers: &[usize]) -> usize {
     layers.iter().map(|&layer| map.layer_bytes(layer)).sum()
@@ -32,7 +47,7 @@ pub(crate) fn spans(map: &BlockMap, block: u32, layers: &[usize]) -> Vec<Span> {
     merge(runs)
 }
 
-fn merge(runs: impl Iterator<Item = (u64, usize)>) -> Vec<Span> {
+pub(crate) fn merge(runs: impl Iterator<Item = (u64, usize)>) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
     let mut offset_bytes = 0;
     for (address, len_bytes) in runs {
@@ -47,6 +62,64 @@ fn merge(runs: impl Iterator<Item = (u64, usize)>) -> Vec<Span> {
         offset_bytes += len_bytes;
     }
     spans
+}
+
+/// One copy between two places that the device can reach. Pieces of different groups are parts of different allocations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) len_bytes: usize,
+    /// Allocation of the source, and of the target.
+    pub(crate) groups: (u32, u32),
+}
+
+/// Puts pieces into the order of their sources, and joins those that are adjacent in both places and in one allocation each:
+/// every copy costs the driver a microsecond or more, whatever its length.
+pub(crate) fn join(mut pieces: Vec<Piece>) -> Vec<Piece> {
+    pieces.sort_unstable_by_key(|piece| (piece.from, piece.to));
+    let mut joined: Vec<Piece> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match joined.last_mut() {
+            Some(last)
+                if last.groups == piece.groups
+                    && last.from + last.len_bytes as u64 == piece.from
+                    && last.to + last.len_bytes as u64 == piece.to =>
+            {
+                last.len_bytes += piece.len_bytes;
+            }
+            _ => joined.push(piece),
+        }
+    }
+    joined
+}
+
+/// Takes as many pieces off the front as make up to `most_bytes` and `most_pieces`; a long piece is split.
+pub(crate) fn take_window(
+    rest: &mut &[Piece],
+    taken_bytes: &mut usize,
+    most_bytes: usize,
+    most_pieces: usize,
+) -> Vec<Piece> {
+    let mut window = Vec::new();
+    let mut left_bytes = most_bytes;
+    while left_bytes > 0 && window.len() < most_pieces {
+        let Some(first) = rest.first() else { break };
+        let len_bytes = (first.len_bytes - *taken_bytes).min(left_bytes);
+        window.push(Piece {
+            from: first.from + *taken_bytes as u64,
+            to: first.to + *taken_bytes as u64,
+            len_bytes,
+            ..*first
+        });
+        left_bytes -= len_bytes;
+        *taken_bytes += len_bytes;
+        if *taken_bytes == first.len_bytes {
+            *rest = &rest[1..];
+            *taken_bytes = 0;
+        }
+    }
+    window
 }
 
 #[cfg(test)]
@@ -127,5 +200,51 @@ mod tests {
                 prop_assert!(pair[0].address + (pair[0].len_bytes as u64) < pair[1].address);
             }
         }
+    }
+    fn piece(from: u64, to: u64, len_bytes: usize) -> Piece {
+        Piece {
+            from,
+            to,
+            len_bytes,
+            groups: (0, 0),
+        }
+    }
+
+    #[test]
+    fn pieces_that_touch_on_both_sides_are_one_copy_in_whatever_order_they_came() {
+        let found = join(vec![
+            piece(300, 1300, 100),
+            piece(100, 1100, 100),
+            piece(200, 1200, 100),
+            piece(400, 1500, 100),
+        ]);
+        assert_eq!(found, [piece(100, 1100, 300), piece(400, 1500, 100)]);
+    }
+
+    #[test]
+    fn allocations_that_happen_to_touch_are_copied_apart() {
+        for groups in [(1, 0), (0, 1)] {
+            let other = Piece {
+                groups,
+                ..piece(200, 1200, 100)
+            };
+            assert_eq!(join(vec![piece(100, 1100, 100), other]).len(), 2);
+        }
+    }
+
+    #[test]
+    fn windows_are_bounded_and_together_every_byte_once() {
+        let all = [piece(0, 1000, 70), piece(100, 2000, 10), piece(200, 3000, 45)];
+        let (mut rest, mut taken) = (&all[..], 0);
+        let mut windows = Vec::new();
+        while !rest.is_empty() {
+            windows.push(take_window(&mut rest, &mut taken, 50, 2));
+        }
+        let expected = [
+            vec![piece(0, 1000, 50)],
+            vec![piece(50, 1050, 20), piece(100, 2000, 10)],
+            vec![piece(200, 3000, 45)],
+        ];
+        assert_eq!(windows, expected);
     }
 }

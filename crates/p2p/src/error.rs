@@ -36,6 +36,9 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// The CUDA device of the cache does not work.
+    #[error("on the GPU: {0}")]
+    Device(kvlane_cuda::CudaError),
     /// The system refused something without which nothing works.
     #[error("{context}: {source}")]
     Io {

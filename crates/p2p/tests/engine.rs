@@ -556,6 +556,7 @@ fn shaken_hands(pair: &Pair) -> TcpStream {
             block_tokens: BLOCK_TOKENS,
             cache: None,
             probe: None,
+            device: None,
         },
         handshake_timeout: PATIENCE,
         heartbeat: PATIENCE,

@@ -4,8 +4,10 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvlane_core::{Device, NamespaceId};
+use kvlane_core::{BlockMap, Device, NamespaceId};
+use kvlane_cuda::{DeviceCache, DeviceTensors, StreamHandle};
 use kvlane_fs::HostCache;
+use kvlane_p2p::lanes::LocalCache;
 use kvlane_p2p::proto::{DenyReason, EndReason, Offer, Progress, PullResult};
 use kvlane_p2p::{
     Asked, AskerOptions, LaneChoice, PeerAddress, PeerOptions, Prompt, PullOrder, TransferKey, WorkerOptions,
@@ -14,7 +16,7 @@ use kvlane_p2p::{
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::error::{config_error, guard, p2p_error, store_error};
+use crate::error::{config_error, cuda_error, guard, p2p_error, store_error};
 use crate::ints::u32_items;
 use crate::layout::Layout;
 
@@ -136,20 +138,7 @@ impl P2pWorker {
                 )
             })?;
             let settings = P2pOptions::parse(options)?.worker(block_tokens);
-            let map = layout.map().clone();
-            if let Some(region) = map.regions().iter().find(|region| region.device != Device::Host) {
-                return Err(config_error(
-                    py,
-                    format!(
-                        "layer '{}' has its KV cache on {:?}, allowed: cpu (the lanes of a GPU are not there yet)",
-                        region.names[0], region.device
-                    ),
-                ));
-            }
-            // SAFETY: the caller (kvlane.vllm, from vLLM's own tensors) describes the tensors that `owner` is, and the
-            // cache keeps that object. The block map has checked that every run of every block lies inside the extent
-            // that shape and strides describe. No Rust code has references into the tensors.
-            let cache = Arc::new(unsafe { HostCache::from_map(map, Arc::new(owner)) });
+            let cache = cache_of(py, layout.map(), owner, &settings)?;
             let worker = py
                 .detach(|| kvlane_p2p::P2pWorker::open(cache, namespace, settings))
                 .map_err(|error| p2p_error(py, &error))?;
@@ -197,6 +186,8 @@ impl P2pWorker {
         self.call(py, |worker| worker.extend(key, &blocks))
     }
 
+    /// `stream`: the compute stream that writes the blocks, as PyTorch's `cuda_stream`; for tensors on a CUDA device.
+    #[pyo3(signature = (key, done_blocks, wave_blocks, wave_layers, stream = None))]
     fn progress(
         &self,
         py: Python<'_>,
@@ -204,13 +195,17 @@ impl P2pWorker {
         done_blocks: u32,
         wave_blocks: u32,
         wave_layers: u32,
+        stream: Option<u64>,
     ) -> PyResult<()> {
         let progress = Progress {
             done_blocks,
             wave_blocks,
             wave_layers,
         };
-        self.call(py, |worker| worker.progress(key, progress))
+        self.call(py, |worker| match stream_of(stream) {
+            Some(stream) => worker.progress_after(key, progress, stream),
+            None => worker.progress(key, progress),
+        })
     }
 
     fn finish(&self, py: Python<'_>, key: &str) -> PyResult<()> {
@@ -236,7 +231,9 @@ impl P2pWorker {
 
     // ---- decode
 
+    /// `stream`: the compute stream whose steps may still write the blocks; for tensors on a CUDA device.
     #[allow(clippy::too_many_arguments, reason = "a pull has so many parts")]
+    #[pyo3(signature = (key, host, port, tokens, digest, first_block, block_ids, timeout_ms, stream = None))]
     fn pull(
         &self,
         py: Python<'_>,
@@ -248,18 +245,23 @@ impl P2pWorker {
         first_block: u32,
         block_ids: &Bound<'_, PyAny>,
         timeout_ms: u64,
+        stream: Option<u64>,
     ) -> PyResult<u64> {
         let targets = u32_items(block_ids, 0)?;
         let count = targets.len();
         let job = self.call(py, |worker| {
-            worker.pull(PullOrder {
+            let order = PullOrder {
                 address: PeerAddress::new(host, port)?,
                 key: TransferKey::new(key)?,
                 prompt: prompt_of(tokens, digest)?,
                 first_block,
                 targets,
                 timeout: millis(timeout_ms),
-            })
+            };
+            match stream_of(stream) {
+                Some(stream) => worker.pull_after(order, stream),
+                None => worker.pull(order),
+            }
         })?;
         locked(&self.counts).insert(job, count);
         Ok(job)
@@ -429,10 +431,11 @@ impl P2pOptions {
             "auto" => LaneChoice::Auto,
             "shm" => LaneChoice::Shm,
             "tcp" => LaneChoice::Tcp,
+            "cuda" => LaneChoice::Cuda,
             other => {
                 return Err(config_error(
                     py,
-                    format!("lane is '{other}', allowed: auto, shm, tcp"),
+                    format!("lane is '{other}', allowed: auto, shm, tcp, cuda"),
                 ));
             }
         };
@@ -466,6 +469,40 @@ impl P2pOptions {
         options.readers = self.readers;
         options
     }
+}
+
+/// Pinned buffers of a block each, in addition to one for each copying thread: for data connections of lane tcp that are
+/// served at the same time.
+const SERVING_BUFFERS: usize = 8;
+
+/// The cache that a layout describes.
+fn cache_of(
+    py: Python<'_>,
+    map: &BlockMap,
+    owner: Py<PyAny>,
+    settings: &WorkerOptions,
+) -> PyResult<LocalCache> {
+    let map = map.clone();
+    // SAFETY, for both branches: the caller of the constructor (kvlane.vllm, from vLLM's own tensors) describes the tensors
+    // that `owner` is, and the cache keeps that object. The block map has checked that every run of every block lies
+    // inside the extent that shape and strides describe.
+    if map.regions().iter().all(|region| region.device == Device::Host) {
+        // SAFETY: as above; no Rust code has references into the tensors.
+        return Ok(Arc::new(unsafe { HostCache::from_map(map, Arc::new(owner)) }).into());
+    }
+    // SAFETY: as above; PyTorch's tensors live in the primary context.
+    let tensors = unsafe { DeviceTensors::from_map(map, Arc::new(owner)) };
+    let buffers = settings.copy_threads + SERVING_BUFFERS;
+    let cache = py
+        .detach(|| DeviceCache::open(tensors, buffers))
+        .map_err(|error| cuda_error(py, &error))?;
+    Ok(Arc::new(cache).into())
+}
+
+fn stream_of(stream: Option<u64>) -> Option<StreamHandle> {
+    // SAFETY: the caller of the methods with a stream (kvlane.vllm, from `torch.cuda.current_stream`) passes a live stream
+    // of the device that the tensors are on. The handle is used before the method returns, and not kept.
+    stream.map(|handle| unsafe { StreamHandle::from_raw(handle) })
 }
 
 fn prompt(py: Python<'_>, tokens: u32, digest: &[u8]) -> PyResult<Prompt> {

@@ -25,6 +25,7 @@ from kvlane.vllm.probes import (
     synchronous_loads_are_announced,
 )
 from kvlane.vllm.start import set_failure_policy
+from kvlane.vllm.worker import compute_stream
 
 # vLLM gives handlers to loggers below its own name only.
 logger = init_logger("vllm.kvlane")
@@ -136,7 +137,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             self._vllm_config.cache_config.block_size,
             self._native_options(port, rank, can_offer),
         )
-        worker.open(native, layout)
+        worker.open(native, layout, compute_stream(kv_caches))
         self._handshake = P2pHandshake(rank, native.port)
         logger.info(
             "kvlane: rank %d, %s, %d layers, %d bytes per block, namespace %s",

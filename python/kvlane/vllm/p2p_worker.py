@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kvlane._native import Layout
 from kvlane.vllm.p2p_options import P2pOptions
 from kvlane.vllm.p2p_steps import IDLE, Abort, Extend, Finish, Offer, Order, P2pStep, Progress, Pull, Release, Revoke
-from kvlane.vllm.worker import ABORT_WAIT_MS, log_once
+from kvlane.vllm.worker import ABORT_WAIT_MS, log_once, no_stream
 
 logger = logging.getLogger("vllm.kvlane")
 
@@ -27,7 +27,9 @@ class Transfer(Protocol):
 
     def offer(self, key: str, tokens: int, digest: bytes, block_ids: list[int]) -> None: ...
     def extend(self, key: str, block_ids: list[int]) -> None: ...
-    def progress(self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int) -> None: ...
+    def progress(
+        self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int, stream: int | None = None
+    ) -> None: ...
     def finish(self, key: str) -> None: ...
     def revoke(self, key: str) -> None: ...
     def released(self) -> list[str]: ...
@@ -41,6 +43,7 @@ class Transfer(Protocol):
         first_block: int,
         block_ids: list[int],
         timeout_ms: int,
+        stream: int | None = None,
     ) -> int: ...
     def release(self, key: str, host: str, port: int, digest: bytes) -> None: ...
     def cancel(self, job: int) -> None: ...
@@ -80,6 +83,7 @@ class P2pWorkerHalf:
         self._clock = clock
         self._native: Transfer | None = None
         self._layout: Layout | None = None
+        self._stream: Callable[[], tuple[int, ...]] = no_stream
         self._step: P2pStep = IDLE
         #: The step whose orders were carried out: two hooks bring it.
         self._ordered: P2pStep = IDLE
@@ -99,9 +103,10 @@ class P2pWorkerHalf:
         #: When aborted pulls of this step are waited for no longer.
         self._abort_end_s = 0.0
 
-    def open(self, native: Transfer, layout: Layout) -> None:
-        """From now on orders are carried out."""
+    def open(self, native: Transfer, layout: Layout, stream: Callable[[], tuple[int, ...]] | None = None) -> None:
+        """From now on orders are carried out. ``stream`` is what `compute_stream` returned for the tensors."""
         self._native, self._layout = native, layout
+        self._stream = stream or no_stream
 
     # ---- the hooks of a step, in their order
 
@@ -163,7 +168,7 @@ class P2pWorkerHalf:
         if before == self._whole_layers or self._whole_layers >= self._layout.layer_count:
             return
         for one in self.step_progress:
-            self._try("progress", self._native.progress, one.key, one.done_blocks, one.wave_blocks, self._whole_layers)
+            self._tell_progress(one.key, one.done_blocks, one.wave_blocks, self._whole_layers)
 
     def finish_step(self) -> None:
         """After the forward pass: the step's blocks are complete in all layers."""
@@ -173,7 +178,7 @@ class P2pWorkerHalf:
         if sys.exc_info()[0] is not None:
             return  # vLLM calls this also for a forward pass that failed half-way
         for one in progress:
-            self._try("progress", self._native.progress, one.key, one.wave_blocks, one.wave_blocks, 0)
+            self._tell_progress(one.key, one.wave_blocks, one.wave_blocks, 0)
 
     def finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks are not held any more, and requests whose pull ended. Each is reported once."""
@@ -273,6 +278,7 @@ class P2pWorkerHalf:
             pull.first_block,
             pull.block_ids,
             self._options.transfer_timeout_ms,
+            *self._stream(),
         )
 
     def _cancel_all(self, orders: Sequence[Order]) -> None:
@@ -285,6 +291,10 @@ class P2pWorkerHalf:
             job = self._job_of_request.get(abort.request_id)
             if job is not None and self._native is not None:
                 self._try("cancel", self._native.cancel, job)
+
+    def _tell_progress(self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int) -> None:
+        assert self._native is not None
+        self._try("progress", self._native.progress, key, done_blocks, wave_blocks, wave_layers, *self._stream())
 
     def _abort(self, request_id: str) -> None:
         job = self._job_of_request.get(request_id)

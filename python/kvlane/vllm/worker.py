@@ -88,7 +88,7 @@ class WorkerHalf:
         self._clock = clock
         self._store: Store | None = None
         self._layer_index: Callable[[str], int | None] = lambda name: None
-        self._stream: Callable[[], tuple[int, ...]] = _no_stream
+        self._stream: Callable[[], tuple[int, ...]] = no_stream
         self._step: StepMetadata = IDLE
         #: Stores of this step and their keys, until they were waited for.
         self.step_stores: list[tuple[int, bytes]] = []
@@ -114,7 +114,7 @@ class WorkerHalf:
     def open(self, store: Store, layout: Layout, stream: Callable[[], tuple[int, ...]] | None = None) -> None:
         """From now on jobs are carried out. ``stream`` is what `compute_stream` returned for the tensors."""
         self._store = store
-        self._stream = stream or _no_stream
+        self._stream = stream or no_stream
         self._layer_index = layout.layer_index
 
     # ---- the hooks of a step, in their order
@@ -437,14 +437,15 @@ def compute_stream(kv_caches: Mapping[str, Any]) -> Callable[[], tuple[int, ...]
     calls; no argument for tensors in host memory."""
     device = next((tensor.device for tensor in kv_caches.values() if tensor.device.type == "cuda"), None)
     if device is None:
-        return _no_stream
+        return no_stream
     import torch
 
     logger.warning("kvlane: the KV cache is on %s; copying from and to a GPU has not been run on a GPU yet", device)
     return lambda: (int(torch.cuda.current_stream(device).cuda_stream),)
 
 
-def _no_stream() -> tuple[int, ...]:
+def no_stream() -> tuple[int, ...]:
+    """For tensors in host memory."""
     return ()
 
 

@@ -144,6 +144,7 @@ fn link(now: Instant) -> Link {
             block_tokens: 4,
             cache: None,
             probe: None,
+            device: None,
         },
         handshake_timeout: Duration::from_secs(1),
         heartbeat: Duration::from_secs(1),

@@ -12,7 +12,12 @@ from kvlane import ConfigError
 from kvlane._native import FsWorker, Layout
 from kvlane.vllm.metadata import LoadJob, StepMetadata, StoreJob
 from kvlane.vllm.options import Options
+from kvlane.vllm.p2p_options import P2pOptions
+from kvlane.vllm.p2p_steps import P2pStep, Progress
+from kvlane.vllm.p2p_worker import P2pWorkerHalf, P2pWorkerSettings
 from kvlane.vllm.worker import WorkerHalf, WorkerSettings, compute_stream, describe_tensors
+from test_p2p_worker_half import Layout as P2pLayout
+from test_p2p_worker_half import Native, pull, run
 from test_worker_half import LAYERS, ScriptedStore
 
 
@@ -94,6 +99,19 @@ def test_every_permission_to_copy_carries_the_compute_stream_of_its_moment():
     assert ("load behind", 1000) in store.calls
     assert ("layer_ready", 1, 0, 1001) in store.calls
     assert ("finish_store", 1, 1002) in store.calls
+
+
+def test_every_word_of_the_p2p_worker_carries_the_compute_stream_of_its_moment():
+    half = P2pWorkerHalf(P2pOptions(transfer_timeout_ms=7000), P2pWorkerSettings())
+    native = Native()
+    streams = iter(range(1000, 2000))
+    half.open(native, P2pLayout(), lambda: (next(streams),))
+    run(half, P2pStep(progress=[Progress("k", 0, 2)], pulls=[pull()]))
+    *_, pulled_behind = native.named("pull")[0]
+    assert pulled_behind == 1000
+    assert native.named("progress") == [
+        ("progress", "k", 0, 2, 1, 1001), ("progress", "k", 0, 2, 2, 1002), ("progress", "k", 2, 2, 0, 1003),
+    ]  # fmt: skip
 
 
 def test_tensors_in_host_memory_need_no_stream():

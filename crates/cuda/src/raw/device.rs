@@ -1,14 +1,18 @@
 //! One device: its primary context, a stream for the copies of each direction, events, pinned memory.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUevent_flags, CUstream, CUstream_flags};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUevent, CUevent_flags, CUipcMem_flags, CUipcMemHandle, CUstream, CUstream_flags,
+};
 
-use super::driver::{Calls, Driver, NOT_READY, OUT_OF_MEMORY};
+use super::driver::{BatchAttributes, BatchCopy, Calls, Driver, NOT_READY, OUT_OF_MEMORY};
 use crate::error::{CudaError, Result};
+use crate::spans::Piece;
 
 /// A stream of the embedding program: the number that PyTorch calls `cuda_stream`. Zero is the default stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +43,8 @@ pub(crate) struct Device {
     context: CUcontext,
     /// For copies from the device and for copies to it; null until they are made.
     streams: [CUstream; 2],
+    /// Whether the driver takes many copies in one call.
+    takes_batches: AtomicBool,
     /// The process that may use it: contexts do not survive a fork.
     process: u32,
 }
@@ -63,6 +69,7 @@ impl Device {
             handle,
             context,
             streams: [ptr::null_mut(); 2],
+            takes_batches: AtomicBool::new(driver.batch_copy.is_some()),
             process: std::process::id(),
         };
         for direction in [Direction::Out, Direction::In] {
@@ -186,6 +193,139 @@ impl Device {
         let code = unsafe { (entered.calls().cuMemcpyHtoDAsync_v2)(address, source, len_bytes, stream) };
         self.driver
             .check(code, "cuMemcpyHtoDAsync_v2", "starting a copy to the device")
+    }
+
+    /// Starts copies between places that the device can reach, without an order among them, behind the copies to it that
+    /// were started before. An error: some of them may have been started.
+    ///
+    /// # Safety
+    /// Sources and targets are memory that this device can reach until an event that was recorded behind the copies is over,
+    /// and the targets are memory of this device.
+    pub(super) unsafe fn start_between(&self, pieces: &[Piece]) -> Result<()> {
+        if let Some(batch_copy) = self.driver.batch_copy
+            && pieces.len() > 1
+            && self.takes_batches.load(Ordering::Relaxed)
+        {
+            // SAFETY: as the caller says.
+            match unsafe { self.start_batch(batch_copy, pieces) } {
+                Ok(()) => return Ok(()),
+                // Which devices and kinds of memory it takes is the driver's to say. What it has started of the batch is
+                // copied twice, with the same bytes.
+                Err(error) => {
+                    tracing::info!(%error, "many copies in one call are not possible here, so each is started alone");
+                    self.takes_batches.store(false, Ordering::Relaxed);
+                }
+            }
+        }
+        let stream = self.streams[Direction::In as usize];
+        let entered = self.enter()?;
+        for piece in pieces {
+            // SAFETY: as the caller says.
+            let code = unsafe {
+                (entered.calls().cuMemcpyDtoDAsync_v2)(piece.to, piece.from, piece.len_bytes, stream)
+            };
+            self.driver
+                .check(code, "cuMemcpyDtoDAsync_v2", "starting a copy between devices")?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`start_between`](Self::start_between).
+    unsafe fn start_batch(&self, batch_copy: BatchCopy, pieces: &[Piece]) -> Result<()> {
+        let targets: Vec<u64> = pieces.iter().map(|piece| piece.to).collect();
+        let sources: Vec<u64> = pieces.iter().map(|piece| piece.from).collect();
+        let lens: Vec<usize> = pieces.iter().map(|piece| piece.len_bytes).collect();
+        let (attributes, first, mut failed) = (BatchAttributes::IN_STREAM_ORDER, 0, 0);
+        let stream = self.streams[Direction::In as usize];
+        let _entered = self.enter()?;
+        // SAFETY: three lists of as many items, one set of attributes that is for all from the first on, a place for one
+        // number; the caller vouches for the addresses. The stream is one of ours and no default stream.
+        let code = unsafe {
+            batch_copy(
+                targets.as_ptr(),
+                sources.as_ptr(),
+                lens.as_ptr(),
+                pieces.len(),
+                &raw const attributes,
+                &raw const first,
+                1,
+                &raw mut failed,
+                stream,
+            )
+        };
+        self.driver
+            .check(code, "cuMemcpyBatchAsync", "starting copies between devices")
+    }
+
+    /// New device memory.
+    pub(super) fn allocate_on_device(&self, len_bytes: usize) -> Result<u64> {
+        let entered = self.enter()?;
+        let mut address = 0;
+        // SAFETY: writes one number; the context is current.
+        let code = unsafe { (entered.calls().cuMemAlloc_v2)(&raw mut address, len_bytes) };
+        self.driver
+            .check(code, "cuMemAlloc_v2", "allocating device memory")?;
+        Ok(address)
+    }
+
+    /// # Safety
+    /// Comes from [`allocate_on_device`](Self::allocate_on_device), no copy is using it, and nobody frees it again.
+    pub(super) unsafe fn free_on_device(&self, address: u64) {
+        if let Ok(entered) = self.enter() {
+            // SAFETY: as the caller says.
+            let _ = unsafe { (entered.calls().cuMemFree_v2)(address) };
+        }
+    }
+
+    /// Start and length of the allocation that has an address.
+    pub(super) fn allocation_around(&self, address: u64) -> Result<(u64, u64)> {
+        let entered = self.enter()?;
+        let (mut start, mut len) = (0, 0);
+        // SAFETY: writes two numbers; the driver checks the address.
+        let code =
+            unsafe { (entered.calls().cuMemGetAddressRange_v2)(&raw mut start, &raw mut len, address) };
+        self.driver.check(
+            code,
+            "cuMemGetAddressRange_v2",
+            "looking for an address's allocation",
+        )?;
+        Ok((start, len as u64))
+    }
+
+    /// What another process needs to map the allocation that starts at an address.
+    pub(super) fn ipc_handle(&self, address: u64) -> Result<[u8; 64]> {
+        let entered = self.enter()?;
+        let mut handle = CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: writes one handle; the driver checks the address.
+        let code = unsafe { (entered.calls().cuIpcGetMemHandle)(&raw mut handle, address) };
+        self.driver
+            .check(code, "cuIpcGetMemHandle", "sharing an allocation of the KV cache")?;
+        Ok(handle.reserved.map(|byte| byte as u8))
+    }
+
+    /// Maps another process' allocation; where.
+    pub(super) fn open_ipc(&self, handle: &[u8; 64]) -> Result<u64> {
+        let entered = self.enter()?;
+        let handle = CUipcMemHandle {
+            reserved: handle.map(|byte| byte as c_char),
+        };
+        let flags = CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+        let mut address = 0;
+        // SAFETY: writes one number; the driver checks the handle.
+        let code = unsafe { (entered.calls().cuIpcOpenMemHandle_v2)(&raw mut address, handle, flags) };
+        self.driver
+            .check(code, "cuIpcOpenMemHandle_v2", "mapping the peer's KV cache")?;
+        Ok(address)
+    }
+
+    /// # Safety
+    /// Comes from [`open_ipc`](Self::open_ipc), no copy is using it, and it is not closed more often than opened.
+    pub(super) unsafe fn close_ipc(&self, address: u64) {
+        if let Ok(entered) = self.enter() {
+            // SAFETY: as the caller says.
+            let _ = unsafe { (entered.calls().cuIpcCloseMemHandle)(address) };
+        }
     }
 
     fn is_forked(&self) -> bool {

@@ -8,8 +8,9 @@ use kvlane_core::BlockMap;
 
 use super::device::{Device, Direction, Event, Staging};
 use super::driver::Driver;
+use super::peer::PeerMapping;
 use crate::error::{CudaError, Result};
-use crate::spans::{part_bytes, spans};
+use crate::spans::{RunPart, Span, merge, part_bytes, spans};
 
 /// KV tensors on a device that belong to the embedding program.
 pub struct DeviceTensors {
@@ -114,7 +115,66 @@ impl DeviceMemory {
             "{needed} bytes do not fit a buffer of {}",
             staging.len()
         );
-        let spans = spans(&self.map, block, layers);
+        // SAFETY: the map vouches for every run of its blocks lying inside its region, and `from_map` for the regions.
+        unsafe { self.start_spans(direction, spans(&self.map, block, layers), staging, None) }
+    }
+
+    /// Starts copying parts of runs, which lie one after the other in the buffer.
+    ///
+    /// # Panics
+    /// If the map has no such parts, or the buffer is too small.
+    pub(crate) fn start_parts(
+        self: &Arc<Self>,
+        direction: Direction,
+        parts: &[RunPart],
+        staging: Staging,
+    ) -> Progress {
+        let runs = parts.iter().map(|part| (self.address(part), part.len_bytes));
+        // SAFETY: `address` has found every part inside of a run of a block, of which the map says that it lies inside of
+        // its region, and `from_map` vouches for the regions.
+        unsafe { self.start_spans(direction, merge(runs), staging, None) }
+    }
+
+    /// Where a part of a run lies.
+    ///
+    /// # Panics
+    /// If the map has no such part.
+    pub(super) fn address(&self, part: &RunPart) -> u64 {
+        let region = &self.map.regions()[part.layer];
+        let run = &region.runs[part.run];
+        let is_inside = part
+            .offset_bytes
+            .checked_add(part.len_bytes)
+            .is_some_and(|end| end <= run.len_bytes);
+        assert!(
+            is_inside,
+            "{} bytes at {} of a run of {} bytes",
+            part.len_bytes, part.offset_bytes, run.len_bytes
+        );
+        let offset_bytes = region.block_offset_bytes(part.block) + run.offset_bytes + part.offset_bytes;
+        region.address + offset_bytes as u64
+    }
+
+    /// Starts copies between the device and a buffer. `peer` is kept until they have ended.
+    ///
+    /// # Safety
+    /// The spans are memory of this cache, or of `peer`.
+    ///
+    /// # Panics
+    /// If the buffer is too small.
+    pub(super) unsafe fn start_spans(
+        self: &Arc<Self>,
+        direction: Direction,
+        spans: Vec<Span>,
+        staging: Staging,
+        peer: Option<Arc<PeerMapping>>,
+    ) -> Progress {
+        let needed = spans.iter().map(|span| span.len_bytes).sum::<usize>();
+        assert!(
+            staging.len() >= needed,
+            "{needed} bytes do not fit a buffer of {}",
+            staging.len()
+        );
         let event = match self.device.event() {
             Ok(event) => event,
             Err(error) => {
@@ -129,8 +189,8 @@ impl DeviceMemory {
         let mut failure = None;
         for span in spans {
             let (offset, len) = (span.offset_bytes, span.len_bytes);
-            // SAFETY: the map vouches for every run of its blocks lying inside its region, and `from_map` for the regions.
-            // `InFlight` keeps the owner, and the buffer to itself, until the event behind the copies is over.
+            // SAFETY: the caller vouches for the spans. `InFlight` keeps their owners, and the buffer to itself, until the
+            // event behind the copies is over.
             let started = unsafe {
                 match direction {
                     Direction::Out => self.device.start_out(span.address, &staging, offset, len),
@@ -149,6 +209,7 @@ impl DeviceMemory {
                 event,
                 failure,
                 _memory: Arc::clone(self),
+                peer: peer.map(ManuallyDrop::new),
             }),
             // A context that cannot record an event runs nothing any more. When the buffer is free, nobody can say.
             Err(error) => Progress::Lost(failure.unwrap_or(error)),
@@ -156,13 +217,15 @@ impl DeviceMemory {
     }
 }
 
-/// Copies on their way. Dropping this value gives the buffer up for good, since the device may still be using it.
+/// Copies on their way. Dropping this value gives the buffer up for good, and a peer's mapping with it, since the device may
+/// still be using them.
 #[derive(Debug)]
 pub(crate) struct InFlight {
     staging: ManuallyDrop<Staging>,
     event: Event,
     failure: Option<CudaError>,
     _memory: Arc<DeviceMemory>,
+    peer: Option<ManuallyDrop<Arc<PeerMapping>>>,
 }
 
 /// How far copies are.
@@ -186,10 +249,14 @@ impl InFlight {
     pub(crate) fn poll(self) -> Progress {
         match self.event.is_over() {
             Ok(false) => Progress::Running(self),
-            Ok(true) => Progress::Ended {
-                staging: ManuallyDrop::into_inner(self.staging),
-                result: self.failure.map_or(Ok(()), Err),
-            },
+            Ok(true) => {
+                // No copy is reading the peer's memory any more, so its mapping may go.
+                drop(self.peer.map(ManuallyDrop::into_inner));
+                Progress::Ended {
+                    staging: ManuallyDrop::into_inner(self.staging),
+                    result: self.failure.map_or(Ok(()), Err),
+                }
+            }
             Err(error) => Progress::Lost(error),
         }
     }

@@ -6,6 +6,7 @@
 mod device;
 mod driver;
 mod memory;
+mod peer;
 #[cfg(feature = "stand-in")]
 pub mod stand_in;
 
@@ -14,3 +15,4 @@ pub(crate) use device::{Direction, Event, Staging};
 pub(crate) use driver::Driver;
 pub use memory::DeviceTensors;
 pub(crate) use memory::{DeviceMemory, InFlight, Progress};
+pub(crate) use peer::{Flown, PeerMapping, TokenMemory};

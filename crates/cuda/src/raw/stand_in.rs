@@ -9,7 +9,8 @@
 //! - Copies outside of device memory and pinned memory, pinned memory that is freed under a copy, and calls without a
 //!   current context are remembered: see [`StandIn::violations`].
 //!
-//! Every [`StandIn`] is a device of its own, so tests do not meet.
+//! Every [`StandIn`] is a device of its own, so tests do not meet. Sharing memory between processes is not supported here:
+//! for that there is a library of its own, `tests/cuda-stand-in`.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -20,7 +21,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUstream};
+use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUstream};
 use kvlane_core::BlockMap;
 
 use super::driver::{Calls, Driver, NOT_READY, OUT_OF_MEMORY, SUCCESS};
@@ -36,6 +37,7 @@ pub const NOT_YET: u8 = 0xa5;
 const INVALID_VALUE: u32 = 1;
 const INVALID_CONTEXT: u32 = 201;
 const INVALID_HANDLE: u32 = 400;
+const NOT_SUPPORTED: u32 = 801;
 
 /// One device of the stand-in.
 #[derive(Debug)]
@@ -421,6 +423,13 @@ fn driver() -> &'static Driver {
             cuMemFreeHost: calls::host_free,
             cuMemcpyDtoHAsync_v2: calls::copy_out,
             cuMemcpyHtoDAsync_v2: calls::copy_in,
+            cuMemcpyDtoDAsync_v2: calls::no_copy_between,
+            cuMemAlloc_v2: calls::no_allocation,
+            cuMemFree_v2: calls::no_address,
+            cuMemGetAddressRange_v2: calls::no_range,
+            cuIpcGetMemHandle: calls::no_handle,
+            cuIpcOpenMemHandle_v2: calls::no_mapping,
+            cuIpcCloseMemHandle: calls::no_address,
         })
     })
 }

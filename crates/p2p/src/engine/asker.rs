@@ -57,6 +57,7 @@ impl P2pAsker {
             block_tokens: 0,
             cache: None,
             probe: None,
+            device: None,
         };
         let config = NetConfig {
             options: options.peer.clone(),

@@ -11,7 +11,7 @@ use super::dial;
 use super::machine::NetConfig;
 use super::peers::{Peer, Way};
 use crate::error::{Error, Result};
-use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};
+use crate::lanes::{CudaLane, Lane, LaneError, Lease, LocalCache, ShmLane, Span, TcpLane};
 use crate::proto::{ConnectionId, Copied};
 
 /// Most spans that wait for a thread.
@@ -38,7 +38,8 @@ pub(super) struct CopyDone {
     pub(super) copied: Copied,
     pub(super) bytes: u64,
     pub(super) elapsed: Duration,
-    pub(super) way: Way,
+    /// The lane's name.
+    pub(super) lane: &'static str,
 }
 
 /// Hands spans to the threads. They end when it is dropped, each after the span that it is at.
@@ -100,7 +101,7 @@ pub(super) fn copy_here(job: &CopyJob) -> Option<CopyDone> {
     let lane = ShmLane::open(memory, Arc::clone(&job.peer.pairing));
     let started = Instant::now();
     let result = lane.and_then(|mut lane| lane.copy(&job.span, job.lease, job.deadline, &job.is_stopped));
-    Some(done(job, &result, started))
+    Some(done(job, "shm", &result, started))
 }
 
 /// The lanes of one thread.
@@ -115,14 +116,12 @@ impl Lanes {
         self.open
             .retain(|_, (peer, _)| !peer.is_gone.load(Ordering::Relaxed));
         let result = self.try_copy(job, config);
-        let is_open = self
-            .open
-            .get(&job.connection)
-            .is_some_and(|(_, lane)| lane.is_open());
-        if !is_open {
+        let used = self.open.get(&job.connection);
+        let name = used.map_or(job.peer.way.name(), |(_, lane)| lane.name());
+        if !used.is_some_and(|(_, lane)| lane.is_open()) {
             self.open.remove(&job.connection);
         }
-        done(job, &result, started)
+        done(job, name, &result, started)
     }
 
     fn try_copy(&mut self, job: &CopyJob, config: &NetConfig) -> Result<(), LaneError> {
@@ -143,27 +142,41 @@ impl Lanes {
 
 fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneError> {
     let pairing = Arc::clone(&job.peer.pairing);
-    match job.peer.way {
-        Way::Shm(memory) => Ok(Box::new(ShmLane::open(memory, pairing)?)),
-        Way::Tcp => {
-            let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
-            let socket = dial::data_connection(config, &job.peer.address, job.peer.start_id, deadline)
-                .map_err(|source| LaneError::PeerGone {
-                    what: "no data connection",
-                    source: Some(source),
-                })?;
-            Ok(Box::new(TcpLane::new(socket, pairing)?))
+    match &job.peer.way {
+        Way::Shm(memory) => Ok(Box::new(ShmLane::open(*memory, pairing)?)),
+        Way::Tcp => Ok(Box::new(tcp_lane(job, config)?)),
+        Way::Cuda(offered) => {
+            let LocalCache::Device(local) = pairing.local() else {
+                return Err(LaneError::Layout("the local cache is in host memory".to_owned()));
+            };
+            let mapped = offered.map(local, &job.peer.address)?;
+            // Without mapped memory it carries the bytes, too.
+            let witness = Box::new(tcp_lane(job, config)?);
+            match mapped {
+                Some(memory) => Ok(Box::new(CudaLane::new(memory, pairing, witness)?)),
+                None => Ok(witness),
+            }
         }
     }
 }
 
-fn done(job: &CopyJob, result: &Result<(), LaneError>, started: Instant) -> CopyDone {
+fn tcp_lane(job: &CopyJob, config: &NetConfig) -> Result<TcpLane, LaneError> {
+    let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
+    let socket = dial::data_connection(config, &job.peer.address, job.peer.start_id, deadline);
+    let socket = socket.map_err(|source| LaneError::PeerGone {
+        what: "no data connection",
+        source: Some(source),
+    })?;
+    TcpLane::new(socket, Arc::clone(&job.peer.pairing))
+}
+
+fn done(job: &CopyJob, lane: &'static str, result: &Result<(), LaneError>, started: Instant) -> CopyDone {
     let copied = match result {
         Ok(()) => Copied::Held,
         Err(LaneError::Lapsed { .. }) => Copied::Lapsed,
         Err(LaneError::Cancelled { .. } | LaneError::TimedOut { .. }) => Copied::Failed,
         Err(error) => {
-            tracing::warn!(peer = %job.peer.address, lane = job.peer.way.name(), %error, "blocks did not arrive");
+            tracing::warn!(peer = %job.peer.address, lane, %error, "blocks did not arrive");
             Copied::Failed
         }
     };
@@ -173,6 +186,6 @@ fn done(job: &CopyJob, result: &Result<(), LaneError>, started: Instant) -> Copy
         copied,
         bytes: job.peer.pairing.payload_bytes(&layers, job.span.local.len()),
         elapsed: started.elapsed(),
-        way: job.peer.way,
+        lane,
     }
 }

@@ -1,13 +1,13 @@
 //! What happens behind the lock of a worker: messages of peers, blocks that are held, copies that begin and end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kvlane_core::{BlockMap, PagedMemory};
-use kvlane_fs::HostCache;
+use kvlane_core::BlockMap;
+use kvlane_cuda::SharedCache;
 
 use super::address::PeerAddress;
 use super::copies::{CopyDone, CopyJob, CopyPool, copy_here};
@@ -16,10 +16,10 @@ use super::options::WorkerOptions;
 use super::peers::Peer;
 use super::results::Results;
 use super::worker::{Ended, WorkerStats};
-use crate::lanes::{EpochTable, Lease, ProbeToken, Span, serve};
+use crate::lanes::{EpochTable, Lease, LocalCache, ProbeToken, Span, serve};
 use crate::proto::{
-    ConnectionId, Copied, Hello, Holder, HolderAction, HolderLimits, Link, Message, PullResult, Puller,
-    PullerAction, PullerLimits,
+    ConnectionId, Copied, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer, Progress,
+    PullResult, Puller, PullerAction, PullerLimits,
 };
 
 /// Most pulls at a time.
@@ -43,7 +43,14 @@ pub(super) struct Exchange {
     table: Arc<EpochTable>,
     /// Shows peers that they read the right process; lives as long as its address is out.
     _token: ProbeToken,
-    cache: Arc<HostCache>,
+    cache: LocalCache,
+    /// Keeps what peers map.
+    _shared: Option<SharedCache>,
+    /// The offer of each hold that has not ended, by number: a name may be used again.
+    offers: HashMap<Arc<str>, u64>,
+    last_offer: u64,
+    /// Pulls that wait for the compute stream.
+    pub(super) waiting: HashSet<u64>,
     own_hello: Hello,
     options: WorkerOptions,
     copies: CopyPool,
@@ -65,7 +72,7 @@ pub(super) enum PeerState {
 
 impl Exchange {
     pub(super) fn new(
-        cache: Arc<HostCache>,
+        (cache, shared): (LocalCache, Option<SharedCache>),
         own_hello: Hello,
         (table, token): (Arc<EpochTable>, ProbeToken),
         options: &WorkerOptions,
@@ -84,6 +91,10 @@ impl Exchange {
             table,
             _token: token,
             cache,
+            _shared: shared,
+            offers: HashMap::new(),
+            last_offer: 0,
+            waiting: HashSet::new(),
             own_hello,
             options: options.clone(),
             copies,
@@ -102,11 +113,42 @@ impl Exchange {
         self.results.add(Ended { job, result });
     }
 
+    /// Begins to hold a request, if there is a holder.
+    pub(super) fn offer(&mut self, now: Instant, offer: Offer) -> Option<bool> {
+        let hold = Arc::clone(&offer.hold);
+        let is_taken = self.holder.as_mut()?.offer(now, offer);
+        if is_taken {
+            self.last_offer += 1;
+            self.offers.insert(hold, self.last_offer);
+        }
+        Some(is_taken)
+    }
+
+    /// Ends a hold at once, if there is a holder.
+    pub(super) fn revoke(&mut self, hold: &str) -> Option<bool> {
+        self.offers.remove(hold);
+        Some(self.holder.as_mut()?.revoke(hold))
+    }
+
+    /// The number of a hold's offer.
+    pub(super) fn offer_of(&self, hold: &str) -> Option<u64> {
+        self.offers.get(hold).copied()
+    }
+
+    /// Progress that was seen some time ago: it is that of one offer, and of none that came later under the same name.
+    pub(super) fn late_progress(&mut self, hold: &str, offer: u64, progress: Progress) {
+        if self.offer_of(hold) == Some(offer)
+            && let Some(holder) = &mut self.holder
+        {
+            holder.progress(hold, progress);
+        }
+    }
+
     /// Takes the result of a span.
     pub(super) fn copied(&mut self, done: &CopyDone) {
         if done.copied == Copied::Held {
-            *self.stats.pulled_bytes.entry(done.way.name()).or_default() += done.bytes;
-            *self.stats.pull_time.entry(done.way.name()).or_default() += done.elapsed;
+            *self.stats.pulled_bytes.entry(done.lane).or_default() += done.bytes;
+            *self.stats.pull_time.entry(done.lane).or_default() += done.elapsed;
         }
         self.puller.copied(done.transfer, done.copied);
     }
@@ -115,6 +157,7 @@ impl Exchange {
         match action {
             HolderAction::SetEpoch { slot, epoch } => self.table.set(slot, epoch),
             HolderAction::Ended { hold, reason } => {
+                self.offers.remove(&hold);
                 *self.stats.holds.entry(reason).or_default() += 1;
                 self.results.add_hold(hold, reason);
             }
@@ -243,6 +286,9 @@ impl Machine for Exchange {
         for stop in self.stops.values() {
             stop.store(true, Ordering::Relaxed);
         }
+        for job in std::mem::take(&mut self.waiting) {
+            self.end(job, PullResult::Unreachable);
+        }
         if let Some(holder) = &mut self.holder {
             holder.close_all(now);
         }
@@ -267,14 +313,14 @@ impl Machine for Exchange {
             tracing::warn!(peer, "a data connection is refused: {SERVED_MAX} are open");
             return;
         }
-        let (cache, table) = (Arc::clone(&self.cache), Arc::clone(&self.table));
+        let (cache, table) = (self.cache.clone(), Arc::clone(&self.table));
         let (served, is_closing) = (Arc::clone(&self.served), Arc::clone(&self.is_closing));
         let started = std::thread::Builder::new()
             .name("kvlane-p2p-serve".to_owned())
             .spawn(move || {
                 let is_held =
                     |lease: Lease| lease.slot < table.slot_count() && table.get(lease.slot) == lease.epoch;
-                let result = serve(stream, &cache, is_held, &is_closing, SERVE_TIMEOUT);
+                let result = serve(stream, cache, is_held, &is_closing, SERVE_TIMEOUT);
                 served.fetch_sub(1, Ordering::Relaxed);
                 if let Err(error) = result {
                     tracing::info!(peer, %error, "a data connection ended");

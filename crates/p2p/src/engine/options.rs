@@ -108,6 +108,8 @@ pub enum LaneChoice {
     Shm,
     /// Only over connections.
     Tcp,
+    /// Only from device to device, out of the peer's mapped memory.
+    Cuda,
 }
 
 /// Settings of a worker.

@@ -5,23 +5,25 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvlane_core::{NamespaceId, PagedMemory};
-use kvlane_fs::HostCache;
+use kvlane_core::NamespaceId;
+use kvlane_cuda::{DeviceCache, Mark, Patience, SharedCache, StreamHandle};
 
 use super::address::PeerAddress;
 use super::asker::identity;
+use super::connections::Core;
 use super::copies::CopyPool;
 use super::exchange::{Exchange, PeerState};
 use super::machine::NetConfig;
-use super::net::Net;
+use super::marks::{Deed, Marks, Waited};
+use super::net::{Net, Shared};
 use super::options::WorkerOptions;
 use super::results::Results;
 use crate::error::{Error, Result};
 use crate::key::{Prompt, TransferKey};
-use crate::lanes::{EpochTable, ProbeToken, RemoteCache};
+use crate::lanes::{EpochTable, LocalCache, ProbeToken, RemoteCache};
 use crate::proto::{
-    CacheLayout, Channel, DenyReason, EndReason, Hello, Holder, Offer, Probe, Progress, PullRequest,
-    PullResult, Role,
+    CacheLayout, Channel, DenyReason, DeviceMemory, EndReason, Hello, Holder, Offer, Probe, Progress,
+    PullRequest, PullResult, Role,
 };
 
 /// Blocks to pull.
@@ -74,11 +76,21 @@ pub struct P2pWorker {
     options: WorkerOptions,
     block_count: u32,
     last_job: Mutex<u64>,
+    /// Only with a cache on a device.
+    device: Option<(Arc<DeviceCache>, Marks)>,
 }
 
 impl P2pWorker {
     /// Starts its threads, and listens if it may offer.
-    pub fn open(cache: Arc<HostCache>, namespace: NamespaceId, options: WorkerOptions) -> Result<Self> {
+    ///
+    /// With a cache on a device, [`progress_after`](Self::progress_after) and [`pull_after`](Self::pull_after) take the
+    /// place of [`progress`](Self::progress) and [`pull`](Self::pull), which are refused.
+    pub fn open(
+        cache: impl Into<LocalCache>,
+        namespace: NamespaceId,
+        options: WorkerOptions,
+    ) -> Result<Self> {
+        let cache = cache.into();
         options.check()?;
         let failed = |source| Error::Io {
             context: "asking the system for random bytes",
@@ -99,6 +111,11 @@ impl P2pWorker {
             block_tokens: options.block_tokens,
             cache: None,
             probe: None,
+            device: None,
+        };
+        let shared = match &cache {
+            LocalCache::Device(cache) if options.can_offer => share(cache, token.bytes()),
+            _ => None,
         };
         let accept_hello = Hello {
             cache: Some(CacheLayout::from(cache.map())),
@@ -109,6 +126,7 @@ impl P2pWorker {
                 epochs_address: table.address(),
                 slot_count: table.slot_count(),
             }),
+            device: shared.as_ref().map(|shared| DeviceMemory::from(shared.offer())),
             ..own_hello.clone()
         };
         let config = NetConfig {
@@ -121,8 +139,12 @@ impl P2pWorker {
         let block_count = cache.map().block_count();
         let (copies, queue) = CopyPool::new();
         let results = Arc::<Results>::default();
+        let device = match &cache {
+            LocalCache::Device(cache) => Some(Arc::clone(cache)),
+            LocalCache::Host(_) => None,
+        };
         let exchange = Exchange::new(
-            cache,
+            (cache, shared),
             own_hello,
             (table, token),
             &options,
@@ -143,7 +165,12 @@ impl P2pWorker {
                 }
             })?;
         }
+        let device = match device {
+            Some(cache) => Some((cache, marks(net.shared())?)),
+            None => None,
+        };
         Ok(Self {
+            device,
             net,
             results,
             options,
@@ -162,7 +189,10 @@ impl P2pWorker {
     /// Begins to hold a request. False: too many are held, and nobody can read this one.
     pub fn offer(&self, offer: Offer) -> Result<bool> {
         self.check_blocks(&offer.blocks)?;
-        self.with_holder(|holder, now| holder.offer(now, offer))
+        self.net
+            .shared()
+            .with(|core, now| core.machine.offer(now, offer))
+            .ok_or(Error::Role("offer"))
     }
 
     /// Appends blocks that were allocated for later chunks. An unknown hold is ignored.
@@ -173,7 +203,27 @@ impl P2pWorker {
 
     /// Says how far the computation is. An unknown hold is ignored.
     pub fn progress(&self, hold: &str, progress: Progress) -> Result<()> {
+        self.check_on_host()?;
         self.with_holder(|holder, _| holder.progress(hold, progress))
+    }
+
+    /// As [`progress`](Self::progress), once what is on `stream` now has been done. Does not wait.
+    pub fn progress_after(&self, hold: &str, progress: Progress, stream: StreamHandle) -> Result<()> {
+        let Some((cache, marks)) = &self.device else {
+            return self.progress(hold, progress);
+        };
+        let Some(offer) = self.net.shared().with(|core, _| core.machine.offer_of(hold)) else {
+            return Ok(());
+        };
+        let deed = Deed::Progress {
+            hold: hold.into(),
+            offer,
+            progress,
+        };
+        if !marks.push(mark(cache, stream)?, deed) {
+            tracing::warn!("the device is far behind, so decode servers are not told what is computed");
+        }
+        Ok(())
     }
 
     /// The request has ended, and the engine keeps its blocks until [`ended_holds`](Self::ended_holds) names it.
@@ -184,7 +234,8 @@ impl P2pWorker {
     /// The engine needs the blocks: others may write them as soon as this returns, and no end of the hold is told any more.
     /// An offer may follow. False: the hold is unknown.
     pub fn revoke(&self, hold: &str) -> Result<bool> {
-        let is_known = self.with_holder(|holder, _| holder.revoke(hold))?;
+        let is_known = self.net.shared().with(|core, _| core.machine.revoke(hold));
+        let is_known = is_known.ok_or(Error::Role("offer"))?;
         if is_known {
             self.net.shared().with(|core, _| {
                 *core.machine.stats.holds.entry(EndReason::Revoked).or_default() += 1;
@@ -208,6 +259,21 @@ impl P2pWorker {
 
     /// Begins a pull.
     pub fn pull(&self, order: PullOrder) -> Result<u64> {
+        self.check_on_host()?;
+        self.start_pull(order, None)
+    }
+
+    /// As [`pull`](Self::pull), once what is on `stream` now has been done: a step that runs may still write the blocks.
+    /// Does not wait.
+    pub fn pull_after(&self, order: PullOrder, stream: StreamHandle) -> Result<u64> {
+        let mark = match &self.device {
+            Some((cache, _)) => Some(mark(cache, stream)?),
+            None => None,
+        };
+        self.start_pull(order, mark)
+    }
+
+    fn start_pull(&self, order: PullOrder, after: Option<Mark>) -> Result<u64> {
         if !self.options.can_pull {
             return Err(Error::Role("pull"));
         }
@@ -228,21 +294,17 @@ impl P2pWorker {
         }
         let shared = self.net.shared();
         shared.with(|core, now| {
-            let Some(connection) = shared.connection(core, now, &order.address) else {
-                return core.machine.end(job, PullResult::Unreachable);
-            };
-            if matches!(core.machine.peers.get(&connection), Some(PeerState::Refused)) {
-                return core.machine.end(job, PullResult::Denied(DenyReason::Namespace));
+            let deadline = now + order.timeout;
+            match (after, &self.device) {
+                (Some(mark), Some((_, marks))) => {
+                    core.machine.waiting.insert(job);
+                    if !marks.push(mark, Deed::Pull { job, order, deadline }) {
+                        core.machine.waiting.remove(&job);
+                        core.machine.end(job, PullResult::Busy);
+                    }
+                }
+                _ => begin_pull(shared, core, now, job, order, deadline),
             }
-            let request = PullRequest {
-                job,
-                key: order.key,
-                prompt: order.prompt,
-                first_block: order.first_block,
-                targets: order.targets,
-                deadline: now + order.timeout,
-            };
-            core.machine.puller.pull(connection, request);
         });
         Ok(job)
     }
@@ -262,7 +324,13 @@ impl P2pWorker {
 
     /// Asks for the end of a pull; it still is delivered. An unknown job is ignored.
     pub fn cancel(&self, job: u64) {
-        self.net.shared().with(|core, _| core.machine.puller.cancel(job));
+        self.net.shared().with(|core, _| {
+            if core.machine.waiting.remove(&job) {
+                core.machine.end(job, PullResult::Cancelled);
+            } else {
+                core.machine.puller.cancel(job);
+            }
+        });
     }
 
     /// Pulls that have ended, each once. One atomic load when there are none.
@@ -308,6 +376,18 @@ impl P2pWorker {
             })
     }
 
+    /// Without a stream, KV of a step that has not run yet would be taken for computed.
+    fn check_on_host(&self) -> Result<()> {
+        match self.device {
+            None => Ok(()),
+            Some(_) => Err(Error::InvalidArgument {
+                argument: "stream",
+                found: "none".to_owned(),
+                allowed: "the compute stream, since the cache is on a CUDA device".to_owned(),
+            }),
+        }
+    }
+
     fn check_blocks(&self, blocks: &[u32]) -> Result<()> {
         match blocks.iter().find(|&&block| block >= self.block_count) {
             None => Ok(()),
@@ -343,6 +423,92 @@ impl P2pWorker {
         }
         Ok(())
     }
+}
+
+/// Longest wait for a buffer while the cache is shared.
+const SHARE_MAX: Duration = Duration::from_secs(5);
+
+/// Lets peers map the cache, if the driver can.
+fn share(cache: &DeviceCache, token: [u8; 16]) -> Option<SharedCache> {
+    let patience = Patience {
+        deadline: Instant::now() + SHARE_MAX,
+        cancelled: &|| false,
+    };
+    match cache.share(token, &patience) {
+        Ok(shared) => Some(shared),
+        Err(reason) => {
+            tracing::warn!(%reason, "lane cuda is not offered: the KV cache cannot be shared with other processes");
+            None
+        }
+    }
+}
+
+fn mark(cache: &DeviceCache, stream: StreamHandle) -> Result<Mark> {
+    cache.mark(stream).map_err(Error::Device)
+}
+
+/// Starts the thread that waits for the compute stream. It ends when the worker is dropped.
+fn marks(shared: &Arc<Shared<Exchange>>) -> Result<Marks> {
+    let shared = Arc::downgrade(shared);
+    let mut is_lost = false;
+    Marks::start(move |deed, waited| {
+        let Some(shared) = shared.upgrade() else { return };
+        if let Waited::Lost(error) = &waited
+            && !std::mem::replace(&mut is_lost, true)
+        {
+            tracing::error!(%error, "the CUDA device is lost for KV transfer");
+        }
+        shared.with(|core, now| match (deed, waited) {
+            (
+                Deed::Progress {
+                    hold,
+                    offer,
+                    progress,
+                },
+                Waited::Reached,
+            ) => {
+                core.machine.late_progress(&hold, offer, progress);
+            }
+            // Nobody knows what is computed, so nobody is told.
+            (Deed::Progress { .. }, _) => {}
+            (Deed::Pull { job, order, deadline }, waited) => {
+                if !core.machine.waiting.remove(&job) {
+                    return; // it was cancelled
+                }
+                match waited {
+                    Waited::Reached => begin_pull(&shared, core, now, job, order, deadline),
+                    Waited::TimedOut => core.machine.end(job, PullResult::TimedOut),
+                    Waited::Lost(_) => core.machine.end(job, PullResult::Failed),
+                }
+            }
+        });
+    })
+}
+
+/// Asks the peer for the blocks of a pull.
+fn begin_pull(
+    shared: &Arc<Shared<Exchange>>,
+    core: &mut Core<Exchange>,
+    now: Instant,
+    job: u64,
+    order: PullOrder,
+    deadline: Instant,
+) {
+    let Some(connection) = shared.connection(core, now, &order.address) else {
+        return core.machine.end(job, PullResult::Unreachable);
+    };
+    if matches!(core.machine.peers.get(&connection), Some(PeerState::Refused)) {
+        return core.machine.end(job, PullResult::Denied(DenyReason::Namespace));
+    }
+    let request = PullRequest {
+        job,
+        key: order.key,
+        prompt: order.prompt,
+        first_block: order.first_block,
+        targets: order.targets,
+        deadline,
+    };
+    core.machine.puller.pull(connection, request);
 }
 
 impl Drop for P2pWorker {

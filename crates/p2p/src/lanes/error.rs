@@ -2,6 +2,8 @@
 
 use std::io;
 
+use kvlane_cuda::CudaError;
+
 /// Why bytes did not come, or do not count.
 ///
 /// Every variant means: treat the blocks of this copy as missing. [`Lane::is_open`](super::Lane::is_open) says whether the
@@ -72,6 +74,9 @@ pub enum LaneError {
     /// An earlier error closed the lane.
     #[error("the lane was closed by an earlier error")]
     Closed,
+    /// The CUDA driver refused, or the peer's device memory is not what it said.
+    #[error("on the GPU: {0}")]
+    Device(CudaError),
     /// The system refused for another reason.
     #[error("{call} failed: {source}")]
     System {
@@ -109,6 +114,15 @@ impl LaneError {
                 call: "process_vm_readv",
                 source,
             },
+        }
+    }
+
+    /// Sorts an error of the device, before which so many bytes were copied.
+    pub(crate) fn of_device(error: CudaError, done_bytes: u64) -> Self {
+        match error {
+            CudaError::TimedOut { .. } => LaneError::TimedOut { done_bytes },
+            CudaError::Cancelled { .. } => LaneError::Cancelled { done_bytes },
+            error => LaneError::Device(error),
         }
     }
 

@@ -7,13 +7,18 @@
 //! | lane | how | needs |
 //! |---|---|---|
 //! | [`ShmLane`] | `process_vm_readv` straight into the local runs | the same machine and pid namespace, the right to trace |
+//! | [`CudaLane`] | copies from device to device, out of the peer's mapped memory | the same machine, CUDA IPC |
 //! | [`TcpLane`] | the peer's [`serve`] sends from its runs, this side receives into its own | a connection |
+//!
+//! A cache on a device has no `shm`; over `tcp` its bytes go through pinned memory on both sides.
 
+mod cuda;
 mod epoch_table;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod huge_pages;
+mod local_cache;
 mod pairing;
 mod patience;
 mod remote;
@@ -26,9 +31,11 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+pub use cuda::CudaLane;
 pub use epoch_table::{EpochTable, ProbeToken};
 pub use error::LaneError;
 pub use huge_pages::prefer_huge_pages;
+pub use local_cache::LocalCache;
 pub use pairing::Pairing;
 pub use remote::{MAX_REGIONS, MAX_TOTAL_RUNS, RemoteCache, RemoteRegion};
 pub use serve::{Served, serve};

@@ -8,18 +8,16 @@
 //! then neighbouring blocks join into one range also where K and V are far apart. Both ends of a data connection walk in
 //! this order.
 
+use kvlane_core::Run;
+use kvlane_cuda::RunPart;
 use std::ops::Range;
-use std::sync::Arc;
 
-use kvlane_core::{PagedMemory, Run};
-use kvlane_fs::HostCache;
-
-use super::{LaneError, RemoteCache, Span};
+use super::{LaneError, LocalCache, RemoteCache, Span};
 
 /// The local cache and a peer's, whose layers were found to have equal payloads.
 #[derive(Debug)]
 pub struct Pairing {
-    local: Arc<HostCache>,
+    local: LocalCache,
     remote: RemoteCache,
     layers: Vec<Layer>,
 }
@@ -46,7 +44,8 @@ struct Piece {
 
 impl Pairing {
     /// Pairs the layers of two caches; refuses unless each has as many payload bytes on both sides.
-    pub fn new(local: Arc<HostCache>, remote: RemoteCache) -> Result<Self, LaneError> {
+    pub fn new(local: impl Into<LocalCache>, remote: RemoteCache) -> Result<Self, LaneError> {
+        let local = local.into();
         let (ours, theirs) = (local.map().regions(), remote.regions());
         if ours.len() != theirs.len() {
             return Err(LaneError::Layout(format!(
@@ -78,7 +77,7 @@ impl Pairing {
     }
 
     /// The cache of this process.
-    pub fn local(&self) -> &Arc<HostCache> {
+    pub fn local(&self) -> &LocalCache {
         &self.local
     }
 
@@ -192,6 +191,19 @@ pub(crate) struct Part {
     pub(crate) len: usize,
 }
 
+impl Part {
+    /// Its place in the local cache.
+    pub(crate) fn local(&self) -> RunPart {
+        RunPart {
+            layer: self.layer,
+            block: self.block,
+            run: self.run,
+            offset_bytes: self.offset,
+            len_bytes: self.len,
+        }
+    }
+}
+
 /// The parts of a span, one after the other.
 #[derive(Debug)]
 pub(crate) struct Walk<'a> {
@@ -269,6 +281,10 @@ impl Walk<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use kvlane_core::PagedMemory;
+
     use super::super::fixture::{Form, cache};
     use super::*;
 

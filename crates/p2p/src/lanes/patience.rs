@@ -27,6 +27,20 @@ impl Patience<'_> {
         }
     }
 
+    /// Does something on a device that ends as early as this.
+    pub(super) fn on_device<T>(
+        &self,
+        done_bytes: u64,
+        work: impl FnOnce(&kvlane_cuda::Patience<'_>) -> kvlane_cuda::Result<T>,
+    ) -> Result<T, LaneError> {
+        let patience = kvlane_cuda::Patience {
+            // Without a deadline it still ends, and the caller asks again.
+            deadline: self.deadline.unwrap_or_else(|| Instant::now() + self.look_every),
+            cancelled: &|| self.stop.load(Ordering::Relaxed),
+        };
+        work(&patience).map_err(|error| LaneError::of_device(error, done_bytes))
+    }
+
     /// Waits for a connection for a while. The caller tries again and calls [`check`](Self::check).
     pub(super) fn wait(&self, socket: &TcpStream, interest: Interest) -> Result<(), LaneError> {
         let left = self

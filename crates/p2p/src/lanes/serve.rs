@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kvlane_core::PagedMemory;
-use kvlane_fs::HostCache;
+use kvlane_cuda::DeviceCache;
 
-use super::pairing::{check_blocks, check_layers};
+use super::pairing::{Walk, check_blocks, check_layers};
 use super::patience::Patience;
-use super::tcp::{closed, prepare, send_all};
+use super::tcp::{STAGED_BYTES, closed, gather_parts, prepare, send_all};
 use super::wire::{Answer, REQUEST_BYTES, Request};
-use super::{LaneError, Lease, Pairing, RemoteCache};
+use super::{LaneError, Lease, LocalCache, Pairing, RemoteCache};
 use crate::raw::{Interest, LocalRanges, receive};
 
 /// Bytes of one call. Fewer wake the receiver more often than it has something to do; of more, it waits for the first
@@ -43,15 +42,19 @@ pub struct Served {
 /// on their way, time ran out, or the peer is gone.
 pub fn serve(
     socket: TcpStream,
-    cache: &Arc<HostCache>,
+    cache: impl Into<LocalCache>,
     is_held: impl Fn(Lease) -> bool,
     stop: &AtomicBool,
     timeout: Duration,
 ) -> Result<Served, LaneError> {
+    let cache = cache.into();
     let mut server = Server {
+        ranges: match &cache {
+            LocalCache::Host(cache) => LocalRanges::new(Arc::clone(cache)),
+            LocalCache::Device(_) => LocalRanges::none(),
+        },
         // The walk over a cache paired with itself is the order in which the peer expects the bytes.
-        pairing: Pairing::new(Arc::clone(cache), RemoteCache::of(cache.map())?)?,
-        ranges: LocalRanges::new(Arc::clone(cache)),
+        pairing: Pairing::new(cache.clone(), RemoteCache::of(cache.map())?)?,
         is_held,
         socket,
         served: Served::default(),
@@ -137,6 +140,10 @@ impl<F: Fn(Lease) -> bool> Server<F> {
         }
         let len_bytes = self.pairing.payload_bytes(layers, self.blocks.len());
         let head = Answer::Data { len_bytes }.encode();
+        if let LocalCache::Device(cache) = self.pairing.local() {
+            let cache = Arc::clone(cache);
+            return self.answer_from_device(&cache, layers, &head, lease, patience);
+        }
         let mut front: &[u8] = &head;
         let mut done_bytes = 0;
         let mut walk = self.pairing.walk(layers, &self.blocks, &self.blocks);
@@ -154,6 +161,46 @@ impl<F: Fn(Lease) -> bool> Server<F> {
             front = &[];
             done_bytes += piece_bytes;
             // The kernel has its copy of the bytes, so this is after the last one was read.
+            let is_held = (self.is_held)(lease);
+            if walk.is_done() {
+                self.served.fetches += 1;
+                self.served.bytes += done_bytes;
+                return self.send(&Answer::of_lease(is_held).encode(), patience);
+            }
+            if !is_held {
+                return Err(lease.lapsed());
+            }
+        }
+    }
+
+    /// Sends through pinned memory.
+    fn answer_from_device(
+        &mut self,
+        cache: &DeviceCache,
+        layers: &Range<usize>,
+        head: &[u8],
+        lease: Lease,
+        patience: &Patience<'_>,
+    ) -> Result<(), LaneError> {
+        let mut done_bytes = 0;
+        let mut parts = Vec::new();
+        let mut walk: Walk<'_> = self.pairing.walk(layers, &self.blocks, &self.blocks);
+        send_all(&self.socket, head, &mut self.ranges, patience, 0)?;
+        loop {
+            let most_bytes = cache.buffer_bytes().min(STAGED_BYTES);
+            let len = gather_parts(&mut walk, most_bytes, &mut parts);
+            if len > 0 {
+                let bytes = patience.on_device(done_bytes, |patience| cache.gather(&parts, patience))?;
+                send_all(
+                    &self.socket,
+                    &bytes[..len],
+                    &mut self.ranges,
+                    patience,
+                    done_bytes,
+                )?;
+                done_bytes += len as u64;
+            }
+            // The buffer had its copy before, so this is after the last byte was read.
             let is_held = (self.is_held)(lease);
             if walk.is_done() {
                 self.served.fetches += 1;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Instant;
 
 use super::pairing::Walk;
-use super::{Lane, LaneError, Lease, Pairing, Span};
+use super::{Lane, LaneError, Lease, LocalCache, Pairing, Span};
 use crate::raw::{LocalRanges, RemoteRanges, read_process, read_process_bytes};
 
 /// Most bytes between two looks at the clock and the caller's flag: about a millisecond of copying. More ranges in a call
@@ -58,10 +58,15 @@ impl ShmLane {
                 peer.token_address, peer.epoch_slots, peer.epochs_address
             )));
         }
+        let LocalCache::Host(local) = pairing.local() else {
+            return Err(LaneError::Layout(
+                "the local cache is on a device; allowed: in host memory".to_owned(),
+            ));
+        };
         let lane = Self {
             pid,
             peer,
-            local: LocalRanges::new(Arc::clone(pairing.local())),
+            local: LocalRanges::new(Arc::clone(local)),
             remote: RemoteRanges::new(),
             pairing,
             is_open: true,

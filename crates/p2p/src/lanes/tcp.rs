@@ -7,14 +7,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use kvlane_cuda::{DeviceCache, RunPart};
+
 use super::pairing::Walk;
 use super::patience::Patience;
 use super::wire::{ANSWER_BYTES, Answer, MAX_FETCH_BLOCKS, Request};
-use super::{Lane, LaneError, Lease, Pairing, Span};
+use super::{Lane, LaneError, Lease, LocalCache, Pairing, Span};
 use crate::raw::{Interest, LocalRanges, keep_alive, receive, send, send_unpaced};
 
 /// Most bytes that one call receives.
 const WINDOW_BYTES: usize = 1 << 20;
+
+/// Most bytes, and most parts of runs, between pinned memory and a device at a time.
+pub(super) const STAGED_BYTES: usize = 1 << 20;
+const PARTS_MAX: usize = 1024;
 
 /// How often a waiting lane looks whether it was cancelled.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -36,7 +42,10 @@ impl TcpLane {
         prepare(&socket)?;
         Ok(Self {
             socket,
-            local: LocalRanges::new(Arc::clone(pairing.local())),
+            local: match pairing.local() {
+                LocalCache::Host(cache) => LocalRanges::new(Arc::clone(cache)),
+                LocalCache::Device(_) => LocalRanges::none(),
+            },
             pairing,
             request: Vec::new(),
             is_open: true,
@@ -67,6 +76,9 @@ impl TcpLane {
         let pairing = Arc::clone(&self.pairing);
         let expected = pairing.payload_bytes(layers, remote.len());
         let mut walk = pairing.walk(layers, remote, local);
+        if let LocalCache::Device(cache) = pairing.local() {
+            return self.receive_on_device(cache, walk, expected, lease, patience, done_bytes);
+        }
         let (mut head, mut tail) = ([0; ANSWER_BYTES], [0; ANSWER_BYTES]);
         let (mut head_done, mut tail_done) = (0, 0);
         let mut is_answered = false;
@@ -112,15 +124,64 @@ impl TcpLane {
         }
     }
 
-    fn ask(&mut self, lease: Lease, patience: &Patience<'_>) -> Result<bool, LaneError> {
-        self.request.clear();
-        self.request.extend_from_slice(&Request::Check { lease }.encode());
-        self.send_request(patience)?;
+    /// Receives the answer to a fetch through pinned memory.
+    fn receive_on_device(
+        &mut self,
+        cache: &DeviceCache,
+        mut walk: Walk<'_>,
+        expected: u64,
+        lease: Lease,
+        patience: &Patience<'_>,
+        done_bytes: &mut u64,
+    ) -> Result<(), LaneError> {
+        match self.receive_answer(patience)? {
+            Answer::Data { len_bytes } if len_bytes == expected => {}
+            Answer::Lapsed => return Err(lease.lapsed()),
+            answer => {
+                return Err(LaneError::Protocol(format!(
+                    "{answer:?} where {expected} bytes should come"
+                )));
+            }
+        }
+        let mut kept = None;
+        let mut parts = Vec::new();
+        while !walk.is_done() {
+            let mut staging = match kept.take() {
+                Some(staging) => staging,
+                None => patience.on_device(*done_bytes, |patience| cache.staging(patience))?,
+            };
+            let len = gather_parts(&mut walk, staging.len().min(STAGED_BYTES), &mut parts);
+            self.receive_exactly(&mut staging[..len], patience, *done_bytes)?;
+            // Waits for the end of the copies, so nothing is on its way when this function returns.
+            kept =
+                Some(patience.on_device(*done_bytes, |patience| cache.scatter(&parts, staging, patience))?);
+            *done_bytes += len as u64;
+        }
+        drop(kept);
+        match self.receive_answer(patience)? {
+            Answer::Held => Ok(()),
+            Answer::Lapsed => Err(lease.lapsed()),
+            answer @ Answer::Data { .. } => Err(LaneError::Protocol(format!("{answer:?} behind the bytes"))),
+        }
+    }
+
+    fn receive_answer(&mut self, patience: &Patience<'_>) -> Result<Answer, LaneError> {
         let mut answer = [0; ANSWER_BYTES];
+        self.receive_exactly(&mut answer, patience, 0)?;
+        Answer::decode(&answer)
+    }
+
+    /// Fills a buffer. There are no local ranges.
+    fn receive_exactly(
+        &mut self,
+        bytes: &mut [u8],
+        patience: &Patience<'_>,
+        done_bytes: u64,
+    ) -> Result<(), LaneError> {
         let mut done = 0;
-        while done < ANSWER_BYTES {
-            patience.check(0)?;
-            match receive(&self.socket, &mut answer[done..], &mut self.local, &mut [])
+        while done < bytes.len() {
+            patience.check(done_bytes)?;
+            match receive(&self.socket, &mut bytes[done..], &mut self.local, &mut [])
                 .map_err(|error| LaneError::of_socket("recvmsg", error))?
             {
                 None => patience.wait(&self.socket, Interest::Readable)?,
@@ -128,7 +189,14 @@ impl TcpLane {
                 Some(moved) => done += moved.front,
             }
         }
-        match Answer::decode(&answer)? {
+        Ok(())
+    }
+
+    fn ask(&mut self, lease: Lease, patience: &Patience<'_>) -> Result<bool, LaneError> {
+        self.request.clear();
+        self.request.extend_from_slice(&Request::Check { lease }.encode());
+        self.send_request(patience)?;
+        match self.receive_answer(patience)? {
             Answer::Held => Ok(true),
             Answer::Lapsed => Ok(false),
             answer @ Answer::Data { .. } => Err(LaneError::Protocol(format!(
@@ -231,6 +299,19 @@ fn patience(deadline: Instant, cancelled: &AtomicBool) -> Patience<'_> {
         stop: cancelled,
         look_every: LOOK_EVERY,
     }
+}
+
+/// Takes as many parts off a walk as have up to `most_bytes`; returns how many they have.
+pub(super) fn gather_parts(walk: &mut Walk<'_>, most_bytes: usize, parts: &mut Vec<RunPart>) -> usize {
+    parts.clear();
+    let mut len_bytes = 0;
+    while parts.len() < PARTS_MAX
+        && let Some(part) = walk.next(most_bytes - len_bytes)
+    {
+        len_bytes += part.len;
+        parts.push(part.local());
+    }
+    len_bytes
 }
 
 /// What both ends of a data connection ask of it. Buffers are left to the kernel, which sizes them by what it measures; a

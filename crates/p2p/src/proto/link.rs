@@ -323,6 +323,7 @@ mod tests {
                 block_tokens: 16,
                 cache: None,
                 probe: None,
+                device: None,
             },
             handshake_timeout: Duration::from_secs(2),
             heartbeat: Duration::from_secs(1),

@@ -1,6 +1,7 @@
 //! What peers say to each other.
 
 use kvlane_core::{NamespaceId, Run};
+use kvlane_cuda::{CacheOffer, SharedAllocation};
 use serde::{Deserialize, Serialize};
 
 use crate::key::{Prompt, TransferKey};
@@ -171,6 +172,8 @@ pub struct Hello {
     pub cache: Option<CacheLayout>,
     /// How to find out whether memory can be read directly; only from a holder.
     pub probe: Option<Probe>,
+    /// How to map the blocks from another process of the machine; only from a holder whose cache is on a CUDA device.
+    pub device: Option<DeviceMemory>,
 }
 
 impl Hello {
@@ -215,6 +218,72 @@ pub struct Probe {
     pub epochs_address: u64,
     /// Number of slots.
     pub slot_count: u32,
+}
+
+/// Device memory for others to map.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// Everything that the cache and the token lie in.
+    pub allocations: Vec<DeviceAllocation>,
+    /// Where the token is.
+    pub token_address: u64,
+    /// Who reads it there has mapped the right memory.
+    pub token: [u8; 16],
+}
+
+impl std::fmt::Debug for DeviceMemory {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Neither token nor handles, which are as good as keys.
+        formatter
+            .debug_struct("DeviceMemory")
+            .field("allocations", &self.allocations.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One allocation of it.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceAllocation {
+    /// The driver's handle, in two halves.
+    pub handle: [[u8; 32]; 2],
+    /// Address of the first byte in the holder's process.
+    pub address: u64,
+    /// How many bytes.
+    pub len_bytes: u64,
+}
+
+impl From<&CacheOffer> for DeviceMemory {
+    fn from(offer: &CacheOffer) -> Self {
+        let allocation = |one: &SharedAllocation| {
+            let (first, second) = one.handle.split_at(32);
+            let half = |bytes: &[u8]| bytes.try_into().expect("half of 64 bytes");
+            DeviceAllocation {
+                handle: [half(first), half(second)],
+                address: one.address,
+                len_bytes: one.len_bytes,
+            }
+        };
+        Self {
+            allocations: offer.allocations.iter().map(allocation).collect(),
+            token_address: offer.token_address,
+            token: offer.token,
+        }
+    }
+}
+
+impl From<&DeviceMemory> for CacheOffer {
+    fn from(memory: &DeviceMemory) -> Self {
+        let allocation = |one: &DeviceAllocation| SharedAllocation {
+            handle: one.handle.concat().try_into().expect("64 bytes"),
+            address: one.address,
+            len_bytes: one.len_bytes,
+        };
+        Self {
+            allocations: memory.allocations.iter().map(allocation).collect(),
+            token_address: memory.token_address,
+            token: memory.token,
+        }
+    }
 }
 
 /// How far prefill is with a prompt.

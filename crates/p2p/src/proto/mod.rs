@@ -24,7 +24,8 @@ pub use frame::{FRAME_BYTES_MAX, FrameError, Frames, encode};
 pub use holder::{EndReason, Holder, HolderAction, HolderLimits, Offer};
 pub use link::{Identity, Link, LinkConfig, LinkError, Side};
 pub use message::{
-    CacheLayout, Channel, DenyReason, Hello, Message, Open, Probe, Progress, Region, Role, VERSION, Verdict,
+    CacheLayout, Channel, DenyReason, DeviceAllocation, DeviceMemory, Hello, Message, Open, Probe, Progress,
+    Region, Role, VERSION, Verdict,
 };
 pub use puller::{Copied, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span};
 

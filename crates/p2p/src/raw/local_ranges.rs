@@ -12,7 +12,8 @@ use super::RANGES_PER_CALL;
 /// The first place of `ranges` is never a range, so there is always one in front of the next range, and the list never
 /// fills a whole call, so there is always one behind the last: a call may take a header and a trailer along.
 pub(crate) struct LocalRanges {
-    cache: Arc<HostCache>,
+    /// None: there are never ranges.
+    cache: Option<Arc<HostCache>>,
     ranges: Vec<libc::iovec>,
     /// The next range.
     first: usize,
@@ -33,6 +34,15 @@ impl LocalRanges {
 
     /// No ranges yet.
     pub(crate) fn new(cache: Arc<HostCache>) -> Self {
+        Self::of(Some(cache))
+    }
+
+    /// For bytes that do not come into a cache in host memory.
+    pub(crate) fn none() -> Self {
+        Self::of(None)
+    }
+
+    fn of(cache: Option<Arc<HostCache>>) -> Self {
         let mut ranges = Vec::with_capacity(RANGES_PER_CALL);
         ranges.push(NOTHING);
         Self {
@@ -53,9 +63,10 @@ impl LocalRanges {
     /// Appends `len` bytes at `offset` of a run; joins what is adjacent in memory.
     ///
     /// # Panics
-    /// If the cache has no such run or the run no such bytes, or if the list is full.
+    /// If the cache has no such run or the run no such bytes, if the list is full, or if there is no cache.
     pub(crate) fn push(&mut self, region: usize, block: u32, run: usize, offset: usize, len: usize) {
-        let (start, run_len) = self.cache.run(region, block, run);
+        let cache = self.cache.as_ref().expect("ranges of a cache");
+        let (start, run_len) = cache.run(region, block, run);
         assert!(
             offset <= run_len && len <= run_len - offset,
             "{len} bytes at {offset} of a run of {run_len} bytes"

@@ -9,16 +9,18 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use kvlane_core::{PagedMemory, Run};
+use kvlane_core::{Device, PagedMemory, Run};
+use kvlane_cuda::{CacheOffer, DeviceCache, DeviceTensors, SharedAllocation, SharedCache};
 use kvlane_fs::HostCache;
 use kvlane_p2p::lanes::{
-    EpochTable, Lane, Pairing, PeerMemory, ProbeToken, RemoteCache, RemoteRegion, ShmLane, TcpLane, serve,
+    CudaLane, EpochTable, Lane, LocalCache, Pairing, PeerMemory, ProbeToken, RemoteCache, RemoteRegion,
+    ShmLane, TcpLane, serve,
 };
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
-use crate::fixture::{Form, cache};
+use crate::fixture::{Form, cache, map};
 
-/// The variable that makes a program a holder: form, layers, blocks, bytes of a block in a layer.
+/// The variable that makes a program a holder: form, layers, blocks, bytes of a block in a layer, whether on a device.
 const CHILD_VARIABLE: &str = "KVLANE_P2P_TEST_HOLDER";
 pub(crate) const SLOTS: u32 = 64;
 
@@ -39,12 +41,51 @@ impl Layout {
     /// A cache in which every block of every layer has bytes of its own.
     pub(crate) fn filled(self, seed: usize) -> Arc<HostCache> {
         let cache = self.cache();
+        self.fill(&*cache, seed);
+        cache
+    }
+
+    fn fill(self, cache: &impl PagedMemory, seed: usize) {
         for layer in 0..self.layers {
             for block in 0..self.blocks {
                 cache.write_layer(layer, block, &content(seed, layer, block, self.layer_bytes));
             }
         }
-        cache
+    }
+
+    /// A cache on the stand-in's device.
+    pub(crate) fn device_cache(self) -> Arc<DeviceCache> {
+        let stand_in = kvlane_cuda_stand_in::load();
+        let bytes = self.blocks as usize * self.layer_bytes;
+        let addresses: Vec<u64> = (0..self.layers).map(|_| stand_in.allocate(bytes)).collect();
+        let map = map(
+            self.form,
+            self.blocks,
+            self.layer_bytes,
+            &addresses,
+            Device::Cuda(0),
+        );
+        // SAFETY: as many bytes as the tensors have were allocated on that device, for as long as the process lives.
+        let tensors = unsafe { DeviceTensors::from_map(map, Arc::new(())) };
+        Arc::new(DeviceCache::open(tensors, STAGING_BUFFERS).unwrap())
+    }
+}
+
+const STAGING_BUFFERS: usize = 4;
+
+/// For what a test waits for on a device.
+pub(crate) fn patient() -> kvlane_cuda::Patience<'static> {
+    kvlane_cuda::Patience {
+        deadline: std::time::Instant::now() + Duration::from_secs(20),
+        cancelled: &|| false,
+    }
+}
+
+/// Nothing was done on the stand-in that a device would punish.
+#[track_caller]
+pub(crate) fn check_device(cache: &LocalCache) {
+    if let LocalCache::Device(_) = cache {
+        assert_eq!(kvlane_cuda_stand_in::load().violations(), Vec::<String>::new());
     }
 }
 
@@ -62,32 +103,41 @@ pub(crate) struct Hello {
     pub(crate) memory: PeerMemory,
     pub(crate) port: u16,
     pub(crate) cache: RemoteCache,
+    /// Only of a holder whose cache is on a device.
+    pub(crate) offer: Option<CacheOffer>,
 }
 
 /// The holder's half of a test.
 struct Parts {
-    cache: Arc<HostCache>,
+    cache: LocalCache,
+    shared: Option<SharedCache>,
     epochs: Arc<EpochTable>,
     token: ProbeToken,
     port: u16,
 }
 
 impl Parts {
-    fn new(layout: Layout) -> Self {
+    fn new(layout: Layout, kind: Kind) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (cache, epochs) = (layout.filled(1), Arc::new(EpochTable::new(SLOTS)));
-        let (served, held) = (Arc::clone(&cache), Arc::clone(&epochs));
+        let (cache, epochs) = (kind.filled(layout, 1), Arc::new(EpochTable::new(SLOTS)));
+        let (served, held) = (cache.clone(), Arc::clone(&epochs));
         std::thread::spawn(move || {
             for socket in listener.incoming() {
-                let (served, held) = (Arc::clone(&served), Arc::clone(&held));
+                let (served, held) = (served.clone(), Arc::clone(&held));
                 std::thread::spawn(move || serve_one(socket.unwrap(), &served, &held));
             }
         });
+        let token = ProbeToken::new().unwrap();
+        let shared = match &cache {
+            LocalCache::Device(cache) => Some(cache.share(token.bytes(), &patient()).unwrap()),
+            LocalCache::Host(_) => None,
+        };
         Parts {
             cache,
+            shared,
             epochs,
-            token: ProbeToken::new().unwrap(),
+            token,
             port,
         }
     }
@@ -103,11 +153,12 @@ impl Parts {
             },
             port: self.port,
             cache: RemoteCache::of(self.cache.map()).unwrap(),
+            offer: self.shared.as_ref().map(|shared| shared.offer().clone()),
         }
     }
 }
 
-fn serve_one(socket: TcpStream, cache: &Arc<HostCache>, epochs: &EpochTable) {
+fn serve_one(socket: TcpStream, cache: &LocalCache, epochs: &EpochTable) {
     let is_held = |lease: kvlane_p2p::lanes::Lease| {
         lease.slot < SLOTS && lease.epoch != 0 && epochs.get(lease.slot) == lease.epoch
     };
@@ -137,8 +188,8 @@ enum Place {
 }
 
 impl Holder {
-    pub(crate) fn here(layout: Layout) -> Self {
-        let parts = Parts::new(layout);
+    pub(crate) fn here(layout: Layout, kind: Kind) -> Self {
+        let parts = Parts::new(layout, kind);
         Holder {
             hello: parts.hello(),
             place: Place::Here(parts),
@@ -146,13 +197,14 @@ impl Holder {
     }
 
     /// A child of this program; `arguments` lead it to [`be_a_holder`].
-    pub(crate) fn child(layout: Layout, arguments: &[&str]) -> Self {
+    pub(crate) fn child(layout: Layout, kind: Kind, arguments: &[&str]) -> Self {
         let variable = format!(
-            "{} {} {} {}",
+            "{} {} {} {} {}",
             u8::from(layout.form == Form::KvOuter),
             layout.layers,
             layout.blocks,
-            layout.layer_bytes
+            layout.layer_bytes,
+            u8::from(kind.is_on_device()),
         );
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(arguments)
@@ -200,11 +252,18 @@ impl Holder {
     }
 
     /// A lane to this holder.
-    pub(crate) fn lane(&self, kind: Kind, local: &Arc<HostCache>) -> Box<dyn Lane> {
-        let pairing = Arc::new(Pairing::new(Arc::clone(local), self.hello.cache.clone()).unwrap());
-        match kind {
-            Kind::Shm => Box::new(ShmLane::open(self.hello.memory, pairing).unwrap()),
-            Kind::Tcp => Box::new(TcpLane::new(self.connect(), pairing).unwrap()),
+    pub(crate) fn lane(&self, kind: Kind, local: impl Into<LocalCache>) -> Box<dyn Lane> {
+        let local = local.into();
+        let pairing = Arc::new(Pairing::new(local.clone(), self.hello.cache.clone()).unwrap());
+        let tcp = || TcpLane::new(self.connect(), Arc::clone(&pairing)).unwrap();
+        match (kind, local) {
+            (Kind::Shm, _) => Box::new(ShmLane::open(self.hello.memory, pairing).unwrap()),
+            (Kind::Cuda, LocalCache::Device(local)) => {
+                let offer = self.hello.offer.as_ref().unwrap();
+                let peer = local.map_peer(offer, &patient()).unwrap();
+                Box::new(CudaLane::new(peer, Arc::clone(&pairing), Box::new(tcp())).unwrap())
+            }
+            _ => Box::new(tcp()),
         }
     }
 }
@@ -224,6 +283,32 @@ impl Drop for Holder {
 pub(crate) enum Kind {
     Shm,
     Tcp,
+    /// Between caches on the stand-in's device.
+    Cuda,
+    /// Between caches on the stand-in's device, over a connection.
+    TcpDevice,
+}
+
+impl Kind {
+    pub(crate) fn is_on_device(self) -> bool {
+        matches!(self, Kind::Cuda | Kind::TcpDevice)
+    }
+
+    /// A cache where the lane needs it.
+    pub(crate) fn cache(self, layout: Layout) -> LocalCache {
+        if self.is_on_device() {
+            layout.device_cache().into()
+        } else {
+            layout.cache().into()
+        }
+    }
+
+    /// As [`Layout::filled`].
+    pub(crate) fn filled(self, layout: Layout, seed: usize) -> LocalCache {
+        let cache = self.cache(layout);
+        layout.fill(&cache, seed);
+        cache
+    }
 }
 
 /// In a child of [`Holder::child`]: prepares its cache and holds blocks until standard input ends, and returns then. Elsewhere:
@@ -236,7 +321,7 @@ pub(crate) fn be_a_holder(prepare: impl FnOnce(&HostCache)) {
         .split(' ')
         .map(|number| number.parse().unwrap())
         .collect();
-    let parts = Parts::new(Layout {
+    let layout = Layout {
         form: if numbers[0] == 1 {
             Form::KvOuter
         } else {
@@ -245,13 +330,18 @@ pub(crate) fn be_a_holder(prepare: impl FnOnce(&HostCache)) {
         layers: numbers[1],
         blocks: numbers[2] as u32,
         layer_bytes: numbers[3],
-    });
-    prepare(&parts.cache);
+    };
+    let kind = if numbers[4] == 1 { Kind::Cuda } else { Kind::Shm };
+    let parts = Parts::new(layout, kind);
+    if let LocalCache::Host(cache) = &parts.cache {
+        prepare(cache);
+    }
     say(&print_hello(&parts.hello()));
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         let (slot, epoch) = line.split_once(' ').unwrap();
         parts.epochs.set(slot.parse().unwrap(), epoch.parse().unwrap());
+        check_device(&parts.cache);
         say("set");
     }
 }
@@ -297,15 +387,49 @@ fn print_hello(hello: &Hello) -> String {
             text += &format!(" {} {}", run.offset_bytes, run.len_bytes);
         }
     }
+    if let Some(offer) = &hello.offer {
+        text += &format!("|{} {}", offer.token_address, u128::from_le_bytes(offer.token));
+        for one in &offer.allocations {
+            text += &format!(",{} {}", one.address, one.len_bytes);
+            for part in one.handle.as_chunks::<16>().0 {
+                text += &format!(" {}", u128::from_le_bytes(*part));
+            }
+        }
+    }
     text
 }
 
-fn parse_hello(line: &str) -> Hello {
-    let mut parts = line.trim().split(',').map(|part| {
-        part.split(' ')
-            .map(|number| number.parse().unwrap())
-            .collect::<Vec<u128>>()
+fn parse_offer(text: &str) -> CacheOffer {
+    let mut parts = text.split(',').map(numbers);
+    let head = parts.next().unwrap();
+    let allocations = parts.map(|numbers| {
+        let mut handle = [0; 64];
+        for (place, part) in handle.as_chunks_mut::<16>().0.iter_mut().zip(&numbers[2..]) {
+            *place = part.to_le_bytes();
+        }
+        SharedAllocation {
+            handle,
+            address: numbers[0] as u64,
+            len_bytes: numbers[1] as u64,
+        }
     });
+    CacheOffer {
+        allocations: allocations.collect(),
+        token_address: head[0] as u64,
+        token: head[1].to_le_bytes(),
+    }
+}
+
+fn numbers(part: &str) -> Vec<u128> {
+    part.split(' ').map(|number| number.parse().unwrap()).collect()
+}
+
+fn parse_hello(line: &str) -> Hello {
+    let (cache, offer) = match line.trim().split_once('|') {
+        Some((cache, offer)) => (cache, Some(parse_offer(offer))),
+        None => (line.trim(), None),
+    };
+    let mut parts = cache.split(',').map(numbers);
     let head = parts.next().unwrap();
     let regions = parts.map(|numbers| RemoteRegion {
         address: numbers[0] as u64,
@@ -329,5 +453,6 @@ fn parse_hello(line: &str) -> Hello {
         },
         port: head[5] as u16,
         cache: RemoteCache::new(regions.collect(), head[6] as u32).unwrap(),
+        offer,
     }
 }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here fails the test")]
 
+mod device;
 #[allow(
     dead_code,
     reason = "shared with the crate's own tests and a timing, which use more of it"
@@ -39,19 +40,29 @@ enum Place {
     Child,
 }
 
-const EVERYWHERE: [(Kind, Place); 4] = [
+const EVERYWHERE: [(Kind, Place); 7] = [
     (Kind::Shm, Place::Here),
     (Kind::Shm, Place::Child),
     (Kind::Tcp, Place::Here),
     (Kind::Tcp, Place::Child),
+    // CUDA has no handles for the process that made them.
+    (Kind::Cuda, Place::Child),
+    (Kind::TcpDevice, Place::Here),
+    (Kind::TcpDevice, Place::Child),
 ];
 
-/// A holder of blocks under [`LEASE`].
+/// A holder of blocks in host memory under [`LEASE`].
 fn holder(layout: Layout, place: Place) -> Holder {
+    holder_for(Kind::Shm, layout, place)
+}
+
+/// A holder of blocks under [`LEASE`], where a lane needs them.
+fn holder_for(kind: Kind, layout: Layout, place: Place) -> Holder {
     let mut holder = match place {
-        Place::Here => Holder::here(layout),
+        Place::Here => Holder::here(layout, kind),
         Place::Child => Holder::child(
             layout,
+            kind,
             &["--exact", "the_holder_of_a_child_process", "--nocapture"],
         ),
     };

@@ -4,21 +4,21 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use kvlane_core::PagedMemory;
-use kvlane_fs::HostCache;
-use kvlane_p2p::lanes::{LaneError, Lease, Span};
+use kvlane_p2p::lanes::{LaneError, Lease, LocalCache, Span};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::fixture::Form;
-use crate::holder::{Layout, content};
-use crate::{EVERYWHERE, LEASE, SMALL, copy, holder, soon, span};
+use crate::holder::{Layout, check_device, content};
+use crate::{EVERYWHERE, LEASE, SMALL, copy, holder_for, soon, span};
 
 /// The seed of what is in a local cache before a copy; a holder's is 1.
 const BEFORE: usize = 2;
 
 /// Checks all bytes of a local cache: what a span names has come, nothing else has changed.
-fn check(local: &HostCache, layout: Layout, span: &Span, case: &str) {
+fn check(local: &LocalCache, layout: Layout, span: &Span, case: &str) {
+    check_device(local);
     let mut bytes = vec![0; layout.layer_bytes];
     for layer in 0..layout.layers {
         for block in 0..layout.blocks {
@@ -56,10 +56,10 @@ fn bytes_are_exact_and_neighbours_untouched_whatever_the_two_layouts() {
     ];
     for (kind, place) in EVERYWHERE {
         for theirs in [Form::KvOuter, Form::BlockMajor] {
-            let holder = holder(with_form(theirs), place);
+            let holder = holder_for(kind, with_form(theirs), place);
             for ours in [Form::KvOuter, Form::BlockMajor] {
                 for span in &spans {
-                    let local = with_form(ours).filled(BEFORE);
+                    let local = kind.filled(with_form(ours), BEFORE);
                     let mut lane = holder.lane(kind, &local);
                     copy(lane.as_mut(), span).unwrap();
                     let case = format!("{kind:?} {place:?}, {theirs:?} to {ours:?}");
@@ -74,8 +74,8 @@ fn bytes_are_exact_and_neighbours_untouched_whatever_the_two_layouts() {
 fn any_blocks_in_any_order_arrive_over_one_lane() {
     for (kind, place) in EVERYWHERE {
         let mut random = StdRng::seed_from_u64(11);
-        let holder = holder(with_form(Form::BlockMajor), place);
-        let local = SMALL.filled(BEFORE);
+        let holder = holder_for(kind, with_form(Form::BlockMajor), place);
+        let local = kind.filled(SMALL, BEFORE);
         let mut lane = holder.lane(kind, &local);
         for round in 0..40 {
             let mut blocks: Vec<u32> = (0..SMALL.blocks).collect();
@@ -131,8 +131,8 @@ fn more_ranges_and_blocks_than_one_call_or_one_request_takes_arrive() {
         (large, span(0..1, &[1, 0], &[0, 1])),
     ] {
         for (kind, place) in EVERYWHERE {
-            let holder = holder(layout, place);
-            let local = layout.cache();
+            let holder = holder_for(kind, layout, place);
+            let local = kind.cache(layout);
             copy(holder.lane(kind, &local).as_mut(), &span).unwrap();
             let mut bytes = vec![0; layout.layer_bytes];
             for layer in 0..layout.layers {
@@ -152,8 +152,8 @@ fn more_ranges_and_blocks_than_one_call_or_one_request_takes_arrive() {
 #[test]
 fn a_lapsed_lease_is_seen_and_the_lane_stays_open() {
     for (kind, place) in EVERYWHERE {
-        let mut holder = holder(SMALL, place);
-        let local = SMALL.filled(BEFORE);
+        let mut holder = holder_for(kind, SMALL, place);
+        let local = kind.filled(SMALL, BEFORE);
         let mut lane = holder.lane(kind, &local);
         let never = AtomicBool::new(false);
         let span = span(0..3, &[1, 2], &[3, 4]);
@@ -187,8 +187,8 @@ fn a_lapsed_lease_is_seen_and_the_lane_stays_open() {
 #[test]
 fn a_lease_of_epoch_zero_or_of_no_slot_is_never_held() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(SMALL, place);
-        let local = SMALL.cache();
+        let holder = holder_for(kind, SMALL, place);
+        let local = kind.cache(SMALL);
         for lease in [
             Lease { slot: 6, epoch: 0 },
             Lease { slot: 64, epoch: 77 },
@@ -212,8 +212,8 @@ fn a_lease_of_epoch_zero_or_of_no_slot_is_never_held() {
 #[test]
 fn a_span_beyond_a_cache_is_refused_before_anything_is_copied() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(SMALL, place);
-        let local = SMALL.filled(BEFORE);
+        let holder = holder_for(kind, SMALL, place);
+        let local = kind.filled(SMALL, BEFORE);
         let mut lane = holder.lane(kind, &local);
         for wrong in [
             span(0..4, &[0], &[0]),
@@ -235,8 +235,8 @@ fn a_span_beyond_a_cache_is_refused_before_anything_is_copied() {
 #[test]
 fn several_lanes_to_one_holder_copy_at_the_same_time() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(SMALL, place);
-        let local = SMALL.filled(BEFORE);
+        let holder = holder_for(kind, SMALL, place);
+        let local = kind.filled(SMALL, BEFORE);
         let span_of = |thread: u32| {
             let blocks: Vec<u32> = (thread * 6..thread * 6 + 6).collect();
             span(0..3, &blocks, &blocks)
@@ -263,12 +263,16 @@ fn several_lanes_to_one_holder_copy_at_the_same_time() {
 
 #[test]
 fn a_lane_keeps_the_local_memory_while_it_lives() {
-    let holder = holder(SMALL, crate::Place::Here);
-    for (kind, _) in EVERYWHERE {
-        let local = SMALL.cache();
+    let owners = |local: &LocalCache| match local {
+        LocalCache::Host(cache) => Arc::strong_count(cache),
+        LocalCache::Device(cache) => Arc::strong_count(cache),
+    };
+    for (kind, place) in EVERYWHERE {
+        let holder = holder_for(kind, SMALL, place);
+        let local = kind.cache(SMALL);
         let lane = holder.lane(kind, &local);
-        assert!(Arc::strong_count(&local) > 1);
+        assert!(owners(&local) > 1);
         drop(lane);
-        assert_eq!(Arc::strong_count(&local), 1, "{kind:?}");
+        assert_eq!(owners(&local), 1, "{kind:?} {place:?}");
     }
 }

@@ -6,13 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
-use kvlane_fs::HostCache;
-use kvlane_p2p::lanes::{LaneError, Pairing, RemoteCache, Span, TcpLane, serve};
+use kvlane_p2p::lanes::{LaneError, LocalCache, Pairing, RemoteCache, Span, TcpLane, serve};
 use rustix::process::Signal;
 
 use crate::fixture::Form;
 use crate::holder::{Kind, Layout};
-use crate::{EVERYWHERE, LEASE, Place, SMALL, copy, holder, soon, span};
+use crate::{EVERYWHERE, LEASE, Place, SMALL, copy, holder, holder_for, soon, span};
 
 const LARGE: Layout = Layout {
     form: Form::BlockMajor,
@@ -30,9 +29,9 @@ fn long() -> Span {
 /// What a machine under load may add to a deadline.
 const SLACK: Duration = Duration::from_millis(400);
 
-fn bytes_of(cache: &HostCache) -> Vec<u8> {
+fn bytes_of(cache: &LocalCache) -> Vec<u8> {
     let mut all = Vec::new();
-    let mut bytes = vec![0; cache.layer_bytes(0)];
+    let mut bytes = vec![0; cache.map().layer_bytes(0)];
     for layer in 0..cache.map().layer_count() {
         for block in 0..cache.map().block_count() {
             cache.read_layer(layer, block, &mut bytes);
@@ -45,8 +44,8 @@ fn bytes_of(cache: &HostCache) -> Vec<u8> {
 #[test]
 fn a_deadline_in_the_middle_of_a_copy_ends_it() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(LARGE, place);
-        let mut lane = holder.lane(kind, &LARGE.cache());
+        let holder = holder_for(kind, LARGE, place);
+        let mut lane = holder.lane(kind, kind.cache(LARGE));
         let lasts = Duration::from_millis(150);
         let start = Instant::now();
         let ended = lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false));
@@ -65,8 +64,8 @@ fn a_deadline_in_the_middle_of_a_copy_ends_it() {
 #[test]
 fn a_copy_in_the_middle_ends_when_it_is_cancelled() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(LARGE, place);
-        let mut lane = holder.lane(kind, &LARGE.cache());
+        let holder = holder_for(kind, LARGE, place);
+        let mut lane = holder.lane(kind, kind.cache(LARGE));
         let cancelled = AtomicBool::new(false);
         let (ended, since) = std::thread::scope(|scope| {
             let copying = scope.spawn(|| {
@@ -90,8 +89,8 @@ fn a_copy_in_the_middle_ends_when_it_is_cancelled() {
 #[test]
 fn what_is_over_before_it_starts_copies_nothing_and_leaves_the_lane_open() {
     for (kind, place) in EVERYWHERE {
-        let holder = holder(SMALL, place);
-        let local = SMALL.filled(2);
+        let holder = holder_for(kind, SMALL, place);
+        let local = kind.filled(SMALL, 2);
         let before = bytes_of(&local);
         let mut lane = holder.lane(kind, &local);
         let span = span(0..3, &[1, 2], &[3, 4]);
@@ -117,9 +116,9 @@ fn what_is_over_before_it_starts_copies_nothing_and_leaves_the_lane_open() {
 
 #[test]
 fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
-    for kind in [Kind::Shm, Kind::Tcp] {
-        let mut holder = holder(SMALL, Place::Child);
-        let mut lane = holder.lane(kind, &SMALL.cache());
+    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::TcpDevice] {
+        let mut holder = holder_for(kind, SMALL, Place::Child);
+        let mut lane = holder.lane(kind, kind.cache(SMALL));
         holder.signal(Signal::KILL);
         let start = Instant::now();
         let gone = copy(lane.as_mut(), &span(0..1, &[1], &[1])).unwrap_err();
@@ -140,9 +139,9 @@ fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
 
 #[test]
 fn a_peer_that_dies_in_the_middle_of_a_copy_ends_it() {
-    for kind in [Kind::Shm, Kind::Tcp] {
-        let mut holder = holder(LARGE, Place::Child);
-        let mut lane = holder.lane(kind, &LARGE.cache());
+    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::TcpDevice] {
+        let mut holder = holder_for(kind, LARGE, Place::Child);
+        let mut lane = holder.lane(kind, kind.cache(LARGE));
         let (ended, since) = std::thread::scope(|scope| {
             let copying = scope.spawn(|| (copy(lane.as_mut(), &long()), Instant::now()));
             std::thread::sleep(Duration::from_millis(40));
@@ -163,7 +162,7 @@ fn a_peer_that_dies_in_the_middle_of_a_copy_ends_it() {
 #[test]
 fn a_stopped_peer_is_read_over_shm_and_never_overruns_a_deadline_over_tcp() {
     let mut holder = holder(SMALL, Place::Child);
-    let local = SMALL.filled(2);
+    let local = Kind::Shm.filled(SMALL, 2);
     let mut shm = holder.lane(Kind::Shm, &local);
     let mut tcp = holder.lane(Kind::Tcp, &local);
     copy(tcp.as_mut(), &span(0..1, &[0], &[0])).unwrap();
@@ -194,7 +193,7 @@ fn a_stopped_peer_is_read_over_shm_and_never_overruns_a_deadline_over_tcp() {
 #[test]
 fn a_peer_that_stops_in_the_middle_of_a_copy_never_overruns_the_deadline() {
     let mut holder = holder(LARGE, Place::Child);
-    let mut lane = holder.lane(Kind::Tcp, &LARGE.cache());
+    let mut lane = holder.lane(Kind::Tcp, LARGE.cache());
     let lasts = Duration::from_millis(250);
     let start = Instant::now();
     let ended = std::thread::scope(|scope| {

@@ -1037,6 +1037,7 @@ fn link_config(role: Role, start: u64) -> LinkConfig {
             block_tokens: BLOCK_TOKENS,
             cache: None,
             probe: None,
+            device: None,
         },
         handshake_timeout: Duration::from_millis(300),
         heartbeat: Duration::from_millis(100),

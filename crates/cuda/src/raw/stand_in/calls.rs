@@ -21,6 +21,7 @@ pub(super) unsafe extern "C" fn get_error_name(code: u32, name: *mut *const c_ch
     let text = match code {
         OUT_OF_MEMORY => c"CUDA_ERROR_OUT_OF_MEMORY",
         700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        NOT_SUPPORTED => c"CUDA_ERROR_NOT_SUPPORTED",
         _ => return INVALID_VALUE,
     };
     give(name, text.as_ptr());
@@ -235,4 +236,43 @@ fn start_copy(
         host: on_host,
     });
     SUCCESS
+}
+
+// What it does not model, answered as by a device that cannot do it.
+
+pub(super) unsafe extern "C" fn no_copy_between(
+    _target: CUdeviceptr,
+    _source: CUdeviceptr,
+    _bytes: usize,
+    _stream: CUstream,
+) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_allocation(_address: *mut CUdeviceptr, _bytes: usize) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_address(_address: CUdeviceptr) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_range(
+    _base: *mut CUdeviceptr,
+    _bytes: *mut usize,
+    _address: CUdeviceptr,
+) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_handle(_handle: *mut CUipcMemHandle, _address: CUdeviceptr) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_mapping(
+    _address: *mut CUdeviceptr,
+    _handle: CUipcMemHandle,
+    _flags: c_uint,
+) -> u32 {
+    NOT_SUPPORTED
 }

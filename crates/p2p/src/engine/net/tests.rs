@@ -48,6 +48,7 @@ fn a_thread_that_panics_closes_its_machine() {
         block_tokens: 16,
         cache: None,
         probe: None,
+        device: None,
     };
     let config = NetConfig {
         identity: Arc::new(Identity {
