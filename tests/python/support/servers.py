@@ -124,7 +124,7 @@ class Server:
         remove_temporary(self._temporary)
 
 
-def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None):
+def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None, ready_limit_s=VLLM_READY_LIMIT_S):
     """Starts `vllm serve` on these CPUs; call wait_until_ready() next."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
@@ -133,7 +133,7 @@ def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=N
     if transfer is not None:
         command += ["--kv-transfer-config", json.dumps(transfer)]
     full_environment = {**vllm_environment(cpus), **(environment or {})}
-    return Server(name, command, port, full_environment, VLLM_READY_LIMIT_S)
+    return Server(name, command, port, full_environment, ready_limit_s)
 
 
 def kvlane_proxy(prefill_url, decode_url, *, kv_ports=None, dispatch=None):
