@@ -31,8 +31,8 @@ ROUNDS = 50 if os.environ.get("KVLANE_SOAK") else 4
 MIXED_REQUESTS = 10_000 if os.environ.get("KVLANE_SOAK") else 500
 # They use every block of both caches at least once, and every thread and buffer that vLLM makes on demand.
 WARM_UP_REQUESTS = 1_000 if os.environ.get("KVLANE_SOAK") else 250
-# Twice what a worker was seen to grow by in the 500 requests behind such a warm-up (43 MB). Keeping one prompt's KV,
-# which takes 0.8 MB on average, in every fourth request is more than this, and so are 10 KB in each of 10,000.
+# Twice what vLLM 0.32's worker was seen to grow by in the 500 requests after such a warm-up (43 MB; 0.15: 3 MB).
+# Keeping one prompt's KV, 0.8 MB on average, in every fourth request is more, and so are 10 KB in each of 10,000.
 MEMORY_MARGIN_BYTES = 96 << 20
 BASE_SEED = int(os.environ.get("KVLANE_SEED", "1"))
 # A peer counts as dead after 5 s of silence (`peer_timeout` of crates/p2p). Then everything that one request can wait
