@@ -7,6 +7,10 @@ import pytest
 
 from support.soak_results import SoakResults
 
+ROUND = (
+    "tests/python/e2e/test_p2p_server_faults.py::"
+    "test_the_other_server_answers_rightly_and_works_with_the_one_that_comes_back"
+)
 CAMPAIGN = "tests/python/scheduler/test_campaign.py::test_every_answer_is_right_in_a_random_campaign"
 
 
@@ -35,6 +39,8 @@ def test_each_campaign_leaves_a_file_with_seed_counts_and_outcome(tmp_path, monk
             report("tests/python/e2e/test_modes.py::test_b"),
             report("tests/python/e2e/test_tensor_parallel.py::test_c", "skipped", "setup"),
             report("tests/python/units/test_chain.py::test_d"),
+            *(report(f"{ROUND}[{seed}]") for seed in range(2)),
+            report("tests/python/e2e/test_p2p_server_faults.py::test_e"),
         ],
     )
     assert files == {
@@ -45,6 +51,10 @@ def test_each_campaign_leaves_a_file_with_seed_counts_and_outcome(tmp_path, monk
         "soak-modes-0.32.0.json": {
             "campaign": "modes", "vllm": "0.32.0", "seed": 17, "outcome": "passed",
             "counts": {"passed": 1, "failed": 0, "skipped": 1, "random_campaigns": 0},
+        },
+        "soak-p2p-faults-0.32.0.json": {
+            "campaign": "p2p-faults", "vllm": "0.32.0", "seed": 17, "outcome": "passed",
+            "counts": {"passed": 3, "failed": 0, "skipped": 0, "fault_rounds": 2},
         },
     }  # fmt: skip
 

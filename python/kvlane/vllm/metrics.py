@@ -16,7 +16,6 @@ GAUGES = {
 #: States of the P2P connector. Workers hold the same requests, so the largest one holds here too.
 P2P_GAUGES = {
     "peers_up": "Other servers' workers that a worker is connected with.",
-    "leased_blocks": "Blocks that are held for decode servers.",
     "parked_blocks": "Blocks of requests whose KV is still coming.",
 }
 

@@ -59,8 +59,9 @@ class Servers:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             figures = [scrape(server.url) for server in (self.prefill, self.decode)]
-            names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kvlane_p2p_leased_blocks")
-            if not any(figure.get(name, 0) for figure in figures for name in names):
+            # A lease keeps blocks of the cache.
+            names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+            if not any(figure[name] for figure in figures for name in names):
                 return
             time.sleep(0.2)
         pytest.fail(f"still busy after 30 s: {figures}")

@@ -1,5 +1,6 @@
 """A streaming completions client that keeps what the tests and the demo compare: times, tokens, log-probabilities."""
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -33,9 +34,20 @@ class Completion:
         }
 
 
-def complete(url, prompt, max_tokens, *, request_id=None, abort_after_chunks=None, limit_s=REQUEST_LIMIT_S, **sampling):
+def complete(
+    url,
+    prompt,
+    max_tokens,
+    *,
+    request_id=None,
+    abort_after_chunks=None,
+    abort_after_silence_s=None,
+    limit_s=REQUEST_LIMIT_S,
+    **sampling,
+):
     """Streams one greedy completion from `url` (no path). `prompt`: token ids, or a list of such lists.
-    `abort_after_chunks` hangs up after that many events that carry text, as a client does that went away."""
+    `abort_after_chunks` hangs up after that many events that carry text, as a client does that went away;
+    `abort_after_silence_s` when so long nothing came. The answer then is what came until there."""
     body = {
         "model": MODEL_NAME,
         "prompt": prompt,
@@ -59,7 +71,12 @@ def complete(url, prompt, max_tokens, *, request_id=None, abort_after_chunks=Non
     headers = {"X-Request-Id": request_id} if request_id else {}
     chunks = 0
     started = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=limit_s) as response:
+    hang_ups = [] if abort_after_silence_s is None else [httpx.ReadTimeout]
+    timeout = httpx.Timeout(limit_s, read=abort_after_silence_s or limit_s)
+    with (
+        contextlib.suppress(*hang_ups),
+        httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=timeout) as response,
+    ):
         if response.status_code != 200:
             response.read()
             raise RuntimeError(f"{url}: {response.status_code} {response.text[:500]}")

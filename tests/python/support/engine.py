@@ -125,8 +125,16 @@ class Engine:
         """vLLM's counters and gauges, by Prometheus name."""
         return self._call("counters")
 
+    def counters_by_label(self, name, label):
+        """One counter, by the value of one of its labels."""
+        return self._call("counters_by_label", name=name, label=label)
+
     def free_blocks(self):
         return self._call("free_blocks")
+
+    def lowest_free_blocks(self):
+        """The fewest that were free behind any step since the engine was opened."""
+        return self._call("lowest_free_blocks")
 
     def settled_free_blocks(self, limit_s=15):
         """Free blocks once every block of ended requests has come back, or after the limit."""

@@ -1,7 +1,7 @@
 """The inside of an engine process: opens vLLM engines one after another and answers jobs, one JSON object per line.
 
 Started by engine.py with the descriptor for answers as its argument; vLLM's own output stays on stdout. Jobs:
-open, run, counters, free_blocks, settle, reset_prefix_cache, close.
+open, run, counters, counters_by_label, free_blocks, lowest_free_blocks, settle, reset_prefix_cache, close.
 """
 
 import faulthandler
@@ -33,7 +33,8 @@ class EngineHost:
         if transfer is not None:
             settings = {**settings, "kv_transfer_config": KVTransferConfig(**transfer)}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
-        return {"free_blocks": self.free_blocks()}
+        self._lowest_free_blocks = self.free_blocks()
+        return {"free_blocks": self._lowest_free_blocks}
 
     def close(self):
         if self._engine is None:
@@ -60,6 +61,7 @@ class EngineHost:
             for output in self._engine.step():
                 progress[output.request_id].take(output, time.perf_counter() - started)
             steps += 1
+            self._lowest_free_blocks = min(self._lowest_free_blocks, self.free_blocks())
             ending = [p.id for p in progress.values() if p.wants_abort(steps)]
             if ending:
                 for request_id in ending:
@@ -80,6 +82,21 @@ class EngineHost:
             if hasattr(metric, "value"):
                 values[metric.name] = values.get(metric.name, 0) + metric.value
         return values
+
+    def counters_by_label(self, name, label):
+        """The samples of one of them by the value of one label, summed over the others."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        values = {}
+        for metric in get_metrics_snapshot():
+            if metric.name == name and hasattr(metric, "value"):
+                key = metric.labels.get(label, "")
+                values[key] = values.get(key, 0) + metric.value
+        return values
+
+    def lowest_free_blocks(self):
+        """The fewest free blocks behind any step since the engine was opened."""
+        return self._lowest_free_blocks
 
     def free_blocks(self):
         return self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks()

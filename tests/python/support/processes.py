@@ -14,6 +14,11 @@ def end_session(process):
         deadline = time.monotonic() + REST_LIMIT_S
         while _signal(process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.02)
+    kill_session(process)
+
+
+def kill_session(process):
+    """Kills everything in the session that `process` leads, without a word before."""
     _signal(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import httpx
 
 from support.client import MODEL_NAME
 from support.places import log_path, make_temporary, remove_temporary
-from support.processes import end_session
+from support.processes import end_session, kill_session
 from support.vllm_environment import vllm_environment
 
 VLLM_READY_LIMIT_S = 300
@@ -35,6 +36,23 @@ def free_ports(count):
     while len(ports) < count:
         ports.add(free_port())
     return sorted(ports)
+
+
+def free_port_to_come_back_to():
+    """A free port that the system gives to no outgoing connection: a server that is killed can have it again."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first_given_out = int(file.read().split()[0])
+    # Drawn from the system's own randomness: runs beside each other must not meet.
+    draw = random.SystemRandom()
+    for _ in range(1000):
+        port = draw.randrange(10_000, first_given_out)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError(f"no free port from 10000 to {first_given_out - 1}")
 
 
 class Server:
@@ -90,6 +108,10 @@ class Server:
         finally:
             os.killpg(self._process.pid, signal.SIGCONT)
 
+    def kill(self):
+        """Kills all processes of the server at once (SIGKILL), as when its machine loses power. stop() is still due."""
+        kill_session(self._process)
+
     def stop(self):
         """Asks the server to end, then kills what is left in its session. Nothing outside the session is touched."""
         if self.is_running():
@@ -102,7 +124,7 @@ class Server:
         remove_temporary(self._temporary)
 
 
-def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None):
+def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=None, ready_limit_s=VLLM_READY_LIMIT_S):
     """Starts `vllm serve` on these CPUs; call wait_until_ready() next."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
@@ -111,7 +133,7 @@ def vllm_server(name, model, cpus, *, transfer=None, arguments=(), environment=N
     if transfer is not None:
         command += ["--kv-transfer-config", json.dumps(transfer)]
     full_environment = {**vllm_environment(cpus), **(environment or {})}
-    return Server(name, command, port, full_environment, VLLM_READY_LIMIT_S)
+    return Server(name, command, port, full_environment, ready_limit_s)
 
 
 def kvlane_proxy(prefill_url, decode_url, *, kv_ports=None, dispatch=None):

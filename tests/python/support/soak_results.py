@@ -11,8 +11,12 @@ import pathlib
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "results"
 
-#: Folder of tests below tests/python, and the campaign that it is.
-CAMPAIGNS = {"scheduler": "scheduler", "e2e": "modes"}
+#: Folder or file of tests below tests/python, and the campaign that it is.
+CAMPAIGNS = {"scheduler": "scheduler", "e2e": "modes", "test_p2p_server_faults.py": "p2p-faults"}
+
+#: What is drawn from a seed: how it is counted, and by which part of a test's name it is known.
+DRAWN = {"p2p-faults": ("fault_rounds", "one_that_comes_back")}
+DRAWN_ELSEWHERE = ("random_campaigns", "random_campaign")
 
 
 class SoakResults:
@@ -36,17 +40,19 @@ class SoakResults:
             counts["skipped"] += 1
         elif report.when == "call":
             counts["passed"] += 1
-            counts["random_campaigns"] += "random_campaign" in report.nodeid
+            drawn, part_of_name = DRAWN.get(campaign, DRAWN_ELSEWHERE)
+            counts[drawn] += part_of_name in report.nodeid
 
     def pytest_sessionfinish(self, exitstatus):
         for campaign, counts in self._counts.items():
+            drawn, _ = DRAWN.get(campaign, DRAWN_ELSEWHERE)
             complete = exitstatus in (0, 1) and counts["passed"] > 0 and counts["failed"] == 0
             report = {
                 "campaign": campaign,
                 "vllm": self._version,
-                # Prompts are drawn from a test's own name, random campaigns count up from this.
+                # Prompts are drawn from a test's own name, what is counted as drawn counts up from this.
                 "seed": int(os.environ.get("KVLANE_SEED", "1")),
-                "counts": {name: counts[name] for name in ("passed", "failed", "skipped", "random_campaigns")},
+                "counts": {name: counts[name] for name in ("passed", "failed", "skipped", drawn)},
                 "outcome": "passed" if complete else "failed",
             }
             self._results.mkdir(parents=True, exist_ok=True)
@@ -55,5 +61,6 @@ class SoakResults:
 
 
 def _campaign_of(nodeid):
-    parts = nodeid.split("::")[0].split("/")
-    return next((campaign for folder, campaign in CAMPAIGNS.items() if folder in parts[:-1]), None)
+    # A file says more than the folder that it is in.
+    parts = reversed(nodeid.split("::")[0].split("/"))
+    return next((CAMPAIGNS[part] for part in parts if part in CAMPAIGNS), None)
