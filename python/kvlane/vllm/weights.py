@@ -108,8 +108,10 @@ def processor_facts(model: Any, load_config: Any) -> Facts:
     """The files that decide what becomes of an image before the model sees it. vLLM's name of an image does not cover
     them."""
     path = str(model.model) if os.path.isdir(str(model.model)) else model_path(model, load_config)
-    facts = []
-    for name in _PROCESSOR_FILES if path is not None and os.path.isdir(path) else ():
+    facts: Facts = []
+    if path is None or not os.path.isdir(path):
+        return facts
+    for name in _PROCESSOR_FILES:
         try:
             with open(os.path.join(path, name), "rb") as file:
                 content = file.read(_PROCESSOR_BYTES_MAX)
