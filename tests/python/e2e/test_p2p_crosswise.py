@@ -7,6 +7,7 @@ All deadlines are longer than the test: what only a deadline could resolve does 
 
 import os
 import random
+import statistics
 
 import pytest
 
@@ -132,6 +133,8 @@ def test_two_and_two_with_full_caches_make_progress_without_a_deadline(processes
     }
     print(f"{pulled} of {len(pairs)} pulled, fewest free blocks {lowest}, preemptions {preempted}")
     assert pulled >= len(pairs) / 4
-    full = {engine.name for engine in crosswise.all if lowest[engine.name] < LEAST_BLOCKS}
+    # Where the last free blocks are too few for what waits, nobody takes them.
+    usual_blocks = statistics.median(-(-len(request["prompt"]) // BLOCK_TOKENS) for request in requests)
+    full = {engine.name for engine in crosswise.all if lowest[engine.name] < usual_blocks}
     assert full >= {engine.name for engine in crosswise.decodes}, f"decode always had room: {lowest}"
     assert full & {engine.name for engine in crosswise.prefills}, f"prefill always had room: {lowest}"
