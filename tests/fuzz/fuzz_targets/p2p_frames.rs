@@ -113,6 +113,8 @@ fn puller(now: Instant) -> Puller {
         pulls: 4,
         layers: LAYERS,
         block_count_max: BLOCKS,
+        parts: 2,
+        part_pieces_min: 1,
     });
     puller.pull(
         PEER,
