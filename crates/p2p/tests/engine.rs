@@ -358,6 +358,13 @@ fn revoked_blocks_never_count_and_are_not_reported_as_released() {
         pair.prefill.revoke("r").expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Lapsed, "{lane:?}");
         assert!(pair.prefill.ended_holds().is_empty());
+        assert_eq!(pair.prefill.stats().holds.get(&EndReason::Revoked), Some(&1));
+        pair.prefill.revoke("r").expect("accepted");
+        assert_eq!(
+            pair.prefill.stats().holds.get(&EndReason::Revoked),
+            Some(&1),
+            "it is known no more"
+        );
         let job = pair
             .decode
             .pull(pair.order("a", 2, 0, &[4, 5]))

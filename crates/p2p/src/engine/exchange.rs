@@ -18,8 +18,8 @@ use super::results::Results;
 use super::worker::{Ended, WorkerStats};
 use crate::lanes::{EpochTable, Lease, LocalCache, ProbeToken, Span, serve};
 use crate::proto::{
-    ConnectionId, Copied, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer, Progress,
-    PullResult, Puller, PullerAction, PullerLimits,
+    ConnectionId, Copied, EndReason, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer,
+    Progress, PullResult, Puller, PullerAction, PullerLimits,
 };
 
 /// Most pulls at a time.
@@ -127,7 +127,11 @@ impl Exchange {
     /// Ends a hold at once, if there is a holder.
     pub(super) fn revoke(&mut self, hold: &str) -> Option<bool> {
         self.offers.remove(hold);
-        Some(self.holder.as_mut()?.revoke(hold))
+        let is_known = self.holder.as_mut()?.revoke(hold);
+        if is_known {
+            *self.stats.holds.entry(EndReason::Revoked).or_default() += 1;
+        }
+        Some(is_known)
     }
 
     /// The number of a hold's offer.

@@ -236,11 +236,6 @@ impl P2pWorker {
     pub fn revoke(&self, hold: &str) -> Result<bool> {
         let is_known = self.net.shared().with(|core, _| core.machine.revoke(hold));
         let is_known = is_known.ok_or(Error::Role("offer"))?;
-        if is_known {
-            self.net.shared().with(|core, _| {
-                *core.machine.stats.holds.entry(EndReason::Revoked).or_default() += 1;
-            });
-        }
         self.results.forget_hold(hold);
         Ok(is_known)
     }
