@@ -40,6 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
+  test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
 help: ## this list
@@ -116,10 +117,15 @@ test-python: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
 	@$(SUITE) python-main $(VENV)/bin/python -m pytest $(PYTHON_UNIT)
 	@$(SUITE) python-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest $(PYTHON_UNIT)
 
-test-vllm: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
+# Targets of their own, so that one that fails does not hide what the others say.
+test-vllm: test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old
+test-scheduler-main: $(VENV)/.kvlane-wheel
 	@$(SUITE) scheduler-main $(VENV)/bin/python -m pytest tests/python/scheduler
+test-scheduler-old: $(VENV_OLD)/.kvlane-wheel
 	@$(SUITE) scheduler-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest tests/python/scheduler
+test-e2e-main: $(VENV)/.kvlane-wheel
 	@$(SUITE) e2e-main $(VENV)/bin/python -m pytest tests/python/e2e
+test-e2e-old: $(VENV_OLD)/.kvlane-wheel
 	@$(SUITE) e2e-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest tests/python/e2e
 
 test-wheel: $(VENV)/.kvlane-wheel

@@ -220,6 +220,9 @@ class PaperEngine:
 def _vllm_config(transfer, prefix_caching, step_tokens, requests_at_once):
     return EngineArgs(
         model=str(tiny_model("float32")),
+        # Nobody loads its weights: paper has its own. Named by their files they would be shared with nobody when this
+        # process just built them.
+        load_format="dummy",
         dtype="float32",
         enforce_eager=True,
         block_size=BLOCK_TOKENS,
