@@ -362,7 +362,7 @@ fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
         return;
     };
     assert!(
-        opened.starts_with("refused") && opened.contains("not writable"),
+        opened.starts_with("refused") && opened.contains("has no store yet"),
         "{opened}"
     );
     let writer = Worker::open(folder.path(), &setup).expect("it is writable here");
@@ -387,6 +387,14 @@ fn what_is_on_a_read_only_mount_can_be_loaded_but_not_stored() {
     // Whoever asked for a reset must not be served from before it, even where nobody else can be told.
     assert_eq!(reader.ask("ready before 5"), "ready 0 0");
     assert_eq!(reader.ask("load later 6"), "missed Absent 6");
+    // The next reset of a server that can write is the one that it waits for.
+    assert_eq!(writer.store("before", 5, PATIENCE), Outcome::Done);
+    assert_eq!(reader.ask("ready before 5"), "ready 0 0");
+    writer.reset().expect("it can write");
+    assert_eq!(reader.ask("ready before 5"), "ready 0 0");
+    assert_eq!(writer.store("before", 5, PATIENCE), Outcome::Done);
+    assert_eq!(reader.ask("ready before 5"), "ready 5 0");
+    assert_eq!(reader.ask("load before 5"), "done");
     let missing = mount.path().join("below");
     let Some((_process, opened)) = in_namespace(what, &read_only, &missing, &setup) else {
         return;

@@ -264,8 +264,8 @@ impl Control {
     /// Runs `change` while no other process changes the budget. `None` if the lock could not be had in `patience`: its
     /// holder may have been stopped, and nobody may wait for that.
     pub(crate) fn with_budget_lock<R>(&self, patience: Duration, change: impl FnOnce() -> R) -> Option<R> {
-        // A lock belongs to an open file, so this open file must not be shared with another thread of ours: only the
-        // writer thread calls this.
+        // A lock belongs to an open file, which all threads of ours share, so no two of them may call this at a time:
+        // the opening thread does before there is a writer thread, and then only that one.
         let lock = OfdLock::byte(control::LOCK_BUDGET as u32);
         let deadline = Instant::now() + patience;
         loop {
@@ -424,7 +424,7 @@ fn create(folder: &File, path: &Path, capacity_bytes: u64) -> Result<()> {
                 rustix::fs::AtFlags::empty(),
             ) {
                 Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
-                // File systems without hard links: a rename that does not replace, else one that might.
+                // File systems without hard links: a rename that does not replace.
                 Err(_) => rustix::fs::renameat_with(
                     folder,
                     &temporary,

@@ -77,6 +77,12 @@ pub enum FsError {
         /// The folder.
         path: PathBuf,
     },
+    /// The folder does not allow writing, and no store was made in it yet.
+    #[error("{path} has no store yet, and it is not writable here: start a server that stores there first")]
+    NoStore {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The call came from a child process that was forked after the folder had been opened.
     #[error("{path} was opened before this process was forked: open it again here")]
     Forked {

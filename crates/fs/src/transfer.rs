@@ -80,7 +80,7 @@ impl FsTransfer {
     ) -> Result<Self> {
         let directory = match Directory::open(path, options, true)? {
             Some(directory) => directory,
-            None => return Err(FsError::ReadOnly { path: path.into() }),
+            None => return Err(FsError::NoStore { path: path.into() }),
         };
         if can_store && !directory.writable {
             return Err(FsError::ReadOnly { path: path.into() });

@@ -99,8 +99,8 @@ pub(crate) fn transfer_error(py: Python<'_>, error: &kvlane_core::Error) -> PyEr
 ///
 /// The panic's message and place were printed by the panic hook already.
 pub(crate) fn guard<T>(py: Python<'_>, work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
-    // Unwind safety: what a panic leaves behind is either dropped with `work` or protected by the crates' own locks,
-    // which treat poisoning as an error.
+    // Unwind safety: what a panic leaves behind is either dropped with `work` or behind the crates' own locks,
+    // under which nothing is left half done.
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result,
         Err(panic) => {

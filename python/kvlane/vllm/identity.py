@@ -4,6 +4,7 @@ All of it is read from vLLM's configuration objects by name, so nothing of vLLM 
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from kvlane._native import Chain, RecentChains, namespace_id
 from kvlane.vllm.canonical import canonical_json, config_dict
-from kvlane.vllm.weights import Facts, file_facts, processor_facts, weight_facts, weights_elsewhere
+from kvlane.vllm.weights import Facts, code_facts, file_facts, processor_facts, weight_facts, weights_elsewhere
 
 logger = logging.getLogger("vllm.kvlane")
 
@@ -61,6 +62,9 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
     if multimodal is not None:
         facts.append(("image processing", canonical_json(getattr(multimodal, "mm_processor_kwargs", None))))
         facts += _prefixed("image processor", processor_facts(model, vllm_config.load_config))
+    if getattr(model, "trust_remote_code", False):
+        facts.append(("code revision", str(getattr(model, "code_revision", None))))
+        facts += _prefixed("code", code_facts(model, vllm_config.load_config))
     facts += _prefixed("weights", weight_facts(model, vllm_config.load_config, model_identity))
     draft = _draft_model(vllm_config)
     if draft is not None:
@@ -174,7 +178,8 @@ class AdapterIdentities:
     """
 
     def __init__(self, look: Callable[[str], Facts] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._look = look or file_facts
+        # All adapters of one rank are of one size, and images are often made with one time for all files.
+        self._look = look or functools.partial(file_facts, samples=True)
         self._clock = clock
         self._adapters: dict[tuple[str, str], _Adapter] = {}
         self._is_full = False

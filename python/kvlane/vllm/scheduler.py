@@ -384,8 +384,8 @@ class SchedulerHalf:
 
     def reset(self) -> bool:
         """Forgets everything stored so far, for all who share the folder. What requests computed or loaded before is
-        not stored any more. False: the folder does not take it now; it does later, and until then nothing from it
-        is loaded here."""
+        not stored any more. False: the folder does not take it now. It does once it can be written; in a folder that
+        this server may only read, the next reset of another server does. Until then nothing from it is loaded here."""
         for state in self._storing.values():
             self._withdraw(state)
         for state in self._requests.values():
@@ -399,7 +399,10 @@ class SchedulerHalf:
         if folder is None:
             self.on_reader_missing()
         if not done:
-            logger.warning("kvlane: the folder did not take a reset yet; this server loads nothing older than it")
+            logger.warning(
+                "kvlane: the folder did not take a reset yet; until it can be written, or a server that can write it "
+                "is reset, too, this server loads nothing from it"
+            )
         return done
 
     def take_counters(self) -> dict[str, float]:

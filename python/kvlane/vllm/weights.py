@@ -4,8 +4,9 @@ import functools
 import hashlib
 import os
 import re
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvlane.vllm.canonical import canonical_json
@@ -26,9 +27,11 @@ _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # Pieces of a weight file that are read: the first one has the header, the others lie at equal distances.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+# As many as Linux follows.
+_LINKS_MAX = 40
 # Files beside the weights that decide what an image processor makes of an image.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_PROCESSOR_BYTES_MAX = 4 << 20
+_CONTENT_BYTES_MAX = 4 << 20
 
 
 def weights_elsewhere(model: Any, load_config: Any) -> str | None:
@@ -44,10 +47,10 @@ def weights_elsewhere(model: Any, load_config: Any) -> str | None:
     path = model_path(model, load_config)
     if path is None or not file_facts(path, _WEIGHT_SUFFIXES):
         return f"'{name}', of which no weight files were found here,"
-    changed = _file_changed_since(path, process_start_s())
+    changed = _changed_since(path, process_start_s())
     if changed is not None:
         # Loading takes minutes, and nobody knows whether it was before or behind the change.
-        return f"'{name}', whose file {changed} was changed while this process ran,"
+        return f"'{name}', of which {changed} was changed while this process ran,"
     if path != name and _config_commit(model) not in (None, os.path.basename(path)):
         # The hub's branch moved on between the start and now, so nobody knows which of the two was loaded.
         return f"'{name}', which another download replaced meanwhile,"
@@ -107,14 +110,28 @@ def model_path(model: Any, load_config: Any) -> str | None:
 def processor_facts(model: Any, load_config: Any) -> Facts:
     """The files that decide what becomes of an image before the model sees it. vLLM's name of an image does not cover
     them."""
+    folder = _model_folder(model, load_config)
+    return _content_facts(folder, _PROCESSOR_FILES) if folder else []
+
+
+def code_facts(model: Any, load_config: Any) -> Facts:
+    """The modelling code that comes with a model. What it names in other repositories has a revision of its own."""
+    folder = _model_folder(model, load_config)
+    return _content_facts(folder, sorted(name for name in os.listdir(folder) if name.endswith(".py"))) if folder else []
+
+
+def _model_folder(model: Any, load_config: Any) -> str | None:
+    """Where the files beside the weights are, None if nowhere here."""
     path = str(model.model) if os.path.isdir(str(model.model)) else model_path(model, load_config)
+    return path if path is not None and os.path.isdir(path) else None
+
+
+def _content_facts(folder: str, names: Iterable[str]) -> Facts:
     facts: Facts = []
-    if path is None or not os.path.isdir(path):
-        return facts
-    for name in _PROCESSOR_FILES:
+    for name in names:
         try:
-            with open(os.path.join(path, name), "rb") as file:
-                content = file.read(_PROCESSOR_BYTES_MAX)
+            with open(os.path.join(folder, name), "rb") as file:
+                content = file.read(_CONTENT_BYTES_MAX)
         except FileNotFoundError:
             continue
         facts.append((f"file {name}", hashlib.sha256(content).hexdigest()))
@@ -168,12 +185,43 @@ def _samples_hash(target: str, size_bytes: int) -> str:
     return samples.hexdigest()
 
 
-def _file_changed_since(path: str, since_s: float) -> str | None:
-    """A weight file whose content, or name, somebody changed later. A hub cache's file is its content's own."""
+def _changed_since(path: str, since_s: float) -> str | None:
+    """What somebody changed later of a model's weights, or of the way to them. A hub cache's file is its content's."""
     for name, target in _files(path, _WEIGHT_SUFFIXES):
-        if _content_hash(target) is None and os.stat(target).st_ctime > since_s:
-            return name
+        if _content_hash(target) is not None:
+            continue
+        if os.stat(target).st_ctime > since_s:
+            return f"file {name}"
+        for place in _way_to(os.path.join(path, name) if os.path.isdir(path) else path):
+            status = os.lstat(place)
+            if stat.S_ISLNK(status.st_mode) and status.st_ctime > since_s:
+                return f"link {place}"
+            # Above the model's folder files come and go; a folder that only got another name was moved here.
+            is_own = place == os.path.dirname(target) or status.st_mtime <= since_s
+            if stat.S_ISDIR(status.st_mode) and is_own and status.st_ctime > since_s:
+                return f"folder {place}"
     return None
+
+
+def _way_to(path: str) -> Iterator[str]:
+    """Folders and links that lead to a file, and the file. No folder comes with a link in its name."""
+    rest, at, links = os.path.abspath(path).split("/"), "/", 0
+    while rest:
+        part = rest.pop(0)
+        if part in ("", "."):
+            continue
+        if part == "..":
+            at = os.path.dirname(at)
+            continue
+        place = os.path.join(at, part)
+        yield place
+        if os.path.islink(place) and links < _LINKS_MAX:
+            links += 1
+            target = os.readlink(place)
+            rest = target.split("/") + rest
+            at = "/" if target.startswith("/") else at
+        else:
+            at = place
 
 
 @functools.cache

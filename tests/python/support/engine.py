@@ -198,7 +198,8 @@ class Engine:
     def _is_older_than(self, model):
         """Weights that were made while a process ran are shared with nobody."""
         # A margin for clocks that differ: the file system's is behind by some milliseconds.
-        return any(file.stat().st_ctime > self._started_s - 0.1 for file in pathlib.Path(model).glob("*.safetensors"))
+        folder = pathlib.Path(model)
+        return any(file.stat().st_ctime > self._started_s - 0.1 for file in [folder, *folder.glob("*.safetensors")])
 
     def _how_it_ended(self):
         try:

@@ -382,6 +382,17 @@ def test_an_image_that_vllm_has_hashed_has_a_chain(name):
     assert chain_keys(request(mm_features=[image(name)])) is not None
 
 
+def test_modelling_code_that_comes_with_a_model_is_a_fact_where_it_is_used(folder):
+    trusted = {"model_config__trust_remote_code": True}
+    found = []
+    for code in ("one", "two"):
+        (folder / "modeling.py").write_text(code)
+        found += [namespace(engine(folder, **trusted)), namespace(engine(folder))]
+    assert found[0] != found[2]
+    assert found[1] == found[3]
+    assert namespace(engine(folder, **trusted, model_config__code_revision="b")) not in found
+
+
 def test_images_without_a_name_of_their_own_have_no_chain(folder):
     assert chain_keys(request(mm_features=[image(CAT)]), named=False) is None
     assert chain_keys(request(), named=False) is not None
@@ -402,6 +413,17 @@ def test_the_same_adapter_name_with_other_files_misses(folder, tmp_path):
     first = chain_keys(request(lora_request=adapter(folder)))
     assert first != chain_keys(request(lora_request=adapter(other)))
     assert first != chain_keys(request(lora_request=adapter(folder, "other name")))
+
+
+def test_the_same_adapter_name_and_path_with_other_content_of_one_size_and_time_misses(folder):
+    """As in two images of a server, made with one fixed time for all files."""
+    found = set()
+    for content in (b"first", b"other"):
+        (folder / "model.safetensors").write_bytes(content)
+        os.utime(folder / "model.safetensors", (0, 0))
+        found.add(str(chain_keys(request(lora_request=adapter(folder)))))
+    assert len(found) == 2
+    assert "None" not in found
 
 
 def test_an_adapter_whose_files_change_while_the_engine_runs_has_no_chain(folder):

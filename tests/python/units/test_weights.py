@@ -133,6 +133,60 @@ def test_weights_that_change_while_the_server_starts_are_not_shared(tmp_path, mo
     assert "was changed" in identity.unnamed_weights(engine(tmp_path), None)
 
 
+@pytest.mark.parametrize(
+    "way", ["link to the folder", "link above it", "link to the file", "folder", "folder above it"]
+)
+def test_weights_that_another_version_took_the_place_of_while_the_server_starts_are_not_shared(
+    tmp_path, monkeypatch, way
+):
+    """All files are old, and those of the version that was loaded are not at the path any more."""
+    for version in ("v1", "v2"):
+        (tmp_path / "versions" / version / "model").mkdir(parents=True)
+        (tmp_path / "versions" / version / "model" / "model.safetensors").write_bytes(version.encode())
+    (tmp_path / "served").mkdir()
+
+    def place(version):
+        versions, served = tmp_path / "versions", tmp_path / "served"
+        if way == "link to the folder":
+            os.symlink(versions / version / "model", served / "model.new")
+            (served / "model.new").rename(served / "model")
+        elif way == "link above it":
+            os.symlink(f"../versions/{version}", served / "current.new")
+            (served / "current.new").rename(served / "current")
+        elif way == "link to the file":
+            (served / "model").mkdir(exist_ok=True)
+            os.symlink(versions / version / "model" / "model.safetensors", served / "new")
+            (served / "new").rename(served / "model" / "model.safetensors")
+        else:
+            name = "model" if way == "folder" else "current"
+            if (served / name).exists():
+                (served / name).rename(served / "old")
+            (versions / version / ("model" if way == "folder" else "")).rename(served / name)
+
+    path = tmp_path / "served" / ("current/model" if "above" in way else "model")
+    place("v1")
+    # Later than the making of the second version too, and times come in steps.
+    time.sleep(0.05)
+    loaded_s = time.time()
+    time.sleep(0.05)
+    monkeypatch.setattr(weights, "process_start_s", lambda: loaded_s)
+    assert identity.unnamed_weights(engine(path), None) is None
+    place("v2")
+    assert "was changed while this process ran" in identity.unnamed_weights(engine(path), None)
+    assert identity.unnamed_weights(engine(path), "build 7") is None
+
+
+def test_what_comes_and_goes_beside_a_model_does_not_keep_it_from_being_shared(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    time.sleep(0.05)
+    loaded_s = time.time()
+    time.sleep(0.05)
+    monkeypatch.setattr(weights, "process_start_s", lambda: loaded_s)
+    (tmp_path / "another model").mkdir()
+    assert identity.unnamed_weights(engine(tmp_path / "model"), None) is None
+
+
 def test_a_hubs_files_are_shared_though_they_came_while_the_server_started(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "process_start_s", lambda: time.time() - 3600)
     download(tmp_path, FIRST, "1")
