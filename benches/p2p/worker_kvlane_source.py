@@ -48,7 +48,7 @@ class System:
                 is_last = layer + 1 == LAYERS
                 if is_last:
                     self._computed_at = time.perf_counter()
-                worker.progress(key, BLOCKS if is_last else 0, BLOCKS, layer + 1)
+                worker.progress([(key, BLOCKS if is_last else 0, BLOCKS, layer + 1)])
             worker.finish(key)
 
         self._engine = threading.Thread(target=engine)
@@ -78,7 +78,7 @@ class System:
 
 def offer(worker: _native.P2pWorker, key: str, tokens: int, digest: bytes, blocks: list[int], layers: int) -> None:
     worker.offer(key, tokens, digest, blocks)
-    worker.progress(key, len(blocks), len(blocks), layers)
+    worker.progress([(key, len(blocks), len(blocks), layers)])
     worker.finish(key)
 
 

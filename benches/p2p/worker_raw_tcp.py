@@ -1,4 +1,4 @@
-"""One TCP connection with nothing around it, in C: what the machine's loopback can do."""
+"""One TCP connection with nothing around it, in C: what one thread at each end gets out of the machine's loopback."""
 
 import ctypes
 import os

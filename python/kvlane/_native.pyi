@@ -169,11 +169,10 @@ class P2pWorker:
         """The bound port, 0 if it does not listen."""
     def offer(self, key: str, tokens: int, digest: bytes, block_ids: list[int]) -> None: ...
     def extend(self, key: str, block_ids: list[int]) -> None: ...
-    def progress(
-        self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int, stream: int | None = None
-    ) -> None:
-        """Blocks ``[0, done_blocks)`` are complete in all layers, and blocks ``[done_blocks, wave_blocks)`` in layers
-        ``[0, wave_layers)``. ``stream``: the compute stream that writes them, for tensors on a CUDA device."""
+    def progress(self, progressed: list[tuple[str, int, int, int]], stream: int | None = None) -> None:
+        """For each ``(key, done_blocks, wave_blocks, wave_layers)``: blocks ``[0, done_blocks)`` are complete in all
+        layers, and blocks ``[done_blocks, wave_blocks)`` in layers ``[0, wave_layers)``. ``stream``: the compute stream
+        that writes them, for tensors on a CUDA device."""
     def finish(self, key: str) -> None:
         """The request has ended and vLLM keeps its blocks until ``released`` names the key."""
     def revoke(self, key: str) -> None:

@@ -212,7 +212,9 @@ fn a_computed_prompt_is_asked_for_pulled_and_released() {
                 .expect("accepted")
         );
         assert_eq!(pair.asked("a", 4), Asked::Started);
-        pair.prefill.progress("request-1", done(4)).expect("accepted");
+        pair.prefill
+            .progress(&[("request-1", done(4))])
+            .expect("accepted");
         pair.prefill.finish(&"request-1".into()).expect("accepted");
         let job = pair
             .decode
@@ -250,7 +252,7 @@ fn who_asks_over_and_over_sees_every_end_once_and_right_bytes() {
                         .offer(offer(&name, &name, &[block]))
                         .expect("accepted")
                 );
-                pair.prefill.progress(&name, done(1)).expect("accepted");
+                pair.prefill.progress(&[(&name, done(1))]).expect("accepted");
                 pair.prefill.finish(&name.as_str().into()).expect("accepted");
                 let order = pair.order(&name, 1, 0, &[20 - block]);
                 jobs.push(pair.decode.pull(order).expect("accepted"));
@@ -314,11 +316,11 @@ fn layers_arrive_while_later_ones_are_computed() {
                     .write_layer(layer, block, &content(5, layer, block, bytes));
             }
             progress.wave_layers += 1;
-            pair.prefill.progress("r", progress).expect("accepted");
+            pair.prefill.progress(&[("r", progress)]).expect("accepted");
             pair.until_arrived(5, layer, 2, 5);
         }
         assert!(pair.decode.poll().is_empty(), "not done before prefill says so");
-        pair.prefill.progress("r", done(2)).expect("accepted");
+        pair.prefill.progress(&[("r", done(2))]).expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Done);
         pair.prefill.finish(&"r".into()).expect("accepted");
         assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
@@ -353,7 +355,7 @@ fn revoked_blocks_never_count_and_are_not_reported_as_released() {
             .pull(pair.order("a", 2, 0, &[4, 5]))
             .expect("accepted");
         fill(&pair.source, 5, [1]);
-        pair.prefill.progress("r", done(1)).expect("accepted");
+        pair.prefill.progress(&[("r", done(1))]).expect("accepted");
         pair.until_arrived(5, 0, 1, 4);
         pair.prefill.revoke("r").expect("accepted");
         assert_eq!(pair.wait(job), PullResult::Lapsed, "{lane:?}");
@@ -379,7 +381,7 @@ fn a_hold_that_nobody_wants_expires() {
         prefill.lease = Duration::from_secs(1)
     });
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress("r", done(2)).expect("accepted");
+    pair.prefill.progress(&[("r", done(2))]).expect("accepted");
     let start = Instant::now();
     pair.prefill.finish(&"r".into()).expect("accepted");
     assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
@@ -392,7 +394,7 @@ fn a_hold_that_nobody_wants_expires() {
 fn a_full_local_hit_releases_the_hold() {
     let pair = pair(LaneChoice::Auto);
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress("r", done(2)).expect("accepted");
+    pair.prefill.progress(&[("r", done(2))]).expect("accepted");
     pair.prefill.finish(&"r".into()).expect("accepted");
     pair.decode.release(&pair.address, key("a"), prompt(2));
     assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
@@ -458,7 +460,7 @@ fn another_secret_or_namespace_pulls_nothing() {
         decode.peer.secret = secret("one");
     });
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress("r", done(2)).expect("accepted");
+    pair.prefill.progress(&[("r", done(2))]).expect("accepted");
     let job = pair
         .decode
         .pull(pair.order("a", 2, 0, &[4, 5]))
@@ -538,7 +540,7 @@ fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
         assert!(answer.len() < 200, "{what}: {answer:?}");
     }
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress("r", done(2)).expect("accepted");
+    pair.prefill.progress(&[("r", done(2))]).expect("accepted");
     let job = pair
         .decode
         .pull(pair.order("a", 2, 0, &[4, 5]))
@@ -616,7 +618,7 @@ fn a_peer_that_never_stops_talking_does_not_keep_the_engine_waiting() {
     let (mut calls, mut longest) = (0, Duration::ZERO);
     while Instant::now() < end {
         let start = Instant::now();
-        pair.prefill.progress("nothing", done(1)).expect("accepted");
+        pair.prefill.progress(&[("nothing", done(1))]).expect("accepted");
         longest = longest.max(start.elapsed());
         calls += 1;
         std::thread::sleep(Duration::from_millis(1));
@@ -636,7 +638,7 @@ fn the_end_of_a_revoked_hold_is_never_told_of_the_next_one_with_its_name() {
     let pair = pair(LaneChoice::Auto);
     let hold: Arc<str> = "key".into();
     pair.prefill.offer(offer("key", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress("key", done(2)).expect("accepted");
+    pair.prefill.progress(&[("key", done(2))]).expect("accepted");
     pair.prefill.finish(&hold).expect("accepted");
     let job = pair
         .decode
@@ -651,7 +653,7 @@ fn the_end_of_a_revoked_hold_is_never_told_of_the_next_one_with_its_name() {
     }
     pair.prefill.revoke("key").expect("accepted");
     pair.prefill.offer(offer("key", "a", &[7, 8])).expect("accepted");
-    pair.prefill.progress("key", done(2)).expect("accepted");
+    pair.prefill.progress(&[("key", done(2))]).expect("accepted");
     pair.prefill.finish(&hold).expect("accepted");
     assert!(pair.prefill.ended_holds().is_empty(), "the second hold is alive");
 }

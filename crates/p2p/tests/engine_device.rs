@@ -19,8 +19,10 @@ const BLOCK_TOKENS: u32 = 16;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the kernels take: long against everything that does not wait for them.
 const KERNEL: Duration = Duration::from_millis(150);
-/// The variable that makes this program a prefill server.
+/// The variable that makes this program a prefill server: milliseconds that its kernel takes.
 const CHILD_VARIABLE: &str = "KVLANE_P2P_TEST_PREFILL";
+/// A kernel that still runs when decode has connected and asked.
+const LONG_KERNEL: Duration = Duration::from_millis(1500);
 
 struct Gpu {
     cache: Arc<DeviceCache>,
@@ -58,8 +60,12 @@ impl Gpu {
 
     /// A step that takes a while and then writes all blocks.
     fn compute(&self, seed: u8) {
+        self.compute_for(seed, KERNEL);
+    }
+
+    fn compute_for(&self, seed: u8, kernel: Duration) {
         for (layer, &address) in self.addresses.iter().enumerate() {
-            let duration = if layer == 0 { KERNEL } else { Duration::ZERO };
+            let duration = if layer == 0 { kernel } else { Duration::ZERO };
             let bytes: Vec<u8> = (0..BLOCKS)
                 .flat_map(|block| content(seed, layer, block))
                 .collect();
@@ -112,9 +118,14 @@ fn done(blocks: u32) -> Progress {
 }
 
 fn prefill(gpu: &Gpu) -> P2pWorker {
+    prefill_with(gpu, LaneChoice::Auto)
+}
+
+fn prefill_with(gpu: &Gpu, lane: LaneChoice) -> P2pWorker {
     let mut options = WorkerOptions::new("prefill", BLOCK_TOKENS);
     options.host = IpAddr::from([127, 0, 0, 1]);
     options.can_pull = false;
+    options.lane = lane;
     P2pWorker::open(Arc::clone(&gpu.cache), NamespaceId([7; 32]), options).expect("accepted")
 }
 
@@ -147,16 +158,16 @@ const TARGETS: [u32; 4] = [7, 1, 2, 5];
 /// Not a test of its own: a prefill server in a process of its own, until its standard input ends.
 #[test]
 fn the_prefill_server_of_a_child_process() {
-    if std::env::var_os(CHILD_VARIABLE).is_none() {
+    let Ok(kernel_ms) = std::env::var(CHILD_VARIABLE) else {
         return;
-    }
+    };
     let gpu = Gpu::new();
     let prefill = prefill(&gpu);
     assert!(prefill.offer(offer(&SOURCES)).expect("accepted"));
-    gpu.compute(1);
+    gpu.compute_for(1, Duration::from_millis(kernel_ms.parse().expect("a number")));
     // Before any of it has been computed.
     prefill
-        .progress_after("hold", done(4), gpu.stream())
+        .progress_after(&[("hold", done(4))], gpu.stream())
         .expect("accepted");
     println!("\nport: {}", prefill.port().expect("it listens"));
     let _ = std::io::stdin().lines().count();
@@ -171,9 +182,13 @@ struct Prefill {
 
 impl Prefill {
     fn start(settings: &[(&str, &str)]) -> Self {
+        Self::start_with(KERNEL, settings)
+    }
+
+    fn start_with(kernel: Duration, settings: &[(&str, &str)]) -> Self {
         let mut child = Command::new(std::env::current_exe().expect("a path"))
             .args(["--exact", "the_prefill_server_of_a_child_process", "--nocapture"])
-            .env(CHILD_VARIABLE, "1")
+            .env(CHILD_VARIABLE, kernel.as_millis().to_string())
             .envs(settings.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -236,16 +251,87 @@ fn a_prompt_moves_after_the_compute_streams_of_both_sides_and_over_the_lane_that
 }
 
 #[test]
+fn blocks_that_prefill_still_computes_are_not_read_however_soon_decode_asks() {
+    for (lane, used) in [(LaneChoice::Cuda, "cuda"), (LaneChoice::Tcp, "tcp")] {
+        let prefill = Prefill::start_with(LONG_KERNEL, &[]);
+        let started = Instant::now();
+        let gpu = Gpu::new();
+        let decode = decode(&gpu, lane);
+        // Nothing is on decode's stream, so it asks at once.
+        let job = decode
+            .pull_after(order(prefill.port, &TARGETS), gpu.stream())
+            .expect("accepted");
+        assert_eq!(wait(&decode, job), PullResult::Done, "{lane:?}");
+        // The kernel began before the port was known; starting the processes took some of its time.
+        assert!(
+            started.elapsed() > LONG_KERNEL / 3,
+            "{lane:?}: {:?}",
+            started.elapsed()
+        );
+        for (target, source) in TARGETS.into_iter().zip(SOURCES) {
+            assert!(gpu.has(target, 1, source), "{lane:?}: block {target}");
+        }
+        assert!(decode.stats().pulled_bytes.contains_key(used));
+        prefill.end();
+    }
+}
+
+#[test]
+fn what_prefill_does_not_allow_is_not_offered() {
+    let gpu = Gpu::new();
+    let prefill = prefill_with(&gpu, LaneChoice::Tcp);
+    assert!(prefill.offer(offer(&SOURCES)).expect("accepted"));
+    gpu.compute(1);
+    prefill
+        .progress_after(&[("hold", done(4))], gpu.stream())
+        .expect("accepted");
+    let port = prefill.port().expect("it listens");
+    let refused = (PullResult::Denied(DenyReason::Namespace), Vec::new());
+    assert_eq!(pull(port, LaneChoice::Cuda), refused);
+    assert_eq!(pull(port, LaneChoice::Auto), (PullResult::Done, vec!["tcp"]));
+}
+
+/// A program of its own, because calls are counted by process.
+#[test]
+fn the_memory_of_a_prefill_server_that_is_gone_is_let_go_of_by_a_decode_server_that_does_nothing() {
+    let test =
+        "the_memory_of_a_prefill_server_that_is_gone_is_let_go_of_by_a_decode_server_that_does_nothing";
+    let alone = "KVLANE_P2P_TEST_ALONE";
+    if std::env::var_os(alone).is_none() {
+        let ended = Command::new(std::env::current_exe().expect("a path"))
+            .args(["--exact", test, "--nocapture"])
+            .env(alone, "1")
+            .status();
+        assert!(ended.expect("it starts").success());
+        return;
+    }
+    let stand_in = kvlane_cuda_stand_in::load();
+    let mut prefill = Prefill::start(&[]);
+    let gpu = Gpu::new();
+    let decode = decode(&gpu, LaneChoice::Cuda);
+    let job = decode
+        .pull_after(order(prefill.port, &TARGETS), gpu.stream())
+        .expect("accepted");
+    assert_eq!(wait(&decode, job), PullResult::Done);
+    let opened = stand_in.calls("cuIpcOpenMemHandle_v2");
+    assert!(opened > 0);
+    assert_eq!(stand_in.calls("cuIpcCloseMemHandle"), 0);
+    prefill.child.kill().expect("it runs");
+    let _ = prefill.child.wait();
+    let deadline = Instant::now() + PATIENCE;
+    while stand_in.calls("cuIpcCloseMemHandle") < opened {
+        assert!(Instant::now() < deadline, "mapped memory is kept");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(decode);
+}
+
+#[test]
 fn memory_that_cannot_be_shared_goes_over_tcp_unless_cuda_is_forced() {
     let prefill = Prefill::start(&[("KVLANE_CUDA_STAND_IN_FAIL", "cuIpcGetMemHandle:0:801")]);
     let refused = PullResult::Denied(DenyReason::Namespace);
     for lane in [LaneChoice::Cuda, LaneChoice::Shm] {
-        let (result, _) = pull(prefill.port, lane);
-        // The first pull may be asked for before the peer has said what it is.
-        assert!(
-            result == refused || result == PullResult::Unreachable,
-            "{lane:?}: {result:?}"
-        );
+        assert_eq!(pull(prefill.port, lane), (refused, Vec::new()), "{lane:?}");
     }
     assert_eq!(
         pull(prefill.port, LaneChoice::Auto),
@@ -266,7 +352,7 @@ fn memory_that_cannot_be_mapped_goes_over_tcp_unless_cuda_is_forced() {
         assert!(prefill.offer(offer(&SOURCES)).expect("accepted"));
         gpu.compute(1);
         prefill
-            .progress_after("hold", done(4), gpu.stream())
+            .progress_after(&[("hold", done(4))], gpu.stream())
             .expect("accepted");
         assert_eq!(pull(prefill.port().expect("it listens"), lane), expected);
     }
@@ -279,7 +365,7 @@ fn progress_of_a_revoked_offer_is_not_told_for_the_next_one_of_that_name() {
     assert!(prefill.offer(offer(&SOURCES)).expect("accepted"));
     source.compute(1);
     prefill
-        .progress_after("hold", done(4), source.stream())
+        .progress_after(&[("hold", done(4))], source.stream())
         .expect("accepted");
     // Preempted before the stream came to it, and begun anew in other blocks.
     assert!(prefill.revoke("hold").expect("accepted"));
@@ -289,7 +375,7 @@ fn progress_of_a_revoked_offer_is_not_told_for_the_next_one_of_that_name() {
     let job = decode.pull_after(short, target.stream()).expect("accepted");
     assert_eq!(wait(&decode, job), PullResult::TimedOut);
     prefill
-        .progress_after("hold", done(4), source.stream())
+        .progress_after(&[("hold", done(4))], source.stream())
         .expect("accepted");
     let again = order(prefill.port().expect("it listens"), &TARGETS);
     let job = decode.pull_after(again, target.stream()).expect("accepted");
@@ -322,7 +408,7 @@ fn a_pull_that_waits_for_the_stream_ends_when_it_is_cancelled_times_out_or_the_w
 fn without_a_stream_nothing_of_a_device_is_told_or_pulled() {
     let gpu = Gpu::new();
     let (prefill, decode) = (prefill(&gpu), decode(&gpu, LaneChoice::Auto));
-    let told = prefill.progress("hold", done(4)).unwrap_err().to_string();
+    let told = prefill.progress(&[("hold", done(4))]).unwrap_err().to_string();
     assert!(
         told.contains("stream is none, allowed: the compute stream"),
         "{told}"

@@ -187,24 +187,23 @@ impl P2pWorker {
     }
 
     /// `stream`: the compute stream that writes the blocks, as PyTorch's `cuda_stream`; for tensors on a CUDA device.
-    #[pyo3(signature = (key, done_blocks, wave_blocks, wave_layers, stream = None))]
+    #[pyo3(signature = (progressed, stream = None))]
     fn progress(
         &self,
         py: Python<'_>,
-        key: &str,
-        done_blocks: u32,
-        wave_blocks: u32,
-        wave_layers: u32,
+        progressed: Vec<(String, u32, u32, u32)>,
         stream: Option<u64>,
     ) -> PyResult<()> {
-        let progress = Progress {
-            done_blocks,
-            wave_blocks,
-            wave_layers,
+        let of = |(_, done_blocks, wave_blocks, wave_layers): &(String, u32, u32, u32)| Progress {
+            done_blocks: *done_blocks,
+            wave_blocks: *wave_blocks,
+            wave_layers: *wave_layers,
         };
+        let progressed: Vec<(&str, Progress)> =
+            progressed.iter().map(|one| (one.0.as_str(), of(one))).collect();
         self.call(py, |worker| match stream_of(stream) {
-            Some(stream) => worker.progress_after(key, progress, stream),
-            None => worker.progress(key, progress),
+            Some(stream) => worker.progress_after(&progressed, stream),
+            None => worker.progress(&progressed),
         })
     }
 

@@ -90,7 +90,9 @@ class KvlaneP2pConnector(KvlaneConnector):
             logger.info("kvlane: obsolete and without effect: %s", ", ".join(obsolete))
         if self._secret is None and transfer.is_kv_producer:
             logger.warning(
-                "kvlane: there is no secret_file, so whoever reaches port %d may read KV or take part", self._first_port
+                "kvlane: there is no secret_file, so whoever reaches port %d may read KV or take part, and on this "
+                "machine map the KV of a GPU (also for writing)",
+                self._first_port,
             )
         logger.info(
             "kvlane: %s offers %s and pulls %s KV, lane %s",

@@ -167,8 +167,8 @@ class P2pWorkerHalf:
         # The last layer is said with the end of the step.
         if before == self._whole_layers or self._whole_layers >= self._layout.layer_count:
             return
-        for one in self.step_progress:
-            self._tell_progress(one.key, one.done_blocks, one.wave_blocks, self._whole_layers)
+        layers = self._whole_layers
+        self._tell_progress([(one.key, one.done_blocks, one.wave_blocks, layers) for one in self.step_progress])
 
     def finish_step(self) -> None:
         """After the forward pass: the step's blocks are complete in all layers."""
@@ -177,8 +177,7 @@ class P2pWorkerHalf:
             return
         if sys.exc_info()[0] is not None:
             return  # vLLM calls this also for a forward pass that failed half-way
-        for one in progress:
-            self._tell_progress(one.key, one.wave_blocks, one.wave_blocks, 0)
+        self._tell_progress([(one.key, one.wave_blocks, one.wave_blocks, 0) for one in progress])
 
     def finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks are not held any more, and requests whose pull ended. Each is reported once."""
@@ -292,9 +291,10 @@ class P2pWorkerHalf:
             if job is not None and self._native is not None:
                 self._try("cancel", self._native.cancel, job)
 
-    def _tell_progress(self, key: str, done_blocks: int, wave_blocks: int, wave_layers: int) -> None:
+    def _tell_progress(self, progressed: list[tuple[str, int, int, int]]) -> None:
         assert self._native is not None
-        self._try("progress", self._native.progress, key, done_blocks, wave_blocks, wave_layers, *self._stream())
+        if progressed:
+            self._try("progress", self._native.progress, progressed, *self._stream())
 
     def _abort(self, request_id: str) -> None:
         job = self._job_of_request.get(request_id)

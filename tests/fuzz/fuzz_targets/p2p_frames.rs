@@ -87,6 +87,7 @@ fn holder(now: Instant) -> Holder {
         questions: 8,
         question_wait: Duration::from_secs(1),
         transfers_per_connection: 8,
+        posted_blocks: 8,
     });
     holder.offer(
         now,
@@ -126,6 +127,7 @@ fn puller(now: Instant) -> Puller {
             targets: vec![7, 8, 9],
             deadline: now + Duration::from_secs(1),
         },
+        None,
     );
     while puller.next_action().is_some() {}
     puller

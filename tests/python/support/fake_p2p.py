@@ -97,13 +97,14 @@ class FakeWorker:
         lease.block_ids += block_ids
         assert len(lease.block_ids) <= self.blocks(lease.tokens)
 
-    def progress(self, key, done_blocks, wave_blocks, wave_layers):
-        lease = self.leases.get(key)
-        if lease is None:
-            return
-        assert lease.done_blocks <= done_blocks <= wave_blocks <= len(lease.block_ids)
-        lease.done_blocks = done_blocks
-        self.waves.append((key, done_blocks, wave_blocks, wave_layers))
+    def progress(self, progressed):
+        for key, done_blocks, wave_blocks, wave_layers in progressed:
+            lease = self.leases.get(key)
+            if lease is None:
+                continue
+            assert lease.done_blocks <= done_blocks <= wave_blocks <= len(lease.block_ids)
+            lease.done_blocks = done_blocks
+            self.waves.append((key, done_blocks, wave_blocks, wave_layers))
 
     def finish(self, key):
         lease = self.leases.get(key)

@@ -39,6 +39,12 @@ class Native:
 
         return call
 
+    def progress(self, progressed, *stream):
+        """One call for all of a step is noted as one for each."""
+        self.calls += [("progress", *one, *stream) for one in progressed]
+        if "progress" in self.refuses:
+            raise OSError("progress")
+
     def named(self, *names):
         return [call for call in self.calls if call[0] in names]
 

@@ -76,7 +76,8 @@ impl Report for Verification {
             text += &format!("not usable: {file}\n");
         }
         if !self.is_sound() {
-            text += "\nServers that verify, as they do by default, never use what is bad: they recompute it.\n";
+            text +=
+                "\nServers that verify, as they do by default, never use what is bad: they recompute it.\n";
         }
         text
     }

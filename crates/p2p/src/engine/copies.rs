@@ -1,11 +1,12 @@
 //! The threads that copy spans of blocks, each with lanes of its own.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::dial;
 use super::machine::NetConfig;
@@ -18,6 +19,9 @@ use crate::proto::{ConnectionId, Copied};
 const WAITING_MAX: usize = 4096;
 /// Lanes that a thread keeps; more peers than that make it open them anew.
 const LANES_MAX: usize = 256;
+/// How long a lane to a peer that is gone may be kept: it holds what it has mapped of the peer's memory, which an engine
+/// that starts there anew may need.
+const GONE_MAX: Duration = Duration::from_secs(1);
 /// A data connection that cannot be made in this time is no use to a transfer.
 const DATA_CONNECT_MAX: Duration = Duration::from_secs(5);
 
@@ -45,12 +49,18 @@ pub(super) struct CopyDone {
 /// Hands spans to the threads. They end when it is dropped, each after the span that it is at.
 #[derive(Clone)]
 pub(super) struct CopyPool {
-    jobs: Sender<CopyJob>,
+    jobs: Sender<Job>,
+}
+
+enum Job {
+    Copy(CopyJob),
+    /// To be dropped by a thread that nobody waits for: the driver may take its time to unmap memory.
+    Drop(#[allow(dead_code, reason = "only dropped")] Arc<Peer>),
 }
 
 /// The threads' end.
 pub(super) struct CopyQueue {
-    jobs: Receiver<CopyJob>,
+    jobs: Receiver<Job>,
 }
 
 impl CopyPool {
@@ -62,7 +72,13 @@ impl CopyPool {
 
     /// False: too many wait.
     pub(super) fn push(&self, job: CopyJob) -> bool {
-        self.jobs.try_send(job).is_ok()
+        self.jobs.try_send(Job::Copy(job)).is_ok()
+    }
+
+    /// Lets go of a peer whose connection has ended.
+    pub(super) fn drop_peer(&self, peer: Arc<Peer>) {
+        // With a full queue it is dropped here.
+        let _ = self.jobs.try_send(Job::Drop(peer));
     }
 }
 
@@ -78,12 +94,7 @@ impl CopyQueue {
             let (jobs, config, done) = (self.jobs.clone(), Arc::clone(config), done.clone());
             std::thread::Builder::new()
                 .name("kvlane-p2p-copy".to_owned())
-                .spawn(move || {
-                    let mut lanes = Lanes::default();
-                    for job in jobs {
-                        done(lanes.copy(&job, &config));
-                    }
-                })
+                .spawn(move || run(&jobs, &config, done))
                 .map_err(|source| Error::Io {
                     context: "starting a thread",
                     source,
@@ -93,15 +104,29 @@ impl CopyQueue {
     }
 }
 
+fn run(jobs: &Receiver<Job>, config: &NetConfig, done: impl Fn(CopyDone)) {
+    let mut lanes = Lanes::default();
+    loop {
+        let job = if lanes.open.is_empty() {
+            jobs.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            jobs.recv_timeout(GONE_MAX)
+        };
+        lanes.forget_gone();
+        match job {
+            Ok(Job::Copy(job)) => done(lanes.copy_or_fail(&job, config)),
+            Ok(Job::Drop(peer)) => drop(peer),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
 /// Copies a span out of the peer's memory, on the calling thread. For few bytes a thread change would cost more.
-pub(super) fn copy_here(job: &CopyJob) -> Option<CopyDone> {
-    let Way::Shm(memory) = job.peer.way else {
-        return None;
-    };
-    let lane = ShmLane::open(memory, Arc::clone(&job.peer.pairing));
+pub(super) fn copy_here(job: &CopyJob, lane: &mut ShmLane) -> CopyDone {
     let started = Instant::now();
-    let result = lane.and_then(|mut lane| lane.copy(&job.span, job.lease, job.deadline, &job.is_stopped));
-    Some(done(job, "shm", &result, started))
+    let result = lane.copy(&job.span, job.lease, job.deadline, &job.is_stopped);
+    done(job, lane.name(), &result, started)
 }
 
 /// The lanes of one thread.
@@ -111,10 +136,23 @@ struct Lanes {
 }
 
 impl Lanes {
-    fn copy(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
-        let started = Instant::now();
+    fn forget_gone(&mut self) {
         self.open
             .retain(|_, (peer, _)| !peer.is_gone.load(Ordering::Relaxed));
+    }
+
+    /// Whatever happens, there is a result: without one the pull would never end.
+    fn copy_or_fail(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+        let started = Instant::now();
+        catch_unwind(AssertUnwindSafe(|| self.copy(job, config))).unwrap_or_else(|_| {
+            tracing::error!(peer = %job.peer.address, "internal error: copying a span panicked");
+            self.open.remove(&job.connection);
+            done(job, job.peer.way.name(), &Err(LaneError::Closed), started)
+        })
+    }
+
+    fn copy(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+        let started = Instant::now();
         let result = self.try_copy(job, config);
         let used = self.open.get(&job.connection);
         let name = used.map_or(job.peer.way.name(), |(_, lane)| lane.name());
@@ -149,7 +187,7 @@ fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneErr
             let LocalCache::Device(local) = pairing.local() else {
                 return Err(LaneError::Layout("the local cache is in host memory".to_owned()));
             };
-            let mapped = offered.map(local, &job.peer.address)?;
+            let mapped = offered.map(local, &job.peer.address, job.deadline, &job.is_stopped)?;
             // Without mapped memory it carries the bytes, too.
             let witness = Box::new(tcp_lane(job, config)?);
             match mapped {

@@ -13,13 +13,16 @@ use super::address::PeerAddress;
 use super::copies::{CopyDone, CopyJob, CopyPool, copy_here};
 use super::machine::Machine;
 use super::options::WorkerOptions;
-use super::peers::Peer;
+use super::peers::{Peer, Way};
 use super::results::Results;
 use super::worker::{Ended, WorkerStats};
-use crate::lanes::{EpochTable, Lease, LocalCache, ProbeToken, Span, serve};
+use crate::lanes::{
+    EpochTable, Lane, Lease, LocalCache, OfferBoard, POSTED_BLOCKS_MAX, PostedPrompt, ProbeToken, ShmLane,
+    Span, serve,
+};
 use crate::proto::{
     ConnectionId, Copied, EndReason, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer,
-    Progress, PullResult, Puller, PullerAction, PullerLimits,
+    PostedBlocks, Progress, PullRequest, PullResult, Puller, PullerAction, PullerLimits,
 };
 
 /// Most pulls at a time.
@@ -41,6 +44,7 @@ pub(super) struct Exchange {
     pub(super) holder: Option<Holder>,
     pub(super) puller: Puller,
     table: Arc<EpochTable>,
+    board: OfferBoard,
     /// Shows peers that they read the right process; lives as long as its address is out.
     _token: ProbeToken,
     cache: LocalCache,
@@ -55,6 +59,8 @@ pub(super) struct Exchange {
     options: WorkerOptions,
     copies: CopyPool,
     pub(super) peers: HashMap<ConnectionId, PeerState>,
+    /// For what is read on the thread that needs it.
+    lanes_here: HashMap<ConnectionId, ShmLane>,
     /// Connections of peers that pull from here; whether their cache is like ours.
     readers: HashMap<ConnectionId, bool>,
     stops: HashMap<u64, Arc<AtomicBool>>,
@@ -74,7 +80,7 @@ impl Exchange {
     pub(super) fn new(
         (cache, shared): (LocalCache, Option<SharedCache>),
         own_hello: Hello,
-        (table, token): (Arc<EpochTable>, ProbeToken),
+        (table, token, board): (Arc<EpochTable>, ProbeToken, OfferBoard),
         options: &WorkerOptions,
         copies: CopyPool,
         results: Arc<Results>,
@@ -89,6 +95,7 @@ impl Exchange {
                 part_pieces_min: part_pieces_min(cache.map()),
             }),
             table,
+            board,
             _token: token,
             cache,
             _shared: shared,
@@ -99,6 +106,7 @@ impl Exchange {
             options: options.clone(),
             copies,
             peers: HashMap::new(),
+            lanes_here: HashMap::new(),
             readers: HashMap::new(),
             stops: HashMap::new(),
             served: Arc::default(),
@@ -165,9 +173,45 @@ impl Exchange {
                 *self.stats.holds.entry(reason).or_default() += 1;
                 self.results.add_hold(hold, reason);
             }
+            HolderAction::Post {
+                key,
+                prompt,
+                slot,
+                epoch,
+                blocks,
+            } => {
+                let lease = Lease { slot, epoch };
+                self.board.post(&key, &prompt, &PostedPrompt { lease, blocks });
+            }
             HolderAction::Send(connection, message) => return Some((connection, message)),
         }
         None
+    }
+
+    /// The wanted blocks, if the peer's memory can be read and has the prompt posted.
+    pub(super) fn posted(&mut self, connection: ConnectionId, request: &PullRequest) -> Option<PostedBlocks> {
+        // Whatever is wrong shows when it is asked for.
+        let lane = self.lane_here(connection)?;
+        let posted = lane.find_posted(&request.key, &request.prompt).ok()??;
+        let wanted = request.first_block as usize..request.first_block as usize + request.targets.len();
+        Some(PostedBlocks {
+            slot: posted.lease.slot,
+            epoch: posted.lease.epoch,
+            blocks: posted.blocks.get(wanted)?.to_vec(),
+        })
+    }
+
+    /// `None`: the peer's memory cannot be read from here.
+    fn lane_here(&mut self, connection: ConnectionId) -> Option<&mut ShmLane> {
+        let PeerState::Usable(peer) = self.peers.get(&connection)? else {
+            return None;
+        };
+        let Way::Shm(memory) = peer.way else { return None };
+        if !self.lanes_here.get(&connection).is_some_and(Lane::is_open) {
+            let lane = ShmLane::open(memory, Arc::clone(&peer.pairing)).ok()?;
+            self.lanes_here.insert(connection, lane);
+        }
+        self.lanes_here.get_mut(&connection)
     }
 
     fn start_copy(&mut self, action: PullerAction) {
@@ -205,8 +249,9 @@ impl Exchange {
             is_stopped: Arc::clone(self.stops.entry(transfer).or_default()),
         };
         if bytes <= COPY_HERE_BYTES
-            && let Some(done) = copy_here(&job)
+            && let Some(lane) = self.lane_here(connection)
         {
+            let done = copy_here(&job, lane);
             return self.copied(&done);
         }
         if !self.copies.push(job) {
@@ -277,7 +322,9 @@ impl Machine for Exchange {
     fn closed(&mut self, now: Instant, connection: ConnectionId) {
         if let Some(PeerState::Usable(peer)) = self.peers.remove(&connection) {
             peer.is_gone.store(true, Ordering::Relaxed);
+            self.copies.drop_peer(peer);
         }
+        self.lanes_here.remove(&connection);
         self.puller.closed(connection);
         self.readers.remove(&connection);
         if let Some(holder) = &mut self.holder {
@@ -394,5 +441,6 @@ fn holder_limits(options: &WorkerOptions) -> HolderLimits {
         questions: 4096,
         question_wait: options.question_wait,
         transfers_per_connection: PULLS_MAX,
+        posted_blocks: POSTED_BLOCKS_MAX as u32,
     }
 }

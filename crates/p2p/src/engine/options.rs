@@ -112,6 +112,13 @@ pub enum LaneChoice {
     Cuda,
 }
 
+impl LaneChoice {
+    /// Whether `lane` may be used.
+    pub(super) fn allows(self, lane: Self) -> bool {
+        self == Self::Auto || self == lane
+    }
+}
+
 /// Settings of a worker.
 #[derive(Clone, Debug)]
 #[non_exhaustive]

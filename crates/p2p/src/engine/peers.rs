@@ -1,11 +1,11 @@
 //! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
 
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvlane_core::Run;
-use kvlane_cuda::{CacheOffer, DeviceCache, Patience, PeerCache};
+use kvlane_cuda::{CacheOffer, CudaError, DeviceCache, Patience, PeerCache};
 
 use super::address::PeerAddress;
 use super::options::LaneChoice;
@@ -54,7 +54,8 @@ pub(super) struct OfferedMemory {
     offer: CacheOffer,
     /// No other lane may be used.
     is_forced: bool,
-    mapped: OnceLock<Result<PeerCache, String>>,
+    /// What came of it, once that is certain.
+    mapped: Mutex<Option<Result<PeerCache, String>>>,
 }
 
 impl OfferedMemory {
@@ -63,22 +64,33 @@ impl OfferedMemory {
         &self,
         local: &DeviceCache,
         peer: &PeerAddress,
+        deadline: Instant,
+        is_stopped: &AtomicBool,
     ) -> Result<Option<PeerCache>, LaneError> {
-        let mapped = self.mapped.get_or_init(|| {
-            let patience = Patience {
-                deadline: Instant::now() + MAP_MAX,
-                cancelled: &|| false,
-            };
-            let mapped = local.map_peer(&self.offer, &patience);
-            let mapped = mapped.map_err(|error| error.to_string());
-            match &mapped {
-                Err(reason) if !self.is_forced => warn_of_fallback(peer, reason),
-                _ => {}
+        let mut known = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mapped = match &*known {
+            Some(mapped) => mapped.clone(),
+            None => {
+                let patience = Patience {
+                    deadline: deadline.min(Instant::now() + MAP_MAX),
+                    cancelled: &|| is_stopped.load(Ordering::Relaxed),
+                };
+                let mapped = match local.map_peer(&self.offer, &patience) {
+                    // Another time there may be a buffer.
+                    Err(CudaError::TimedOut { .. }) => return Err(LaneError::TimedOut { done_bytes: 0 }),
+                    Err(CudaError::Cancelled { .. }) => return Err(LaneError::Cancelled { done_bytes: 0 }),
+                    mapped => mapped.map_err(|error| error.to_string()),
+                };
+                match &mapped {
+                    Ok(_) => tracing::info!(peer = %peer, "lane cuda: the peer's device memory is mapped"),
+                    Err(reason) if !self.is_forced => warn_of_fallback(peer, reason),
+                    Err(_) => {}
+                }
+                known.insert(mapped).clone()
             }
-            mapped
-        });
+        };
         match mapped {
-            Ok(memory) => Ok(Some(memory.clone())),
+            Ok(memory) => Ok(Some(memory)),
             Err(reason) if self.is_forced => {
                 Err(LaneError::Layout(format!("lane cuda is not possible: {reason}")))
             }
@@ -175,25 +187,39 @@ fn host_way(
     }
 }
 
-/// Whether the offered memory can be mapped shows later.
+/// Whether the offered memory can be mapped shows later, unless it is another machine's.
 fn device_way(address: &PeerAddress, hello: &Hello, choice: LaneChoice) -> Result<Way, String> {
-    let reason = "it offers no device memory (its log says why)";
-    match (choice, &hello.device) {
-        (LaneChoice::Tcp, _) => Ok(Way::Tcp),
-        (LaneChoice::Shm, _) => {
-            Err("lane shm is not possible: the cache of this server is on a GPU".to_owned())
+    match choice {
+        LaneChoice::Tcp => return Ok(Way::Tcp),
+        LaneChoice::Shm => {
+            return Err("lane shm is not possible: the cache of this server is on a GPU".to_owned());
         }
-        (LaneChoice::Cuda | LaneChoice::Auto, Some(memory)) => Ok(Way::Cuda(Arc::new(OfferedMemory {
-            offer: memory.into(),
-            is_forced: choice == LaneChoice::Cuda,
-            mapped: OnceLock::new(),
-        }))),
-        (LaneChoice::Cuda, None) => Err(format!("lane cuda is not possible: {reason}")),
-        (LaneChoice::Auto, None) => {
-            warn_of_fallback(address, reason);
-            Ok(Way::Tcp)
-        }
+        LaneChoice::Cuda | LaneChoice::Auto => {}
     }
+    let is_forced = choice == LaneChoice::Cuda;
+    let reason = match &hello.device {
+        Some(memory) if memory.host_id == [0; 16] || memory.host_id == host_id() => {
+            return Ok(Way::Cuda(Arc::new(OfferedMemory {
+                offer: memory.into(),
+                is_forced,
+                mapped: Mutex::new(None),
+            })));
+        }
+        Some(_) => "it runs on another machine (boot ids differ)",
+        None => "it offers no device memory (its log says why)",
+    };
+    if is_forced {
+        return Err(format!("lane cuda is not possible: {reason}"));
+    }
+    warn_of_fallback(address, reason);
+    Ok(Way::Tcp)
+}
+
+/// Names the running kernel, the same for all containers of a machine; zeroes if it does not say.
+pub(super) fn host_id() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&hex, 16).unwrap_or_default().to_be_bytes()
 }
 
 /// Finds out whether the peer's memory can be read.
@@ -205,6 +231,8 @@ fn probe(hello: &Hello, pairing: &Arc<Pairing>) -> Result<PeerMemory, String> {
         token: probe.token,
         epochs_address: probe.epochs_address,
         epoch_slots: probe.slot_count,
+        board_address: probe.board_address,
+        board_entries: probe.board_entries,
     };
     let opened: Result<ShmLane, LaneError> = ShmLane::open(memory, Arc::clone(pairing));
     opened.map(|_| memory).map_err(|error| error.to_string())

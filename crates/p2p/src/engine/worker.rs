@@ -16,11 +16,12 @@ use super::exchange::{Exchange, PeerState};
 use super::machine::NetConfig;
 use super::marks::{Deed, Marks, Waited};
 use super::net::{Net, Shared};
-use super::options::WorkerOptions;
+use super::options::{LaneChoice, WorkerOptions};
+use super::peers::host_id;
 use super::results::Results;
 use crate::error::{Error, Result};
 use crate::key::{Prompt, TransferKey};
-use crate::lanes::{EpochTable, LocalCache, ProbeToken, RemoteCache};
+use crate::lanes::{EpochTable, LocalCache, OfferBoard, ProbeToken, RemoteCache};
 use crate::proto::{
     CacheLayout, Channel, DenyReason, DeviceMemory, EndReason, Hello, Holder, Offer, Probe, Progress,
     PullRequest, PullResult, Role,
@@ -105,6 +106,13 @@ impl P2pWorker {
         // Like the holder's own list.
         (0..options.holds).for_each(|slot| table.set(slot, 1));
         let token = ProbeToken::new().map_err(failed)?;
+        // Only memory of the host is read.
+        let is_posted = options.can_offer && matches!(cache, LocalCache::Host(_));
+        let board = OfferBoard::new(if is_posted {
+            options.holds.min(BOARD_ENTRIES_MAX)
+        } else {
+            0
+        });
         let own_hello = Hello {
             channel: Channel::Control,
             namespace: *namespace.as_bytes(),
@@ -114,19 +122,26 @@ impl P2pWorker {
             device: None,
         };
         let shared = match &cache {
-            LocalCache::Device(cache) if options.can_offer => share(cache, token.bytes()),
+            LocalCache::Device(cache) if options.can_offer && options.lane.allows(LaneChoice::Cuda) => {
+                share(cache, token.bytes())
+            }
             _ => None,
         };
         let accept_hello = Hello {
             cache: Some(CacheLayout::from(cache.map())),
-            probe: Some(Probe {
+            // Who does not know where memory is cannot read it.
+            probe: options.lane.allows(LaneChoice::Shm).then(|| Probe {
                 pid: std::process::id(),
                 address: token.address(),
                 token: token.bytes(),
                 epochs_address: table.address(),
                 slot_count: table.slot_count(),
+                board_address: board.address(),
+                board_entries: board.entry_count(),
             }),
-            device: shared.as_ref().map(|shared| DeviceMemory::from(shared.offer())),
+            device: shared
+                .as_ref()
+                .map(|shared| DeviceMemory::new(shared.offer(), host_id())),
             ..own_hello.clone()
         };
         let config = NetConfig {
@@ -146,7 +161,7 @@ impl P2pWorker {
         let exchange = Exchange::new(
             (cache, shared),
             own_hello,
-            (table, token),
+            (table, token, board),
             &options,
             copies,
             Arc::clone(&results),
@@ -201,26 +216,40 @@ impl P2pWorker {
         self.with_holder(|holder, _| holder.extend(hold, blocks))
     }
 
-    /// Says how far the computation is. An unknown hold is ignored.
-    pub fn progress(&self, hold: &str, progress: Progress) -> Result<()> {
+    /// Says how far the computation of each hold is. An unknown one is ignored.
+    pub fn progress(&self, progressed: &[(&str, Progress)]) -> Result<()> {
         self.check_on_host()?;
-        self.with_holder(|holder, _| holder.progress(hold, progress))
+        self.with_holder(|holder, _| {
+            for &(hold, progress) in progressed {
+                holder.progress(hold, progress);
+            }
+        })
     }
 
-    /// As [`progress`](Self::progress), once what is on `stream` now has been done. Does not wait.
-    pub fn progress_after(&self, hold: &str, progress: Progress, stream: StreamHandle) -> Result<()> {
+    /// As [`progress`](Self::progress) of each, once what is on `stream` now has been done. Does not wait.
+    pub fn progress_after(&self, progressed: &[(&str, Progress)], stream: StreamHandle) -> Result<()> {
         let Some((cache, marks)) = &self.device else {
-            return self.progress(hold, progress);
+            return self.progress(progressed);
         };
-        let Some(offer) = self.net.shared().with(|core, _| core.machine.offer_of(hold)) else {
+        let offered = self.net.shared().with(|core, _| {
+            let deeds = progressed.iter().filter_map(|&(hold, progress)| {
+                let offer = core.machine.offer_of(hold)?;
+                let hold = hold.into();
+                Some(Deed::Progress {
+                    hold,
+                    offer,
+                    progress,
+                })
+            });
+            deeds.collect::<Vec<Deed>>()
+        });
+        if offered.is_empty() {
             return Ok(());
-        };
-        let deed = Deed::Progress {
-            hold: hold.into(),
-            offer,
-            progress,
-        };
-        if !marks.push(mark(cache, stream)?, deed) {
+        }
+        // One point in the stream for all of them.
+        let mark = mark(cache, stream)?;
+        let pushed = offered.into_iter().map(|deed| marks.push(mark.clone(), deed));
+        if pushed.filter(|is_pushed| !is_pushed).count() > 0 {
             tracing::warn!("the device is far behind, so decode servers are not told what is computed");
         }
         Ok(())
@@ -420,6 +449,8 @@ impl P2pWorker {
     }
 }
 
+/// Most entries of the board of posted prompts, of two KiB each. A key that shares its place with a later one is asked for.
+const BOARD_ENTRIES_MAX: u32 = 512;
 /// Longest wait for a buffer while the cache is shared.
 const SHARE_MAX: Duration = Duration::from_secs(5);
 
@@ -503,7 +534,8 @@ fn begin_pull(
         targets: order.targets,
         deadline,
     };
-    core.machine.puller.pull(connection, request);
+    let posted = core.machine.posted(connection, &request);
+    core.machine.puller.pull(connection, request, posted);
 }
 
 impl Drop for P2pWorker {

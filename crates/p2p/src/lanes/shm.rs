@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Instant;
 
+use super::offer_board::{ENTRY_BYTES, PostedPrompt, entry_offset, entry_stride_bytes, parse};
 use super::pairing::Walk;
 use super::{Lane, LaneError, Lease, LocalCache, Pairing, Span};
+use crate::key::{Prompt, TransferKey};
 use crate::raw::{LocalRanges, RemoteRanges, read_process, read_process_bytes};
 
 /// Most bytes between two looks at the clock and the caller's flag: about a millisecond of copying. More ranges in a call
@@ -25,6 +27,10 @@ pub struct PeerMemory {
     pub epochs_address: u64,
     /// Number of slots of the table.
     pub epoch_slots: u32,
+    /// Where [`OfferBoard::address`](super::OfferBoard::address) says.
+    pub board_address: u64,
+    /// Number of entries of the board; none: it has no board.
+    pub board_entries: u32,
 }
 
 /// Copies by `process_vm_readv`, which needs nothing of the peer but that its process lives: not even that it runs.
@@ -49,6 +55,7 @@ impl ShmLane {
             .filter(|&pid| pid > 0)
             .ok_or_else(|| LaneError::Layout(format!("no process has the number {}", peer.pid)))?;
         let table_bytes = 8 * u64::from(peer.epoch_slots);
+        let board_bytes = entry_stride_bytes() * u64::from(peer.board_entries);
         let fits = |address: u64, len: u64| {
             address != 0 && address.checked_add(len).is_some_and(|end| end <= i64::MAX as u64)
         };
@@ -56,6 +63,12 @@ impl ShmLane {
             return Err(LaneError::Layout(format!(
                 "a token at {:#x} and {} epochs at {:#x} are no memory",
                 peer.token_address, peer.epoch_slots, peer.epochs_address
+            )));
+        }
+        if peer.board_entries > 0 && !fits(peer.board_address, board_bytes) {
+            return Err(LaneError::Layout(format!(
+                "a board of {} prompts at {:#x} is no memory",
+                peer.board_entries, peer.board_address
             )));
         }
         let LocalCache::Host(local) = pairing.local() else {
@@ -73,6 +86,33 @@ impl ShmLane {
         };
         lane.probe()?;
         Ok(lane)
+    }
+
+    /// The prompt, if the peer has posted it. Needs nothing of the peer but that its process lives.
+    pub fn find_posted(
+        &mut self,
+        key: &TransferKey,
+        prompt: &Prompt,
+    ) -> Result<Option<PostedPrompt>, LaneError> {
+        let Some(offset) = entry_offset(key, self.peer.board_entries) else {
+            return Ok(None);
+        };
+        let (mut token, mut entry) = ([0; 16], [0; ENTRY_BYTES]);
+        let read = read_process_bytes(
+            self.pid,
+            [
+                (&mut entry, self.peer.board_address + offset),
+                (&mut token, self.peer.token_address),
+            ],
+        );
+        // The blocks are read behind the entry that names them.
+        fence(Ordering::SeqCst);
+        let checked = match read {
+            Ok(true) if token == self.peer.token => Ok(parse(&entry, key, prompt)),
+            Ok(_) => Err(LaneError::WrongProcess { pid: self.pid }),
+            Err(error) => Err(LaneError::of_process(self.pid, error)),
+        };
+        self.note(checked)
     }
 
     /// Whether the process still is the one that gave the token.

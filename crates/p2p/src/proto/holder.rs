@@ -41,6 +41,8 @@ pub struct HolderLimits {
     pub question_wait: Duration,
     /// Most transfers that a connection has open.
     pub transfers_per_connection: usize,
+    /// Most blocks of a prompt that is posted.
+    pub posted_blocks: u32,
 }
 
 /// A request whose blocks can be read.
@@ -84,6 +86,20 @@ pub enum HolderAction {
         /// The number.
         epoch: u64,
     },
+    /// Let peers find a prompt that is computed whole without asking. Nothing takes it back: the slot's epoch says when it
+    /// is over.
+    Post {
+        /// Its name on both servers.
+        key: TransferKey,
+        /// What its KV is computed from.
+        prompt: Prompt,
+        /// Place of the lease in the table.
+        slot: u32,
+        /// What the table holds as long as the lease does.
+        epoch: u64,
+        /// All blocks of the prompt.
+        blocks: Vec<u32>,
+    },
     /// Send this.
     Send(ConnectionId, Message),
     /// Tell the engine that the blocks of a finished request are its own again.
@@ -125,6 +141,7 @@ struct Hold {
     progress: Progress,
     /// None: ended, but the engine still has to finish or revoke it.
     lease: Option<Lease>,
+    is_posted: bool,
     is_finished: bool,
     end_reason: EndReason,
 }
@@ -216,6 +233,7 @@ impl Holder {
                 last_want: None,
                 expires: None,
             }),
+            is_posted: false,
             is_finished: false,
             end_reason: EndReason::Revoked,
         };
@@ -254,6 +272,16 @@ impl Holder {
             wave_layers: progress.wave_layers,
         };
         let Some(lease) = &known.lease else { return };
+        let is_whole = done_blocks >= known.block_count && known.block_count <= self.limits.posted_blocks;
+        if is_whole && !std::mem::replace(&mut known.is_posted, true) {
+            self.actions.push_back(HolderAction::Post {
+                key: known.key.clone(),
+                prompt: known.prompt,
+                slot: lease.slot,
+                epoch: self.epochs[lease.slot as usize],
+                blocks: known.blocks[..known.block_count as usize].to_vec(),
+            });
+        }
         for reader in lease.readers.clone() {
             self.tell(reader);
         }

@@ -218,6 +218,10 @@ pub struct Probe {
     pub epochs_address: u64,
     /// Number of slots.
     pub slot_count: u32,
+    /// Where the board of posted prompts is.
+    pub board_address: u64,
+    /// Number of its entries; none: there is no board.
+    pub board_entries: u32,
 }
 
 /// Device memory for others to map.
@@ -229,6 +233,8 @@ pub struct DeviceMemory {
     pub token_address: u64,
     /// Who reads it there has mapped the right memory.
     pub token: [u8; 16],
+    /// Names the machine since its start; only there can it be mapped. Zeroes: not known.
+    pub host_id: [u8; 16],
 }
 
 impl std::fmt::Debug for DeviceMemory {
@@ -252,8 +258,9 @@ pub struct DeviceAllocation {
     pub len_bytes: u64,
 }
 
-impl From<&CacheOffer> for DeviceMemory {
-    fn from(offer: &CacheOffer) -> Self {
+impl DeviceMemory {
+    /// What a cache offers on a machine.
+    pub fn new(offer: &CacheOffer, host_id: [u8; 16]) -> Self {
         let allocation = |one: &SharedAllocation| {
             let (first, second) = one.handle.split_at(32);
             let half = |bytes: &[u8]| bytes.try_into().expect("half of 64 bytes");
@@ -267,6 +274,7 @@ impl From<&CacheOffer> for DeviceMemory {
             allocations: offer.allocations.iter().map(allocation).collect(),
             token_address: offer.token_address,
             token: offer.token,
+            host_id,
         }
     }
 }

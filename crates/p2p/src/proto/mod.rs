@@ -27,7 +27,7 @@ pub use message::{
     CacheLayout, Channel, DenyReason, DeviceAllocation, DeviceMemory, Hello, Message, Open, Probe, Progress,
     Region, Role, VERSION, Verdict,
 };
-pub use puller::{Copied, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span};
+pub use puller::{Copied, PostedBlocks, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span};
 
 /// Names a connection for as long as it lasts; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

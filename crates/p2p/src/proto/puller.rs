@@ -43,6 +43,17 @@ pub struct PullRequest {
     pub deadline: Instant,
 }
 
+/// What a reader of the holder's memory found there of a pull's blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PostedBlocks {
+    /// Place of the lease in the holder's table.
+    pub slot: u32,
+    /// What the table must hold for bytes to be right.
+    pub epoch: u64,
+    /// The holder's block for each target.
+    pub blocks: Vec<u32>,
+}
+
 /// How a pull ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -135,15 +146,21 @@ pub struct Puller {
     by_job: HashMap<u64, u64>,
     last_transfer: u64,
     actions: VecDeque<PullerAction>,
+    /// Pulls of posted blocks that the holder has not been asked for yet.
+    unasked: VecDeque<u64>,
 }
 
 #[derive(Debug)]
 struct Pull {
     connection: ConnectionId,
     job: u64,
+    key: TransferKey,
+    prompt: Prompt,
     first_block: u32,
     targets: Vec<u32>,
     deadline: Instant,
+    is_asked: bool,
+    posted: Posted,
     lease: Option<(u32, u64)>,
     /// The holder's blocks, as far as they were named.
     sources: Vec<u32>,
@@ -159,9 +176,30 @@ struct Pull {
     end: Option<PullResult>,
 }
 
+/// Whether blocks are copied that the holder has posted, and not named to this pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Posted {
+    No,
+    Copying,
+    /// A copy of them failed; others run.
+    Failed,
+}
+
 impl Pull {
     fn count(&self) -> usize {
         self.targets.len()
+    }
+
+    /// For some of its blocks, or for none.
+    fn want(&self, transfer: u64, block_count: u32) -> PullerAction {
+        let want = Message::Want {
+            transfer,
+            key: self.key.clone(),
+            prompt: self.prompt,
+            first_block: if block_count == 0 { 0 } else { self.first_block },
+            block_count,
+        };
+        PullerAction::Send(self.connection, want)
     }
 }
 
@@ -174,11 +212,15 @@ impl Puller {
             by_job: HashMap::new(),
             last_transfer: 0,
             actions: VecDeque::new(),
+            unasked: VecDeque::new(),
         }
     }
 
     /// Begins a pull over a connection that is ready, or will be: messages wait there.
-    pub fn pull(&mut self, connection: ConnectionId, request: PullRequest) {
+    ///
+    /// With `posted`, copying begins at once. The holder is asked all the same, unless the copies are over by then: a
+    /// lease that is claimed is kept for longer, and if it ends under the copies, another may be granted.
+    pub fn pull(&mut self, connection: ConnectionId, request: PullRequest, posted: Option<PostedBlocks>) {
         if self.pulls.len() >= self.limits.pulls {
             self.actions.push_back(PullerAction::Ended {
                 job: request.job,
@@ -189,21 +231,17 @@ impl Puller {
         }
         self.last_transfer += 1;
         let transfer = self.last_transfer;
-        let want = Message::Want {
-            transfer,
-            key: request.key,
-            prompt: request.prompt,
-            first_block: request.first_block,
-            block_count: request.targets.len() as u32,
-        };
-        self.actions.push_back(PullerAction::Send(connection, want));
         self.by_job.insert(request.job, transfer);
         let pull = Pull {
             connection,
             job: request.job,
+            key: request.key,
+            prompt: request.prompt,
             first_block: request.first_block,
             targets: request.targets,
             deadline: request.deadline,
+            is_asked: false,
+            posted: Posted::No,
             lease: None,
             sources: Vec::new(),
             progress: Progress::default(),
@@ -216,6 +254,12 @@ impl Puller {
             end: None,
         };
         self.pulls.insert(transfer, pull);
+        if posted.is_some_and(|posted| self.copy_posted(transfer, &posted)) {
+            // Behind the copies: small ones may be over by then.
+            self.unasked.push_back(transfer);
+        } else {
+            self.ask(transfer);
+        }
     }
 
     /// Tells the holder that this rank has the whole prompt already.
@@ -300,6 +344,7 @@ impl Puller {
             return;
         }
         match copied {
+            _ if pull.posted != Posted::No => return self.posted_copied(transfer, copied),
             Copied::Held => {}
             Copied::Unchecked => pull.unchecked = true,
             Copied::Lapsed => return self.fail(transfer, PullResult::Lapsed),
@@ -340,12 +385,76 @@ impl Puller {
 
     /// The next thing to do.
     pub fn next_action(&mut self) -> Option<PullerAction> {
+        while self.actions.is_empty() {
+            let transfer = self.unasked.pop_front()?;
+            self.ask(transfer);
+        }
         self.actions.pop_front()
     }
 
     /// Number of pulls that have not ended.
     pub fn pull_count(&self) -> usize {
         self.pulls.len()
+    }
+
+    /// Asks for the blocks of a pull, unless it has ended or was asked for.
+    fn ask(&mut self, transfer: u64) {
+        if let Some(pull) = self.pulls.get_mut(&transfer)
+            && pull.end.is_none()
+            && !std::mem::replace(&mut pull.is_asked, true)
+        {
+            self.actions.push_back(pull.want(transfer, pull.count() as u32));
+        }
+    }
+
+    /// False: they cannot be the blocks of this pull.
+    fn copy_posted(&mut self, transfer: u64, posted: &PostedBlocks) -> bool {
+        let limits = self.limits;
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return false;
+        };
+        let is_plausible = posted.blocks.len() == pull.count()
+            && posted.blocks.iter().all(|&block| block < limits.block_count_max);
+        if !is_plausible {
+            return false;
+        }
+        pull.posted = Posted::Copying;
+        for (layers, positions) in parts(&limits, 0..limits.layers, 0..pull.count()) {
+            pull.running += 1;
+            self.actions.push_back(PullerAction::Copy {
+                transfer,
+                connection: pull.connection,
+                slot: posted.slot,
+                epoch: posted.epoch,
+                span: Span {
+                    layers,
+                    remote: posted.blocks[positions.clone()].to_vec(),
+                    local: pull.targets[positions].to_vec(),
+                },
+                deadline: pull.deadline,
+            });
+        }
+        true
+    }
+
+    /// Takes the result of a copy of posted blocks. If one fails, what the holder grants is copied once all are over.
+    fn posted_copied(&mut self, transfer: u64, copied: Copied) {
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        if copied != Copied::Held {
+            pull.posted = Posted::Failed;
+        }
+        if pull.running > 0 {
+            return;
+        }
+        match std::mem::replace(&mut pull.posted, Posted::No) {
+            Posted::Failed => {
+                self.ask(transfer);
+                self.copy_what_is_ready(transfer);
+            }
+            _ => self.finish(transfer),
+        }
     }
 
     fn transfers(&self, choose: impl Fn(&Pull) -> bool) -> Vec<u64> {
@@ -375,6 +484,19 @@ impl Puller {
         }
         pull.sources.extend_from_slice(blocks);
         pull.progress = progress;
+        if pull.posted == Posted::No {
+            self.copy_what_is_ready(transfer);
+        }
+        Ok(())
+    }
+
+    /// Has copied what the notices so far allow and was not.
+    fn copy_what_is_ready(&mut self, transfer: u64) {
+        let limits = self.limits;
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        let progress = pull.progress;
         // Positions in `targets`.
         let position = |block: u32| (block.saturating_sub(pull.first_block) as usize).min(pull.sources.len());
         let (done, wave) = (position(progress.done_blocks), position(progress.wave_blocks));
@@ -429,7 +551,6 @@ impl Puller {
         }
         // The last notice may only say that what is there already was the rest.
         self.check_if_complete(transfer);
-        Ok(())
     }
 
     /// Ends a pull whose blocks are all there, once it is sure that they were right.
@@ -455,8 +576,12 @@ impl Puller {
             return;
         };
         pull.end = Some(PullResult::Done);
-        let done = Message::Done { transfer };
-        self.actions.push_back(PullerAction::Send(pull.connection, done));
+        let done = if pull.is_asked {
+            PullerAction::Send(pull.connection, Message::Done { transfer })
+        } else {
+            pull.want(transfer, 0)
+        };
+        self.actions.push_back(done);
         self.end_if_quiet(transfer);
     }
 
@@ -474,9 +599,12 @@ impl Puller {
         );
         if !is_over {
             // The holder need not keep the blocks for this rank any longer.
-            let cancel = Message::Cancel { transfer };
-            self.actions
-                .push_back(PullerAction::Send(pull.connection, cancel));
+            let cancel = if pull.is_asked {
+                PullerAction::Send(pull.connection, Message::Cancel { transfer })
+            } else {
+                pull.want(transfer, 0)
+            };
+            self.actions.push_back(cancel);
         }
         if pull.running > 0 {
             self.actions.push_back(PullerAction::StopCopies { transfer });

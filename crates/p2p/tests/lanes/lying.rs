@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
 use kvlane_p2p::lanes::{
-    EpochTable, Lane, LaneError, Pairing, PeerMemory, ProbeToken, RemoteCache, RemoteRegion, ShmLane, TcpLane,
+    EpochTable, Lane, LaneError, OfferBoard, Pairing, PeerMemory, PostedPrompt, ProbeToken, RemoteCache,
+    RemoteRegion, ShmLane, TcpLane,
 };
+use kvlane_p2p::{Prompt, TransferKey};
 
 use crate::holder::Layout;
 use crate::{LEASE, Place, SMALL, copy, holder, soon, span};
@@ -82,6 +84,68 @@ fn numbers_that_are_no_process_and_no_memory_are_refused() {
 }
 
 #[test]
+fn a_posted_prompt_is_found_only_where_token_and_board_are_the_peers() {
+    let (epochs, token, board) = (
+        EpochTable::new(64),
+        ProbeToken::new().unwrap(),
+        OfferBoard::new(8),
+    );
+    let honest = PeerMemory {
+        pid: std::process::id(),
+        token_address: token.address(),
+        token: token.bytes(),
+        epochs_address: epochs.address(),
+        epoch_slots: 64,
+        board_address: board.address(),
+        board_entries: board.entry_count(),
+    };
+    let key = TransferKey::new("a").unwrap();
+    let prompt = Prompt {
+        tokens: 8,
+        digest: [1; 32],
+    };
+    let posted = PostedPrompt {
+        lease: LEASE,
+        blocks: vec![3, 1],
+    };
+    let find = |memory| open(memory).and_then(|mut lane| lane.find_posted(&key, &prompt));
+    assert_eq!(find(honest).unwrap(), None);
+    board.post(&key, &prompt, &posted);
+    assert_eq!(find(honest).unwrap(), Some(posted));
+    let without = PeerMemory {
+        board_entries: 0,
+        ..honest
+    };
+    assert_eq!(find(without).unwrap(), None);
+    for board_address in [0, u64::MAX - 8, i64::MAX as u64] {
+        let refused = find(PeerMemory {
+            board_address,
+            ..honest
+        });
+        assert!(matches!(refused, Err(LaneError::Layout(_))), "{refused:?}");
+    }
+    let nowhere = find(PeerMemory {
+        board_address: NOTHING,
+        ..honest
+    });
+    assert!(
+        matches!(nowhere, Err(LaneError::BadAddress { .. })),
+        "{nowhere:?}"
+    );
+    let mut lane = open(honest).unwrap();
+    drop(token);
+    let other = lane.find_posted(&key, &prompt);
+    assert!(
+        matches!(
+            other,
+            Err(LaneError::WrongProcess { .. } | LaneError::BadAddress { .. })
+        ),
+        "{other:?}"
+    );
+    assert!(!lane.is_open());
+}
+
+#[test]
 fn a_token_that_is_gone_ends_the_lane_though_slot_and_bytes_are_there() {
     let cache = SMALL.filled(1);
     let epochs = EpochTable::new(64);
@@ -93,6 +157,8 @@ fn a_token_that_is_gone_ends_the_lane_though_slot_and_bytes_are_there() {
         token: token.bytes(),
         epochs_address: epochs.address(),
         epoch_slots: 64,
+        board_address: 0,
+        board_entries: 0,
     };
     let pairing = Pairing::new(SMALL.cache(), RemoteCache::of(cache.map()).unwrap()).unwrap();
     let mut lane = ShmLane::open(memory, Arc::new(pairing)).unwrap();

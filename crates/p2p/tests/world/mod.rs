@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use kvlane_p2p::proto::{
     Asker, AskerAction, AskerLimits, Channel, ConnectionId, Copied, EndReason, Frames, Hello, Holder,
-    HolderAction, HolderLimits, Identity, Link, LinkConfig, Message, Offer, Progress, PullRequest,
-    PullResult, Puller, PullerAction, PullerLimits, Role, Side, Span, State, Verdict, encode,
+    HolderAction, HolderLimits, Identity, Link, LinkConfig, Message, Offer, PostedBlocks, Progress,
+    PullRequest, PullResult, Puller, PullerAction, PullerLimits, Role, Side, Span, State, Verdict, encode,
 };
 use kvlane_p2p::{Prompt, TransferKey};
 use rand::rngs::StdRng;
@@ -32,6 +32,8 @@ pub(crate) struct Faults {
     pub(crate) duplicates: u32,
     pub(crate) slow_copies: u32,
     pub(crate) slow_messages: u32,
+    /// Pulls that look at the board of the prefill server first.
+    pub(crate) looks: u32,
     pub(crate) never_prefilled: u32,
     /// How long a lease outlasts its time while it is read.
     pub(crate) reading: Duration,
@@ -50,6 +52,7 @@ impl Faults {
             duplicates: 0,
             slow_copies: 0,
             slow_messages: 0,
+            looks: 500,
             never_prefilled: 0,
             reading: 2 * LEASE,
             blind_to_lapses: false,
@@ -73,6 +76,7 @@ impl Faults {
             duplicates: some(10),
             slow_copies: some(200),
             slow_messages: some(60),
+            looks: some(1000),
             never_prefilled: some(150),
             reading: some(2) * LEASE,
             blind_to_lapses: false,
@@ -85,6 +89,8 @@ impl Faults {
 pub(crate) struct Totals {
     pub(crate) requests: u64,
     pub(crate) pulled: u64,
+    /// Of those, without a grant.
+    pub(crate) pulled_as_posted: u64,
     pub(crate) lapsed: u64,
     pub(crate) denied: u64,
     pub(crate) timed_out: u64,
@@ -101,6 +107,7 @@ impl Totals {
     pub(crate) fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.pulled += other.pulled;
+        self.pulled_as_posted += other.pulled_as_posted;
         self.lapsed += other.lapsed;
         self.denied += other.denied;
         self.timed_out += other.timed_out;
@@ -152,6 +159,9 @@ struct Request {
     /// Decode's part.
     targets: Vec<u32>,
     job: Option<u64>,
+    is_posted: bool,
+    /// Pieces of blocks whose copying has begun.
+    copied_pieces: usize,
     is_over: bool,
     aborts: bool,
 }
@@ -193,6 +203,8 @@ pub(crate) struct World {
     // prefill
     holder: Holder,
     table: Vec<u64>,
+    /// What was posted last under each key: a reader of the process' memory finds it there.
+    board: HashMap<TransferKey, (Prompt, PostedBlocks)>,
     source: Vec<[Content; LAYERS as usize]>,
     source_free: Vec<u32>,
     waiting_holds: HashMap<Arc<str>, Vec<u32>>,
@@ -245,6 +257,7 @@ impl World {
             requests: HashMap::new(),
             holder: Holder::new(holder_limits(faults)),
             table: vec![1; 8],
+            board: HashMap::new(),
             source: vec![[None; LAYERS as usize]; BLOCKS as usize],
             source_free: (0..BLOCKS).collect(),
             waiting_holds: HashMap::new(),
@@ -337,6 +350,8 @@ impl World {
             is_computing: true,
             targets: Vec::new(),
             job: None,
+            is_posted: false,
+            copied_pieces: 0,
             is_over: false,
             aborts: self.hits(self.faults.aborts),
         };
@@ -403,13 +418,33 @@ impl World {
                 if let Some(request) = self.requests.get_mut(&number) {
                     (request.job, request.targets) = (Some(job), targets);
                 }
-                self.puller.pull(ConnectionId(connection), pull);
+                let posted = self.posted(&pull);
+                if let Some(request) = self.requests.get_mut(&number) {
+                    request.is_posted = posted.is_some();
+                }
+                self.puller.pull(ConnectionId(connection), pull, posted);
             }
             _ => {
                 self.totals.unanswered += 1;
                 self.end_request(number);
             }
         }
+    }
+
+    /// What a reader of prefill's memory finds of a pull's blocks. It may be of a lease that has ended.
+    fn posted(&mut self, pull: &PullRequest) -> Option<PostedBlocks> {
+        if !self.hits(self.faults.looks) {
+            return None;
+        }
+        let (_, posted) = self
+            .board
+            .get(&pull.key)
+            .filter(|(prompt, _)| *prompt == pull.prompt)?;
+        let wanted = pull.first_block as usize..pull.first_block as usize + pull.targets.len();
+        Some(PostedBlocks {
+            blocks: posted.blocks.get(wanted)?.to_vec(),
+            ..*posted
+        })
     }
 
     fn end_request(&mut self, number: u64) {
@@ -442,6 +477,10 @@ impl World {
                     );
                 }
                 self.totals.pulled += 1;
+                // Otherwise they were copied again, by a grant.
+                let is_as_posted =
+                    request.is_posted && request.copied_pieces == targets.len() * LAYERS as usize;
+                self.totals.pulled_as_posted += u64::from(is_as_posted);
             }
             PullResult::Lapsed => self.totals.lapsed += 1,
             PullResult::Denied(_) => self.totals.denied += 1,
@@ -462,6 +501,9 @@ impl World {
             .first()
             .and_then(|&block| self.target_owner[block as usize]);
         let job = number.expect("a copy goes into blocks of its own") + 1;
+        if let Some(request) = self.requests.get_mut(&(job - 1)) {
+            request.copied_pieces += span.layers.len() * span.local.len();
+        }
         self.last_copy += 1;
         let is_slow = self.hits(self.faults.slow_copies);
         let copy = Copy {
@@ -625,6 +667,16 @@ impl World {
                     assert!(epoch > self.table[slot as usize], "an epoch goes back");
                     self.table[slot as usize] = epoch;
                 }
+                HolderAction::Post {
+                    key,
+                    prompt,
+                    slot,
+                    epoch,
+                    blocks,
+                } => {
+                    let blocks = PostedBlocks { slot, epoch, blocks };
+                    self.board.insert(key, (prompt, blocks));
+                }
                 HolderAction::Send(ConnectionId(connection), message) => {
                     self.send(connection, false, message)
                 }
@@ -656,6 +708,7 @@ impl World {
         self.holder = Holder::new(holder_limits(self.faults));
         // What a reader of the old process' memory would find.
         self.table = vec![0; 8];
+        self.board.clear();
         self.source = vec![[Some((u64::MAX, 0)); LAYERS as usize]; BLOCKS as usize];
         self.source_free = (0..BLOCKS).collect();
         self.waiting_holds.clear();
@@ -1019,6 +1072,8 @@ fn holder_limits(faults: Faults) -> HolderLimits {
         questions: 8,
         question_wait: Duration::from_secs(1),
         transfers_per_connection: 8,
+        // Some prompts have more.
+        posted_blocks: 4,
     }
 }
 

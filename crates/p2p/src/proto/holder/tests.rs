@@ -14,6 +14,7 @@ fn limits() -> HolderLimits {
         questions: 2,
         question_wait: Duration::from_secs(5),
         transfers_per_connection: 2,
+        posted_blocks: 0,
     }
 }
 
@@ -526,4 +527,72 @@ fn a_question_behind_an_offer_without_a_slot_is_answered_at_once() {
     holder.receive(now, READER, true, ask).unwrap();
     let verdict = Verdict::None;
     assert_eq!(told(&mut holder), [Message::Answer { question: 5, verdict }]);
+}
+
+#[test]
+fn a_prompt_is_posted_once_when_it_is_whole_unless_it_has_too_many_blocks() {
+    let now = Instant::now();
+    let mut holder = Holder::new(HolderLimits {
+        posted_blocks: 2,
+        ..limits()
+    });
+    assert!(holder.offer(now, offer("r", "a", &[7, 8])));
+    holder.progress("r", done(1));
+    assert_eq!(actions(&mut holder), []);
+    holder.extend("r", &[9]);
+    holder.progress("r", done(2));
+    let posted = HolderAction::Post {
+        key: key("a"),
+        prompt: prompt(2),
+        slot: 0,
+        epoch: 1,
+        blocks: vec![7, 8],
+    };
+    assert_eq!(actions(&mut holder), [posted]);
+    holder.progress("r", done(2));
+    assert_eq!(actions(&mut holder), []);
+    holder.offer(now, offer("s", "b", &[1, 2, 3]));
+    holder.progress("s", done(3));
+    assert_eq!(actions(&mut holder), []);
+}
+
+#[test]
+fn the_epoch_of_a_posted_prompt_is_over_before_its_blocks_are_given_back() {
+    let now = Instant::now();
+    let mut holder = Holder::new(HolderLimits {
+        posted_blocks: 9,
+        ..limits()
+    });
+    held(&mut holder, now, "r", "a", &[1]);
+    let posted = actions(&mut holder);
+    assert!(
+        matches!(
+            &posted[..],
+            [HolderAction::Post {
+                slot: 0,
+                epoch: 1,
+                ..
+            }]
+        ),
+        "{posted:?}"
+    );
+    holder.tick(now + LEASE);
+    let over = actions(&mut holder);
+    assert!(
+        matches!(
+            &over[..],
+            [
+                HolderAction::SetEpoch { slot: 0, epoch: 2 },
+                HolderAction::Ended { .. }
+            ]
+        ),
+        "{over:?}"
+    );
+    assert!(holder.offer(now, offer("s", "b", &[1])));
+    holder.progress("s", done(1));
+    let next = actions(&mut holder);
+    assert!(
+        matches!(&next[..], [HolderAction::Post { epoch: 2, .. }]),
+        "{next:?}"
+    );
 }

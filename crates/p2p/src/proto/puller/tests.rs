@@ -71,7 +71,7 @@ fn granted(now: Instant) -> Puller {
 }
 
 fn granted_to(mut puller: Puller, now: Instant) -> Puller {
-    puller.pull(PEER, request(7, 2, &[10, 11, 12], now));
+    puller.pull(PEER, request(7, 2, &[10, 11, 12], now), None);
     puller.receive(PEER, grant()).unwrap();
     actions(&mut puller);
     puller
@@ -261,7 +261,7 @@ fn a_holder_that_names_what_does_not_exist_is_cut_off_and_nothing_is_copied() {
         assert_eq!(last, [ended], "{lie:?}");
     }
     let mut puller = puller();
-    puller.pull(PEER, request(7, 2, &[10], Instant::now()));
+    puller.pull(PEER, request(7, 2, &[10], Instant::now()), None);
     assert!(
         puller.receive(PEER, ready(&[50], 3, 3, 0)).is_err(),
         "a notice before the grant"
@@ -286,7 +286,7 @@ fn too_many_pulls_are_refused_and_a_cancelled_one_makes_room() {
     let now = Instant::now();
     let mut puller = puller();
     for job in 1..=3 {
-        puller.pull(PEER, request(job, 0, &[job as u32], now));
+        puller.pull(PEER, request(job, 0, &[job as u32], now), None);
     }
     let last = actions(&mut puller).pop();
     assert!(
@@ -306,6 +306,148 @@ fn too_many_pulls_are_refused_and_a_cancelled_one_makes_room() {
         cancelled.contains(&PullerAction::Send(PEER, Message::Cancel { transfer: 1 })),
         "{cancelled:?}"
     );
-    puller.pull(PEER, request(4, 0, &[4], now));
+    puller.pull(PEER, request(4, 0, &[4], now), None);
     assert!(matches!(actions(&mut puller)[..], [PullerAction::Send(..)]));
+}
+
+fn posted(blocks: &[u32]) -> Option<PostedBlocks> {
+    Some(PostedBlocks {
+        slot: 3,
+        epoch: 9,
+        blocks: blocks.to_vec(),
+    })
+}
+
+fn want(block_count: u32) -> PullerAction {
+    let want = Message::Want {
+        transfer: 1,
+        key: TransferKey::new("a").unwrap(),
+        prompt: request(7, 2, &[], Instant::now()).prompt,
+        first_block: if block_count == 0 { 0 } else { 2 },
+        block_count,
+    };
+    PullerAction::Send(PEER, want)
+}
+
+/// A pull of three blocks that the holder has posted; its copy has begun and the holder was asked.
+fn pulled_as_posted(now: Instant) -> Puller {
+    let mut puller = puller();
+    puller.pull(PEER, request(7, 2, &[10, 11, 12], now), posted(&[50, 51, 52]));
+    let begun = actions(&mut puller);
+    assert!(
+        matches!(&begun[..], [PullerAction::Copy { slot: 3, epoch: 9, span, .. }, asked]
+            if span.layers == (0..4) && span.remote == [50, 51, 52] && span.local == [10, 11, 12] && *asked == want(3)),
+        "{begun:?}"
+    );
+    puller
+}
+
+fn ended(result: PullResult) -> PullerAction {
+    PullerAction::Ended {
+        job: 7,
+        transfer: 1,
+        result,
+    }
+}
+
+#[test]
+fn posted_blocks_that_are_there_at_once_are_never_asked_for() {
+    let mut puller = puller();
+    puller.pull(
+        PEER,
+        request(7, 2, &[10, 11, 12], Instant::now()),
+        posted(&[50, 51, 52]),
+    );
+    assert!(matches!(puller.next_action(), Some(PullerAction::Copy { .. })));
+    puller.copied(1, Copied::Held);
+    assert_eq!(actions(&mut puller), [want(0), ended(PullResult::Done)]);
+}
+
+#[test]
+fn a_copy_of_posted_blocks_that_ends_later_needs_no_grant() {
+    let mut puller = pulled_as_posted(Instant::now());
+    puller.receive(PEER, grant()).unwrap();
+    puller.receive(PEER, ready(&[50, 51, 52], 5, 5, 0)).unwrap();
+    assert_eq!(actions(&mut puller), [], "the blocks are being copied");
+    puller.copied(1, Copied::Held);
+    let done = PullerAction::Send(PEER, Message::Done { transfer: 1 });
+    assert_eq!(actions(&mut puller), [done, ended(PullResult::Done)]);
+}
+
+#[test]
+fn posted_blocks_whose_lease_ended_are_copied_again_as_granted() {
+    for told_first in [true, false] {
+        for failure in [Copied::Lapsed, Copied::Failed, Copied::Unchecked] {
+            let mut puller = pulled_as_posted(Instant::now());
+            if !told_first {
+                puller.copied(1, failure);
+                assert_eq!(actions(&mut puller), []);
+            }
+            puller.receive(PEER, grant()).unwrap();
+            puller.receive(PEER, ready(&[60, 61, 62], 5, 5, 0)).unwrap();
+            if told_first {
+                assert_eq!(actions(&mut puller), [], "the first copy still writes the blocks");
+                puller.copied(1, failure);
+            }
+            assert_eq!(
+                copies(&mut puller),
+                [(0..4, vec![60, 61, 62], vec![10, 11, 12])],
+                "{failure:?}"
+            );
+            puller.copied(1, Copied::Held);
+            assert!(actions(&mut puller).contains(&ended(PullResult::Done)));
+        }
+    }
+}
+
+#[test]
+fn no_part_of_posted_blocks_is_copied_again_while_another_is_copied() {
+    let now = Instant::now();
+    let mut puller = puller_of_parts(2, 1);
+    puller.pull(PEER, request(7, 2, &[10, 11, 12], now), posted(&[50, 51, 52]));
+    assert_eq!(copies(&mut puller).len(), 2);
+    puller.receive(PEER, grant()).unwrap();
+    puller.receive(PEER, ready(&[60, 61, 62], 5, 5, 0)).unwrap();
+    puller.copied(1, Copied::Lapsed);
+    assert_eq!(actions(&mut puller), []);
+    puller.copied(1, Copied::Held);
+    assert_eq!(copies(&mut puller).len(), 2);
+}
+
+#[test]
+fn a_pull_of_posted_blocks_ends_like_any_other_and_only_when_its_copy_has() {
+    for (result, end) in [
+        (PullResult::Cancelled, None),
+        (
+            PullResult::Denied(DenyReason::Gone),
+            Some(Message::Deny {
+                transfer: 1,
+                reason: DenyReason::Gone,
+            }),
+        ),
+        (PullResult::Lapsed, Some(Message::Revoked { transfer: 1 })),
+    ] {
+        let mut puller = pulled_as_posted(Instant::now());
+        match end {
+            None => puller.cancel(7),
+            Some(message) => puller.receive(PEER, message).unwrap(),
+        }
+        let stopped = actions(&mut puller);
+        assert!(
+            stopped.contains(&PullerAction::StopCopies { transfer: 1 }),
+            "{stopped:?}"
+        );
+        assert!(!stopped.contains(&ended(result)), "{stopped:?}");
+        puller.copied(1, Copied::Held);
+        assert_eq!(actions(&mut puller), [ended(result)]);
+    }
+}
+
+#[test]
+fn blocks_that_cannot_be_those_of_the_pull_are_asked_for() {
+    for blocks in [&[50, 51][..], &[50, 51, 52, 53], &[50, 51, 100]] {
+        let mut puller = puller();
+        puller.pull(PEER, request(7, 2, &[10, 11, 12], Instant::now()), posted(blocks));
+        assert_eq!(actions(&mut puller), [want(3)], "{blocks:?}");
+    }
 }

@@ -1,0 +1,96 @@
+"""Prompts that decode finds in prefill's memory. Risk: blocks that prefill has taken back are used, a prefill server
+that does not run keeps decode waiting, or what nobody asked for is never given back."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from p2p_worker_process import BLOCK_TOKENS, PrefillProcess, WorkerOfCache, content_of
+
+TIMEOUT_MS = 1500
+
+
+@pytest.fixture
+def prefill():
+    with PrefillProcess() as process:
+        yield process
+
+
+def pull(decode, prefill, key, blocks, targets, first_block=0):
+    return decode.worker.pull(
+        key, "127.0.0.1", prefill.port, blocks * BLOCK_TOKENS, bytes(32), first_block, targets, TIMEOUT_MS
+    )
+
+
+def outcome(decode, job):
+    ended = decode.worker.wait(job, 2 * TIMEOUT_MS)
+    assert ended is not None, "a pull without an end"
+    return ended[1]
+
+
+def connected(prefill, lane="auto"):
+    """A decode worker that has pulled once, so that it knows prefill."""
+    decode = WorkerOfCache(can_offer=False, lane=lane)
+    assert prefill.tell("offer", "first", 1) == "ok"
+    assert outcome(decode, pull(decode, prefill, "first", 1, [0])) == "done"
+    return decode
+
+
+def released(prefill, keys):
+    deadline, found = time.monotonic() + 10, []
+    while sorted(found) != sorted(keys):
+        assert time.monotonic() < deadline, found
+        found += prefill.tell("released", "-").split()
+        time.sleep(0.005)
+
+
+def test_a_posted_prompt_arrives_while_prefill_does_not_run_and_is_given_back_when_it_does(prefill):
+    decode = connected(prefill)
+    prefill.tell("offer", "whole", 3, 4, 5)
+    prefill.tell("offer", "tail", 6, 7, 8)
+    prefill.tell("begin", "begun", 9)
+    os.kill(prefill.process.pid, signal.SIGSTOP)
+    try:
+        assert outcome(decode, pull(decode, prefill, "whole", 3, [10, 11, 12])) == "done"
+        assert outcome(decode, pull(decode, prefill, "tail", 3, [13], first_block=2)) == "done"
+        assert outcome(decode, pull(decode, prefill, "begun", 1, [14])) == "timeout"
+    finally:
+        os.kill(prefill.process.pid, signal.SIGCONT)
+    assert [decode.block(target) for target in (10, 11, 12, 13)] == [content_of(block) for block in (3, 4, 5, 8)]
+    released(prefill, ["first", "whole", "tail"])
+    decode.worker.close()
+
+
+def test_over_tcp_nobody_looks_into_prefills_memory(prefill):
+    decode = connected(prefill, lane="tcp")
+    prefill.tell("offer", "whole", 3)
+    os.kill(prefill.process.pid, signal.SIGSTOP)
+    try:
+        assert outcome(decode, pull(decode, prefill, "whole", 1, [10])) == "timeout"
+    finally:
+        os.kill(prefill.process.pid, signal.SIGCONT)
+    decode.worker.close()
+
+
+def test_blocks_that_prefill_took_back_are_never_used(prefill):
+    decode = connected(prefill)
+    prefill.tell("offer", "whole", 3)
+    prefill.tell("revoke", "whole")
+    assert outcome(decode, pull(decode, prefill, "whole", 1, [10])) != "done"
+    # The place of the lease is taken again, by a prompt in other blocks.
+    prefill.tell("offer", "next", 4)
+    assert outcome(decode, pull(decode, prefill, "whole", 1, [10])) != "done"
+    assert outcome(decode, pull(decode, prefill, "next", 1, [11])) == "done"
+    assert decode.block(11) == content_of(4)
+    decode.worker.close()
+
+
+def test_a_key_that_is_offered_again_gives_the_new_blocks(prefill):
+    decode = connected(prefill)
+    for block in (3, 4, 5):
+        prefill.tell("offer", "again", block)
+        assert outcome(decode, pull(decode, prefill, "again", 1, [10])) == "done"
+        assert decode.block(10) == content_of(block)
+    decode.worker.close()
