@@ -86,6 +86,7 @@ fn holder(now: Instant) -> Holder {
         unclaimed_blocks: 8,
         questions: 8,
         question_wait: Duration::from_secs(1),
+        want_wait: Duration::from_secs(2),
         transfers_per_connection: 8,
         posted_blocks: 8,
     });

@@ -32,6 +32,8 @@ const SERVED_MAX: usize = 256;
 /// Longest time that a reader may take; the longest transfer_timeout_ms. Its connection's heartbeat ends it sooner if it is
 /// gone.
 const READING_MAX: Duration = Duration::from_secs(600);
+/// How long a want waits for its request, of which another rank has said that it has begun.
+const WANT_WAIT: Duration = Duration::from_secs(2);
 /// Longest time for one answer on a data connection.
 const SERVE_TIMEOUT: Duration = READING_MAX;
 /// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them.
@@ -440,6 +442,7 @@ fn holder_limits(options: &WorkerOptions) -> HolderLimits {
         unclaimed_blocks: options.unclaimed_blocks,
         questions: 4096,
         question_wait: options.question_wait,
+        want_wait: WANT_WAIT,
         transfers_per_connection: PULLS_MAX,
         posted_blocks: POSTED_BLOCKS_MAX as u32,
     }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,12 @@ use lru::LruCache;
 
 use super::ConnectionId;
 use super::message::{DenyReason, Message, Progress, Verdict};
-use super::waiting::WaitingQuestions;
+use super::waiting::Waiting;
 use crate::key::{Prompt, TransferKey};
+
+mod leases;
+mod questions;
+mod readers;
 
 /// Most blocks that one message names: more would not fit into a frame.
 const BLOCKS_PER_MESSAGE: usize = 1 << 16;
@@ -35,10 +40,13 @@ pub struct HolderLimits {
     pub readers: u32,
     /// Most blocks that are kept for requests that have ended and that nobody has claimed.
     pub unclaimed_blocks: usize,
-    /// Most questions that wait for their prompt, and the longest that one waits.
+    /// Most questions that wait for their prompt, as many wants, and the longest that a question waits.
     pub questions: usize,
     /// See `questions`.
     pub question_wait: Duration,
+    /// The longest that a want waits: ranks of an engine begin a request at nearly the same time, and only one of them was
+    /// asked whether it did.
+    pub want_wait: Duration,
     /// Most transfers that a connection has open.
     pub transfers_per_connection: usize,
     /// Most blocks of a prompt that is posted.
@@ -127,7 +135,8 @@ pub struct Holder {
     transfers: HashMap<ConnectionId, HashSet<u64>>,
     expiries: BTreeSet<(Instant, Arc<str>)>,
     unclaimed_blocks: usize,
-    waiting: WaitingQuestions,
+    waiting: Waiting<Prompt>,
+    waiting_wants: Waiting<(Prompt, Range<u32>)>,
     is_closed: bool,
     actions: VecDeque<HolderAction>,
 }
@@ -184,7 +193,8 @@ impl Holder {
             transfers: HashMap::new(),
             expiries: BTreeSet::new(),
             unclaimed_blocks: 0,
-            waiting: WaitingQuestions::default(),
+            waiting: Waiting::default(),
+            waiting_wants: Waiting::default(),
             is_closed: false,
             actions: VecDeque::new(),
         }
@@ -240,6 +250,7 @@ impl Holder {
         self.keys.insert(offer.key.clone(), Arc::clone(&offer.hold));
         self.holds.insert(offer.hold, hold);
         let prompt = offer.prompt;
+        self.grant_waiting(now, &offer.key);
         self.answer_waiting(&offer.key, |asked| {
             if asked == prompt {
                 Verdict::Started
@@ -337,6 +348,7 @@ impl Holder {
             self.early_releases.pop(key);
             self.gone.put(key.clone(), now);
             self.answer_waiting(key, |_| Verdict::None);
+            self.grant_waiting(now, key);
         }
     }
 
@@ -346,6 +358,10 @@ impl Holder {
         let holds: Vec<Arc<str>> = self.holds.keys().cloned().collect();
         for hold in holds {
             self.end(now, &hold, EndReason::Closed);
+        }
+        for (connection, transfer) in self.waiting_wants.take_all() {
+            let reason = DenyReason::Gone;
+            self.send(connection, Message::Deny { transfer, reason });
         }
     }
 
@@ -391,6 +407,7 @@ impl Holder {
                 Ok(())
             }
             Message::Done { transfer } | Message::Cancel { transfer } => {
+                self.waiting_wants.remove((connection, transfer));
                 self.reader_left(now, (connection, transfer));
                 Ok(())
             }
@@ -404,13 +421,14 @@ impl Holder {
             self.reader_left(now, (connection, transfer));
         }
         self.waiting.remove_of(connection);
+        self.waiting_wants.remove_of(connection);
     }
 
     /// When [`tick`](Self::tick) must be called, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
         let lease = self.expiries.first().map(|(time, _)| *time);
-        let question = self.waiting.next_deadline();
-        lease.into_iter().chain(question).min()
+        let waiting = [self.waiting.next_deadline(), self.waiting_wants.next_deadline()];
+        waiting.into_iter().flatten().chain(lease).min()
     }
 
     /// Ends leases and questions whose time is over.
@@ -426,6 +444,10 @@ impl Holder {
             let verdict = Verdict::None;
             self.send(connection, Message::Answer { question, verdict });
         }
+        for (connection, transfer) in self.waiting_wants.take_late(now) {
+            let reason = DenyReason::Gone;
+            self.send(connection, Message::Deny { transfer, reason });
+        }
     }
 
     /// The next thing to do.
@@ -438,322 +460,15 @@ impl Holder {
         self.epochs.get(slot as usize) == Some(&epoch)
     }
 
-    /// (holds, blocks of finished and unclaimed ones, waiting questions, open transfers): all zero when nothing is held.
+    /// (holds, blocks of finished and unclaimed ones, waiting questions and wants, open transfers): all zero when nothing is
+    /// held.
     pub fn load(&self) -> (usize, usize, usize, usize) {
         (
             self.holds.len(),
             self.unclaimed_blocks,
-            self.waiting.len(),
+            self.waiting.len() + self.waiting_wants.len(),
             self.readers.len(),
         )
-    }
-
-    // ---- questions
-
-    fn asked(
-        &mut self,
-        now: Instant,
-        connection: ConnectionId,
-        question: u64,
-        key: TransferKey,
-        prompt: Prompt,
-        patience_ms: u32,
-    ) -> Result<(), &'static str> {
-        if self.waiting.contains((connection, question)) {
-            return Err("a question with the number of an open one");
-        }
-        let verdict = match self.hold_of(&key) {
-            Some(hold) if hold.prompt != prompt => Some(Verdict::Mismatch),
-            Some(hold) if hold.progress.done_blocks >= hold.block_count => Some(Verdict::Ready),
-            Some(_) => Some(Verdict::Started),
-            None if self.is_gone(now, &key) => Some(Verdict::None),
-            None if self.waiting.len() >= self.limits.questions => Some(Verdict::Busy),
-            None => None,
-        };
-        if let Some(verdict) = verdict {
-            self.send(connection, Message::Answer { question, verdict });
-            return Ok(());
-        }
-        let patience = Duration::from_millis(u64::from(patience_ms)).min(self.limits.question_wait);
-        self.waiting
-            .add((connection, question), key, prompt, now + patience);
-        Ok(())
-    }
-
-    fn answer_waiting(&mut self, key: &TransferKey, verdict: impl Fn(Prompt) -> Verdict) {
-        for ((connection, question), asked) in self.waiting.take(key) {
-            let verdict = verdict(asked);
-            self.send(connection, Message::Answer { question, verdict });
-        }
-    }
-
-    fn is_gone(&self, now: Instant, key: &TransferKey) -> bool {
-        // A client that tries again with the same key finds the new request, once prefill has it.
-        self.gone
-            .peek(key)
-            .is_some_and(|ended| now < *ended + self.limits.lease)
-    }
-
-    // ---- readers
-
-    #[allow(clippy::too_many_arguments, reason = "the fields of one message")]
-    fn wanted(
-        &mut self,
-        now: Instant,
-        connection: ConnectionId,
-        is_compatible: bool,
-        transfer: u64,
-        key: TransferKey,
-        prompt: Prompt,
-        range: std::ops::Range<u32>,
-    ) -> Result<(), &'static str> {
-        let id = (connection, transfer);
-        if self.readers.contains_key(&id) {
-            return Err("a transfer with the number of an open one");
-        }
-        let open = self.transfers.get(&connection).map_or(0, HashSet::len);
-        let reason = match self.hold_of(&key) {
-            _ if !is_compatible => Some(DenyReason::Namespace),
-            _ if open >= self.limits.transfers_per_connection => Some(DenyReason::Busy),
-            None => Some(DenyReason::Gone),
-            // The digest is of the tokens too; their number is only there to be told.
-            Some(hold) if hold.prompt.digest != prompt.digest => Some(DenyReason::Mismatch),
-            Some(hold) if range.end > hold.block_count => Some(DenyReason::Range),
-            Some(_) => None,
-        };
-        if reason == Some(DenyReason::Gone) && range.is_empty() {
-            // Decode may be faster than prefill, where both were called at once.
-            let (_, ranks, told) = self.early_releases.get_or_insert_mut(key, || (prompt, 0, now));
-            (*ranks, *told) = (*ranks + 1, now);
-            return Ok(());
-        }
-        if let Some(reason) = reason {
-            self.send(connection, Message::Deny { transfer, reason });
-            return Ok(());
-        }
-        let Some(hold_id) = self.keys.get(&key).cloned() else {
-            return Ok(());
-        };
-        let Some(hold) = self.holds.get_mut(&hold_id) else {
-            return Ok(());
-        };
-        let Some(lease) = &mut hold.lease else {
-            return Ok(());
-        };
-        if !lease.is_claimed {
-            lease.is_claimed = true;
-            if hold.is_finished {
-                self.unclaimed_blocks -= hold.blocks.len();
-            }
-        }
-        if !range.is_empty() && lease.readers.is_empty() {
-            // A client's second try: the first one's early release does not end the lease under this one.
-            lease.released = lease.released.saturating_sub(lease.released_early);
-            lease.released_early = 0;
-        }
-        lease.readers.push(id);
-        lease.last_want = Some(now);
-        let slot = lease.slot;
-        self.transfers.entry(connection).or_default().insert(transfer);
-        let reader = Reader {
-            hold: Arc::clone(&hold_id),
-            first_block: range.start,
-            end_block: range.end,
-            named_until: range.start,
-            told: Progress::default(),
-        };
-        self.readers.insert(id, reader);
-        if range.is_empty() {
-            self.reader_left(now, id);
-            return Ok(());
-        }
-        let epoch = self.epochs[slot as usize];
-        self.send(
-            connection,
-            Message::Grant {
-                transfer,
-                slot,
-                epoch,
-            },
-        );
-        self.tell(id);
-        self.renew(now, &hold_id);
-        Ok(())
-    }
-
-    /// Names blocks and progress that a reader does not know yet.
-    fn tell(&mut self, id: (ConnectionId, u64)) {
-        let Some(reader) = self.readers.get_mut(&id) else {
-            return;
-        };
-        let Some(hold) = self.holds.get(&reader.hold) else {
-            return;
-        };
-        // A reader may want blocks that are not allocated yet: then there is nothing to name.
-        let allocated = u32::try_from(hold.blocks.len()).unwrap_or(u32::MAX);
-        let known_until = reader.end_block.min(allocated).max(reader.named_until);
-        // A reader counts from the prompt's first block too, so progress needs no translation, only a cut: it is not
-        // told of blocks that it does not want.
-        let clip = |blocks: u32| blocks.clamp(reader.first_block, reader.end_block);
-        let progress = Progress {
-            done_blocks: clip(hold.progress.done_blocks),
-            wave_blocks: clip(hold.progress.wave_blocks),
-            wave_layers: hold.progress.wave_layers,
-        };
-        if known_until == reader.named_until && progress == reader.told {
-            return;
-        }
-        let named = reader.named_until as usize..known_until as usize;
-        let blocks = hold.blocks.get(named).unwrap_or_default();
-        reader.named_until = known_until;
-        reader.told = progress;
-        let mut parts: Vec<Vec<u32>> = blocks.chunks(BLOCKS_PER_MESSAGE).map(<[u32]>::to_vec).collect();
-        if parts.is_empty() {
-            parts.push(Vec::new());
-        }
-        let transfer = id.1;
-        for blocks in parts {
-            let ready = Message::Ready {
-                transfer,
-                blocks,
-                progress,
-            };
-            self.send(id.0, ready);
-        }
-    }
-
-    /// A reader has what it wanted, or does not want it any more, or is no more.
-    fn reader_left(&mut self, now: Instant, id: (ConnectionId, u64)) {
-        let Some(reader) = self.readers.remove(&id) else {
-            return;
-        };
-        if let Some(transfers) = self.transfers.get_mut(&id.0) {
-            transfers.remove(&id.1);
-            if transfers.is_empty() {
-                self.transfers.remove(&id.0);
-            }
-        }
-        let Some(hold) = self.holds.get_mut(&reader.hold) else {
-            return;
-        };
-        let Some(lease) = &mut hold.lease else { return };
-        lease.readers.retain(|other| *other != id);
-        lease.released += 1;
-        if hold.is_finished && lease.released >= self.limits.readers {
-            self.end(now, &reader.hold, EndReason::Released);
-        }
-    }
-
-    // ---- leases
-
-    fn hold_of(&self, key: &TransferKey) -> Option<&Hold> {
-        self.holds.get(self.keys.get(key)?)
-    }
-
-    fn renew(&mut self, now: Instant, id: &Arc<str>) {
-        let Some(hold) = self.holds.get_mut(id) else {
-            return;
-        };
-        let Some(lease) = &mut hold.lease else { return };
-        if !hold.is_finished {
-            return;
-        }
-        let expires = now + self.limits.lease;
-        if let Some(earlier) = lease.expires.replace(expires) {
-            self.expiries.remove(&(earlier, Arc::clone(id)));
-        }
-        self.expiries.insert((expires, Arc::clone(id)));
-    }
-
-    /// False: nobody reads it, or the time of its readers is over too.
-    fn renew_for_readers(&mut self, now: Instant, id: &Arc<str>) -> bool {
-        let reading = self.limits.reading;
-        let lease = self.holds.get(id).and_then(|hold| hold.lease.as_ref());
-        let is_read = lease.is_some_and(|lease| {
-            !lease.readers.is_empty() && lease.last_want.is_some_and(|want| now < want + reading)
-        });
-        if is_read {
-            self.renew(now, id);
-        }
-        is_read
-    }
-
-    /// Drops the oldest finished holds that nobody has claimed, until the rest fits.
-    fn make_room(&mut self, now: Instant) {
-        while self.unclaimed_blocks > self.limits.unclaimed_blocks {
-            let is_unclaimed = |id: &Arc<str>| {
-                let lease = self.holds.get(id).and_then(|hold| hold.lease.as_ref());
-                lease.is_some_and(|lease| !lease.is_claimed)
-            };
-            let Some(oldest) = self
-                .expiries
-                .iter()
-                .map(|(_, id)| id)
-                .find(|id| is_unclaimed(id))
-                .cloned()
-            else {
-                return;
-            };
-            self.end(now, &oldest, EndReason::Dropped);
-        }
-    }
-
-    /// Ends a hold; the engine hears of it now or when it finishes the request.
-    fn end(&mut self, now: Instant, id: &Arc<str>, reason: EndReason) {
-        self.close(id, reason);
-        let Some(hold) = self.holds.get_mut(id) else {
-            return;
-        };
-        if reason != EndReason::Replaced {
-            self.gone.put(hold.key.clone(), now);
-        }
-        hold.end_reason = reason;
-        if hold.is_finished {
-            self.holds.remove(id);
-            self.actions.push_back(HolderAction::Ended {
-                hold: Arc::clone(id),
-                reason,
-            });
-        }
-    }
-
-    /// From here on nothing that is read out of the hold's blocks counts.
-    fn close(&mut self, id: &Arc<str>, reason: EndReason) {
-        let Some(hold) = self.holds.get_mut(id) else {
-            return;
-        };
-        let Some(lease) = hold.lease.take() else {
-            return;
-        };
-        let epoch = &mut self.epochs[lease.slot as usize];
-        *epoch += 1;
-        let action = HolderAction::SetEpoch {
-            slot: lease.slot,
-            epoch: *epoch,
-        };
-        self.actions.push_back(action);
-        self.free_slots.push(lease.slot);
-        if hold.is_finished && !lease.is_claimed {
-            self.unclaimed_blocks -= hold.blocks.len();
-        }
-        if let Some(expires) = lease.expires {
-            self.expiries.remove(&(expires, Arc::clone(id)));
-        }
-        if self.keys.get(&hold.key) == Some(id) {
-            self.keys.remove(&hold.key);
-        }
-        for reader in lease.readers {
-            self.readers.remove(&reader);
-            if let Some(transfers) = self.transfers.get_mut(&reader.0) {
-                transfers.remove(&reader.1);
-                if transfers.is_empty() {
-                    self.transfers.remove(&reader.0);
-                }
-            }
-            debug_assert!(reason != EndReason::Released || self.limits.readers == 0 || lease.released > 0);
-            let transfer = reader.1;
-            self.send(reader.0, Message::Revoked { transfer });
-        }
     }
 
     fn send(&mut self, connection: ConnectionId, message: Message) {

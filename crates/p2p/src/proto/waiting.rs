@@ -1,66 +1,79 @@
-//! Questions that wait for their prompt.
+//! What waits for a prompt to be offered.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
 use super::ConnectionId;
-use crate::key::{Prompt, TransferKey};
+use crate::key::TransferKey;
 
-/// A question of a connection.
-pub(super) type QuestionId = (ConnectionId, u64);
+/// A question or transfer of a connection.
+pub(super) type WaitId = (ConnectionId, u64);
 
-/// Questions by key, by connection and by deadline.
-#[derive(Debug, Default)]
-pub(super) struct WaitingQuestions {
-    questions: HashMap<QuestionId, Question>,
-    by_key: HashMap<TransferKey, Vec<QuestionId>>,
-    deadlines: BTreeSet<(Instant, QuestionId)>,
+/// Questions, or wants, by key, by connection and by deadline.
+#[derive(Debug)]
+pub(super) struct Waiting<T> {
+    entries: HashMap<WaitId, Entry<T>>,
+    by_key: HashMap<TransferKey, Vec<WaitId>>,
+    deadlines: BTreeSet<(Instant, WaitId)>,
 }
 
 #[derive(Debug)]
-struct Question {
+struct Entry<T> {
     key: TransferKey,
-    prompt: Prompt,
+    about: T,
     deadline: Instant,
 }
 
-impl WaitingQuestions {
-    /// Number of questions.
+impl<T> Default for Waiting<T> {
+    fn default() -> Self {
+        Self {
+            entries: HashMap::new(),
+            by_key: HashMap::new(),
+            deadlines: BTreeSet::new(),
+        }
+    }
+}
+
+impl<T> Waiting<T> {
+    /// How many wait.
     pub(super) fn len(&self) -> usize {
-        self.questions.len()
+        self.entries.len()
     }
 
     /// Whether this one waits.
-    pub(super) fn contains(&self, id: QuestionId) -> bool {
-        self.questions.contains_key(&id)
+    pub(super) fn contains(&self, id: WaitId) -> bool {
+        self.entries.contains_key(&id)
     }
 
     /// Adds one that does not wait yet.
-    pub(super) fn add(&mut self, id: QuestionId, key: TransferKey, prompt: Prompt, deadline: Instant) {
+    pub(super) fn add(&mut self, id: WaitId, key: TransferKey, about: T, deadline: Instant) {
         self.by_key.entry(key.clone()).or_default().push(id);
         self.deadlines.insert((deadline, id));
-        let question = Question {
-            key,
-            prompt,
-            deadline,
-        };
-        self.questions.insert(id, question);
+        let entry = Entry { key, about, deadline };
+        self.entries.insert(id, entry);
     }
 
-    /// Takes all that wait for a key, with the prompts that they are about.
-    pub(super) fn take(&mut self, key: &TransferKey) -> Vec<(QuestionId, Prompt)> {
+    /// Takes all that wait for a key, with what they are about.
+    pub(super) fn take(&mut self, key: &TransferKey) -> Vec<(WaitId, T)> {
         let ids = self.by_key.remove(key).unwrap_or_default();
         let taken = ids.into_iter().filter_map(|id| {
-            let question = self.questions.remove(&id)?;
-            self.deadlines.remove(&(question.deadline, id));
-            Some((id, question.prompt))
+            let entry = self.entries.remove(&id)?;
+            self.deadlines.remove(&(entry.deadline, id));
+            Some((id, entry.about))
         });
         taken.collect()
     }
 
+    /// Takes all.
+    pub(super) fn take_all(&mut self) -> Vec<WaitId> {
+        self.by_key.clear();
+        self.deadlines.clear();
+        self.entries.drain().map(|(id, _)| id).collect()
+    }
+
     /// Takes all whose time is over.
-    pub(super) fn take_late(&mut self, now: Instant) -> Vec<QuestionId> {
-        let late: Vec<QuestionId> = self
+    pub(super) fn take_late(&mut self, now: Instant) -> Vec<WaitId> {
+        let late: Vec<WaitId> = self
             .deadlines
             .iter()
             .take_while(|(deadline, _)| *deadline <= now)
@@ -71,23 +84,23 @@ impl WaitingQuestions {
     }
 
     /// Forgets one; an unknown one is ignored.
-    pub(super) fn remove(&mut self, id: QuestionId) {
-        let Some(question) = self.questions.remove(&id) else {
+    pub(super) fn remove(&mut self, id: WaitId) {
+        let Some(entry) = self.entries.remove(&id) else {
             return;
         };
-        self.deadlines.remove(&(question.deadline, id));
-        if let Some(waiting) = self.by_key.get_mut(&question.key) {
+        self.deadlines.remove(&(entry.deadline, id));
+        if let Some(waiting) = self.by_key.get_mut(&entry.key) {
             waiting.retain(|other| *other != id);
             if waiting.is_empty() {
-                self.by_key.remove(&question.key);
+                self.by_key.remove(&entry.key);
             }
         }
     }
 
     /// Forgets those of a connection.
     pub(super) fn remove_of(&mut self, connection: ConnectionId) {
-        let ids = self.questions.keys().filter(|(asker, _)| *asker == connection);
-        let ids: Vec<QuestionId> = ids.copied().collect();
+        let ids = self.entries.keys().filter(|(asker, _)| *asker == connection);
+        let ids: Vec<WaitId> = ids.copied().collect();
         ids.into_iter().for_each(|id| self.remove(id));
     }
 

@@ -1071,6 +1071,7 @@ fn holder_limits(faults: Faults) -> HolderLimits {
         unclaimed_blocks: 25,
         questions: 8,
         question_wait: Duration::from_secs(1),
+        want_wait: Duration::from_secs(2),
         transfers_per_connection: 8,
         // Some prompts have more.
         posted_blocks: 4,

@@ -13,6 +13,7 @@ fn limits() -> HolderLimits {
         unclaimed_blocks: 6,
         questions: 2,
         question_wait: Duration::from_secs(5),
+        want_wait: Duration::from_secs(2),
         transfers_per_connection: 2,
         posted_blocks: 0,
     }
@@ -59,14 +60,18 @@ fn told(holder: &mut Holder) -> Vec<Message> {
     actions(holder).into_iter().filter_map(sent).collect()
 }
 
-fn want(holder: &mut Holder, now: Instant, transfer: u64, text: &str, blocks: u32) {
-    let message = Message::Want {
+fn want_message(transfer: u64, text: &str, blocks: u32) -> Message {
+    Message::Want {
         transfer,
         key: key(text),
         prompt: prompt(blocks),
         first_block: 0,
         block_count: blocks,
-    };
+    }
+}
+
+fn want(holder: &mut Holder, now: Instant, transfer: u64, text: &str, blocks: u32) {
+    let message = want_message(transfer, text, blocks);
     holder.receive(now, READER, true, message).unwrap();
 }
 
@@ -595,4 +600,79 @@ fn the_epoch_of_a_posted_prompt_is_over_before_its_blocks_are_given_back() {
         matches!(&next[..], [HolderAction::Post { epoch: 2, .. }]),
         "{next:?}"
     );
+}
+
+#[test]
+fn a_want_that_comes_before_its_request_is_granted_when_the_request_does() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    want(&mut holder, now, 1, "a", 2);
+    assert_eq!(told(&mut holder), []);
+    assert_eq!(holder.load(), (0, 0, 1, 0));
+    assert!(holder.offer(now, offer("r", "a", &[7, 8])));
+    let told = told(&mut holder);
+    assert!(
+        matches!(
+            &told[..],
+            [Message::Grant { transfer: 1, .. }, Message::Ready { blocks, .. }] if *blocks == [7, 8]
+        ),
+        "{told:?}"
+    );
+    assert_eq!(holder.load(), (1, 0, 0, 1));
+}
+
+#[test]
+fn a_want_whose_request_does_not_come_is_denied_by_its_time_or_as_soon_as_that_is_known() {
+    let denied = |transfer| Message::Deny {
+        transfer,
+        reason: DenyReason::Gone,
+    };
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    for transfer in [1, 2] {
+        want(&mut holder, now, transfer, "a", 1);
+    }
+    assert_eq!(holder.next_deadline(), Some(now + limits().want_wait));
+    // Two is as many as wait.
+    want(&mut holder, now, 3, "a", 1);
+    assert_eq!(told(&mut holder), [denied(3)]);
+    // Another prompt comes under the key.
+    holder
+        .receive(now, READER, true, Message::Cancel { transfer: 2 })
+        .unwrap();
+    assert!(holder.offer(now, offer("r", "a", &[7, 8])));
+    let mismatch = Message::Deny {
+        transfer: 1,
+        reason: DenyReason::Mismatch,
+    };
+    assert_eq!(told(&mut holder), [mismatch]);
+    want(&mut holder, now, 4, "b", 1);
+    holder.give_up(now, &key("b"));
+    assert_eq!(told(&mut holder), [denied(4)]);
+    want(&mut holder, now, 5, "b", 1);
+    assert_eq!(
+        told(&mut holder),
+        [denied(5)],
+        "it is known that nothing will come"
+    );
+    want(&mut holder, now, 6, "c", 1);
+    holder.tick(now + limits().want_wait);
+    assert_eq!(told(&mut holder), [denied(6)]);
+    want(&mut holder, now, 7, "d", 1);
+    holder.close_all(now);
+    assert!(told(&mut holder).contains(&denied(7)));
+    assert_eq!(holder.load().2, 0);
+}
+
+#[test]
+fn a_connection_that_ends_takes_its_waiting_wants_along() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    want(&mut holder, now, 1, "a", 1);
+    let again = holder.receive(now, READER, true, want_message(1, "a", 1));
+    assert!(again.is_err(), "the number of one that waits");
+    holder.closed(now, READER);
+    assert_eq!(holder.load(), (0, 0, 0, 0));
+    assert!(holder.offer(now, offer("r", "a", &[7])));
+    assert_eq!(told(&mut holder), []);
 }
