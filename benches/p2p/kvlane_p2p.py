@@ -28,6 +28,7 @@ def open_worker(cache: PagedCache, layers: int, lane: str, can_offer: bool) -> _
         "connections": CONNECTIONS,
         "max_leased_blocks": POOL_BLOCKS,
         "readers": 1,
+        "facts": [],
     }
     return _native.P2pWorker(layout_of(cache, layers), cache.layers, namespace, BLOCK_TOKENS, options)
 

@@ -562,6 +562,7 @@ fn shaken_hands(pair: &Pair) -> TcpStream {
         hello: Hello {
             channel: Channel::Control,
             namespace: [1; 32],
+            facts: Vec::new(),
             block_tokens: BLOCK_TOKENS,
             cache: None,
             probe: None,

@@ -402,6 +402,7 @@ struct P2pOptions {
     connections: usize,
     unclaimed_blocks: usize,
     readers: u32,
+    facts: Vec<(String, String)>,
 }
 
 impl P2pOptions {
@@ -450,6 +451,7 @@ impl P2pOptions {
             connections: item("connections")?.extract()?,
             unclaimed_blocks: item("max_leased_blocks")?.extract()?,
             readers: item("readers")?.extract()?,
+            facts: item("facts")?.extract()?,
         })
     }
 
@@ -466,6 +468,7 @@ impl P2pOptions {
         options.copy_threads = self.connections;
         options.unclaimed_blocks = self.unclaimed_blocks;
         options.readers = self.readers;
+        options.facts = self.facts;
         options
     }
 }

@@ -1,6 +1,7 @@
 """The connector from server to server, under its own name and under that of the connector that vLLM removed in 0.24."""
 
 import socket
+from hashlib import sha256
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -65,7 +66,7 @@ class KvlaneP2pConnector(KvlaneConnector):
         set_failure_policy(transfer, options.load_failure_policy)
         asker = None
         if transfer.is_kv_consumer:
-            asker = _native.P2pAsker(self._native_options(0, 0, can_offer=False))
+            asker = _native.P2pAsker(self._native_options(0, 0, can_offer=False, facts=[]))
         self._scheduler = P2pSchedulerHalf(
             options,
             P2pSettings(
@@ -102,7 +103,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             options.lane,
         )
 
-    def _native_options(self, port: int, rank: int, can_offer: bool) -> dict[str, Any]:
+    def _native_options(self, port: int, rank: int, can_offer: bool, facts: identity.Facts) -> dict[str, Any]:
         options, transfer = self._options, self._kv_transfer_config
         return {
             "can_offer": can_offer,
@@ -119,6 +120,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             "connections": options.connections,
             "max_leased_blocks": max(self._kv_cache_config.num_blocks * options.leased_percent // 100, 1),
             "readers": 1,
+            "facts": facts,
         }
 
     # ---- worker side
@@ -137,7 +139,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             list(kv_caches.values()),
             namespace,
             self._vllm_config.cache_config.block_size,
-            self._native_options(port, rank, can_offer),
+            self._native_options(port, rank, can_offer, _told(facts, kv_caches)),
         )
         worker.open(native, layout, compute_stream(kv_caches))
         self._handshake = P2pHandshake(rank, native.port)
@@ -290,6 +292,16 @@ def _own_host(host: str | None) -> str:
 def _every_address() -> str:
     """What to listen on for all addresses: IPv6 only where this server's own address is one."""
     return "::" if ":" in _own_host(None) else "0.0.0.0"
+
+
+def _told(facts: identity.Facts, kv_caches: dict[str, Any]) -> identity.Facts:
+    """What a peer of another namespace is told of this one: long values by their hash, and what tensors look like."""
+    told = [(name, value if len(value) <= 120 else sha256(value.encode()).hexdigest()) for name, value in facts]
+    name, tensor = next(iter(kv_caches.items()), ("", None))
+    if hasattr(tensor, "stride"):
+        shape, strides = list(tensor.shape), list(tensor.stride())
+        told.append(("tensors", f"{len(kv_caches)}, {name} of {tensor.dtype} {shape} with strides {strides}"[:400]))
+    return told[:60]
 
 
 __all__ = ["KvlaneP2pConnector", "P2pNcclConnector"]

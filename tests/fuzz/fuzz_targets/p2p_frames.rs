@@ -146,6 +146,7 @@ fn link(now: Instant) -> Link {
         hello: Hello {
             channel: Channel::Control,
             namespace: [1; 32],
+            facts: Vec::new(),
             block_tokens: 4,
             cache: None,
             probe: None,

@@ -66,12 +66,17 @@ def test_options_reach_the_native_module(hub, tmp_path):
     transfer = {**MANIFEST, "kv_role": "kv_both", "kv_connector_extra_config": extra}
     with PaperEngine("both", None, transfer=transfer, blocks=64):
         (worker,) = hub.workers.values()
+    facts = dict(worker.options.pop("facts"))
     assert worker.options == {
         "can_offer": True, "can_pull": True, "host": "127.0.0.1", "port": 14579, "rank": 0,
         "engine_id": "p2p-nccl-same-node", "secret": b"0123456789abcdef", "allowed_peers": ["10.0.0.0/8"],
         "lane": "tcp", "lease_ms": 5000, "transfer_timeout_ms": 7000, "connections": 3, "max_leased_blocks": 16,
         "readers": 1,
     }  # fmt: skip
+    # What a peer of another namespace is told: short enough to read.
+    assert facts["model dtype"] == "torch.float32"
+    assert "tensors" in facts
+    assert all(len(value) <= 400 for value in facts.values())
 
 
 def test_servers_of_another_model_have_another_namespace(hub):

@@ -23,6 +23,7 @@ OPTIONS = {
     "connections": 1,
     "max_leased_blocks": BLOCKS,
     "readers": 1,
+    "facts": [],
 }
 
 

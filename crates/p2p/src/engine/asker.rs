@@ -54,6 +54,7 @@ impl P2pAsker {
         let hello = Hello {
             channel: Channel::Control,
             namespace: [0; 32],
+            facts: Vec::new(),
             block_tokens: 0,
             cache: None,
             probe: None,

@@ -13,7 +13,7 @@ use super::address::PeerAddress;
 use super::copies::{CopyDone, CopyJob, CopyPool, copy_here};
 use super::machine::Machine;
 use super::options::WorkerOptions;
-use super::peers::{Peer, Way};
+use super::peers::{Peer, Way, differences};
 use super::results::Results;
 use super::worker::{Ended, WorkerStats};
 use crate::lanes::{
@@ -22,7 +22,7 @@ use crate::lanes::{
 };
 use crate::proto::{
     ConnectionId, Copied, EndReason, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer,
-    PostedBlocks, Progress, PullRequest, PullResult, Puller, PullerAction, PullerLimits,
+    PostedBlocks, Progress, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Role,
 };
 
 /// Most pulls at a time.
@@ -276,6 +276,14 @@ impl Machine for Exchange {
         let Some(address) = address else {
             let is_compatible = hello.namespace == self.own_hello.namespace
                 && hello.block_tokens == self.own_hello.block_tokens;
+            if !is_compatible && open.role == Role::Puller {
+                let reason = differences(&self.own_hello.facts, &hello.facts);
+                tracing::warn!(
+                    engine = open.engine_id,
+                    reason,
+                    "a decode server connected that gets nothing from here"
+                );
+            }
             self.readers.insert(connection, is_compatible);
             return;
         };

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::error::{Error, Result};
+use crate::proto::{FACTS_MAX, facts_are_bounded};
 
 /// Settings that both have.
 #[derive(Clone, Debug)]
@@ -147,6 +148,8 @@ pub struct WorkerOptions {
     pub unclaimed_blocks: usize,
     /// Longest wait of a question for its prompt.
     pub question_wait: Duration,
+    /// Names and values of what the namespace is made of: a peer of another namespace is told which differ.
+    pub facts: Vec<(String, String)>,
     /// Threads that copy, each with a data connection of its own to a peer on the `tcp` lane.
     pub copy_threads: usize,
 }
@@ -167,12 +170,20 @@ impl WorkerOptions {
             holds: 4096,
             unclaimed_blocks: usize::MAX,
             question_wait: Duration::from_secs(120),
+            facts: Vec::new(),
             copy_threads: 2,
         }
     }
 
     pub(super) fn check(&self) -> Result<()> {
         self.peer.check()?;
+        if !facts_are_bounded(&self.facts) {
+            return Err(Error::InvalidArgument {
+                argument: "facts",
+                found: format!("{} facts", self.facts.len()),
+                allowed: format!("at most {FACTS_MAX}, of short texts"),
+            });
+        }
         let least_one = [
             ("block_tokens", self.block_tokens as usize),
             ("readers", self.readers as usize),

@@ -1,5 +1,6 @@
 //! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -108,6 +109,30 @@ impl std::fmt::Debug for OfferedMemory {
     }
 }
 
+/// Differences that are told.
+const DIFFERENCES_MAX: usize = 4;
+
+/// Why two namespaces differ, as far as their facts say it.
+pub(super) fn differences(own: &[(String, String)], theirs: &[(String, String)]) -> String {
+    let value = |facts: &[(String, String)], name: &str| {
+        let found = facts.iter().find(|(known, _)| known == name);
+        found.map_or_else(|| "none".to_owned(), |(_, value)| value.clone())
+    };
+    let mut names: Vec<&str> = own.iter().chain(theirs).map(|(name, _)| name.as_str()).collect();
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(*name) && value(own, name) != value(theirs, name));
+    if names.is_empty() {
+        return "it has another model, weights, rank, KV type or layout (namespaces differ)".to_owned();
+    }
+    let told = names.iter().take(DIFFERENCES_MAX);
+    let told = told.map(|name| format!("{name} (its {}, ours {})", value(theirs, name), value(own, name)));
+    let mut told = told.collect::<Vec<String>>().join(", ");
+    if names.len() > DIFFERENCES_MAX {
+        told += &format!(" and {} more", names.len() - DIFFERENCES_MAX);
+    }
+    format!("it differs in {told}")
+}
+
 fn warn_of_fallback(peer: &PeerAddress, reason: &str) {
     tracing::warn!(
         peer = %peer, reason,
@@ -132,9 +157,7 @@ impl Peer {
             ));
         }
         if hello.namespace != own.namespace {
-            return Err(
-                "it has another model, weights, rank, KV type or layout (namespaces differ)".to_owned(),
-            );
+            return Err(differences(&own.facts, &hello.facts));
         }
         let layout = hello.cache.as_ref().ok_or("it holds no cache")?;
         let run = |&(offset_bytes, len_bytes): &(u64, u64)| Run {
@@ -236,4 +259,27 @@ fn probe(hello: &Hello, pairing: &Arc<Pairing>) -> Result<PeerMemory, String> {
     };
     let opened: Result<ShmLane, LaneError> = ShmLane::open(memory, Arc::clone(pairing));
     opened.map(|_| memory).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        let owned = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
+        pairs.iter().map(owned).collect()
+    }
+
+    #[test]
+    fn a_refused_peer_is_told_what_differs_and_both_values() {
+        let own = facts(&[("weights", "a"), ("layout", "x"), ("dtype", "f16")]);
+        let theirs = facts(&[("weights", "b"), ("dtype", "f16"), ("tensors", "t")]);
+        assert_eq!(
+            differences(&own, &theirs),
+            "it differs in weights (its b, ours a), layout (its none, ours x), tensors (its t, ours none)"
+        );
+        let many: Vec<(String, String)> = (0..9).map(|n| (format!("n{n}"), String::new())).collect();
+        assert!(differences(&many, &[]).ends_with("and 5 more"));
+        assert!(differences(&own, &own).contains("namespaces differ"));
+    }
 }

@@ -116,6 +116,7 @@ impl P2pWorker {
         let own_hello = Hello {
             channel: Channel::Control,
             namespace: *namespace.as_bytes(),
+            facts: options.facts.clone(),
             block_tokens: options.block_tokens,
             cache: None,
             probe: None,

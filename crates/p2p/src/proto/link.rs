@@ -320,6 +320,7 @@ mod tests {
             hello: Hello {
                 channel: Channel::Control,
                 namespace: [1; 32],
+                facts: Vec::new(),
                 block_tokens: 16,
                 cache: None,
                 probe: None,

@@ -166,6 +166,8 @@ pub struct Hello {
     pub channel: Channel,
     /// What must agree before bytes may be used; zeroes from an asker.
     pub namespace: [u8; 32],
+    /// Names and values of what the namespace is made of, as far as a person can use them: why two of them differ.
+    pub facts: Vec<(String, String)>,
     /// Tokens per block.
     pub block_tokens: u32,
     /// Where the blocks lie; none from an asker.
@@ -358,12 +360,23 @@ impl From<&kvlane_core::BlockMap> for CacheLayout {
     }
 }
 
+/// Most facts of a Hello.
+pub const FACTS_MAX: usize = 64;
+
+/// Whether there are not too many facts, and none is too long.
+pub fn facts_are_bounded(facts: &[(String, String)]) -> bool {
+    let fits =
+        |(name, value): &(String, String)| name.len() <= TEXT_BYTES_MAX && value.len() <= TEXT_BYTES_MAX;
+    facts.len() <= FACTS_MAX && facts.iter().all(fits)
+}
+
 impl Message {
     /// Whether all texts are within their bounds; a frame with other ones is refused.
     pub(super) fn texts_are_bounded(&self) -> bool {
         match self {
             Self::Open(open) => open.engine_id.len() <= TEXT_BYTES_MAX,
             Self::Bye(reason) => reason.len() <= TEXT_BYTES_MAX,
+            Self::Hello(hello) => facts_are_bounded(&hello.facts),
             Self::Ask { key, .. } | Self::Want { key, .. } => TransferKey::new(key.as_str()).is_ok(),
             _ => true,
         }

@@ -24,8 +24,8 @@ pub use frame::{FRAME_BYTES_MAX, FrameError, Frames, encode};
 pub use holder::{EndReason, Holder, HolderAction, HolderLimits, Offer};
 pub use link::{Identity, Link, LinkConfig, LinkError, Side};
 pub use message::{
-    CacheLayout, Channel, DenyReason, DeviceAllocation, DeviceMemory, Hello, Message, Open, Probe, Progress,
-    Region, Role, VERSION, Verdict,
+    CacheLayout, Channel, DenyReason, DeviceAllocation, DeviceMemory, FACTS_MAX, Hello, Message, Open, Probe,
+    Progress, Region, Role, VERSION, Verdict, facts_are_bounded,
 };
 pub use puller::{Copied, PostedBlocks, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span};
 

@@ -1090,6 +1090,7 @@ fn link_config(role: Role, start: u64) -> LinkConfig {
         hello: Hello {
             channel: Channel::Control,
             namespace: [1; 32],
+            facts: Vec::new(),
             block_tokens: BLOCK_TOKENS,
             cache: None,
             probe: None,

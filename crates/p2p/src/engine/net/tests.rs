@@ -45,6 +45,7 @@ fn a_thread_that_panics_closes_its_machine() {
     let hello = Hello {
         channel: Channel::Control,
         namespace: [0; 32],
+        facts: Vec::new(),
         block_tokens: 16,
         cache: None,
         probe: None,
