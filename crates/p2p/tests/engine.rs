@@ -658,3 +658,32 @@ fn the_end_of_a_revoked_hold_is_never_told_of_the_next_one_with_its_name() {
     pair.prefill.finish(&hold).expect("accepted");
     assert!(pair.prefill.ended_holds().is_empty(), "the second hold is alive");
 }
+
+#[test]
+fn a_peer_that_is_not_used_makes_room_for_another_and_one_in_use_does_not() {
+    for (unused, expected) in [
+        (Duration::ZERO, PullResult::Done),
+        (Duration::from_secs(3600), PullResult::Unreachable),
+    ] {
+        let pair = pair_with(LaneChoice::Auto, |_, decode| {
+            decode.peer.peers = 1;
+            decode.peer.peer_unused = unused;
+        });
+        let other = self::pair(LaneChoice::Auto);
+        for prefill in [&pair.prefill, &other.prefill] {
+            prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+            prefill.progress(&[("r", done(2))]).expect("accepted");
+        }
+        let job = pair
+            .decode
+            .pull(pair.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
+        assert_eq!(pair.wait(job), PullResult::Done);
+        let job = pair
+            .decode
+            .pull(other.order("a", 2, 0, &[4, 5]))
+            .expect("accepted");
+        assert_eq!(pair.wait(job), expected, "{unused:?}");
+        assert_eq!(pair.decode.stats().peers, 1);
+    }
+}

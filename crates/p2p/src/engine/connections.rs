@@ -11,7 +11,9 @@ use mio::{Interest, Registry, Token};
 
 use super::address::PeerAddress;
 use super::machine::{Machine, NetConfig};
-use crate::proto::{Channel, ConnectionId, Frames, Link, LinkError, Message, Side};
+use crate::proto::{
+    Channel, ConnectionId, FRAME_BYTES_MAX, Frames, Link, LinkError, Message, PULLER_BYTES_MAX, Side,
+};
 
 /// Most connections that peers may have open here at a time.
 const ACCEPTED_MAX: usize = 1024;
@@ -41,6 +43,7 @@ pub(super) struct Core<M: Machine> {
     accepted: usize,
     /// Connections that had more to read when their turn was over.
     unread: HashSet<ConnectionId>,
+    read_buffer: Vec<u8>,
     /// When the thread wakes up by itself.
     pub(super) sleeps_until: Option<Instant>,
     pub(super) is_closing: bool,
@@ -50,6 +53,7 @@ struct Connection {
     /// None while it is being made.
     open: Option<Open>,
     address: Option<PeerAddress>,
+    last_used: Instant,
     /// Messages for behind the handshake.
     waiting: Vec<Message>,
 }
@@ -80,6 +84,7 @@ impl<M: Machine> Core<M> {
             dials: 0,
             accepted: 0,
             unread: HashSet::new(),
+            read_buffer: Vec::new(),
             sleeps_until: None,
             is_closing: false,
         }
@@ -94,6 +99,9 @@ impl<M: Machine> Core<M> {
         dial: impl FnOnce(ConnectionId, Instant) -> io::Result<()>,
     ) -> Option<ConnectionId> {
         if let Some(&id) = self.by_address.get(address) {
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.last_used = now;
+            }
             return Some(id);
         }
         let backoff = self.config.options.peer_backoff;
@@ -101,7 +109,7 @@ impl<M: Machine> Core<M> {
             .failed
             .get(address)
             .is_some_and(|failed| now < *failed + backoff);
-        if self.is_closing || is_backing_off || self.dials >= DIALS_MAX {
+        if self.is_closing || is_backing_off || self.dials >= DIALS_MAX || !self.make_room(now) {
             return None;
         }
         self.last_id += 1;
@@ -116,10 +124,34 @@ impl<M: Machine> Core<M> {
         let connection = Connection {
             open: None,
             address: Some(address.clone()),
+            last_used: now,
             waiting: Vec::new(),
         };
         self.connections.insert(id, connection);
         Some(id)
+    }
+
+    /// False: there are too many peers, all of them in use.
+    fn make_room(&mut self, now: Instant) -> bool {
+        let options = &self.config.options;
+        if self.by_address.len() < options.peers {
+            return true;
+        }
+        let dialled = self.by_address.values();
+        let used = dialled.filter_map(|id| Some((self.connections.get(id)?.last_used, *id)));
+        match used.min() {
+            Some((last_used, id)) if now >= last_used + options.peer_unused => {
+                self.end(now, id, "not used for long, and another peer needs its place");
+                true
+            }
+            _ => {
+                tracing::warn!(
+                    peers = options.peers,
+                    "no connection to another peer: as many as may be are in use"
+                );
+                false
+            }
+        }
     }
 
     /// Connections whose last turn was over before everything was read. They are due again.
@@ -210,6 +242,7 @@ impl<M: Machine> Core<M> {
             let connection = Connection {
                 open: None,
                 address: None,
+                last_used: now,
                 waiting: Vec::new(),
             };
             self.connections.insert(id, connection);
@@ -264,7 +297,13 @@ impl<M: Machine> Core<M> {
     /// Reads what there is, and writes what waits. A turn has a bound: a peer that always has more to say must not keep the
     /// lock.
     pub(super) fn progress(&mut self, now: Instant, id: ConnectionId) {
-        let mut bytes = [0; READ_BYTES];
+        let mut bytes = std::mem::take(&mut self.read_buffer);
+        bytes.resize(READ_BYTES, 0);
+        self.read_turn(now, id, &mut bytes);
+        self.read_buffer = bytes;
+    }
+
+    fn read_turn(&mut self, now: Instant, id: ConnectionId, bytes: &mut [u8]) {
         let mut messages_left = MESSAGES_PER_TURN;
         for _ in 0..READS_PER_TURN {
             if !self.take_messages(now, id, &mut messages_left) {
@@ -274,7 +313,7 @@ impl<M: Machine> Core<M> {
                 break;
             }
             let Some(open) = self.open_of(id) else { return };
-            match open.stream.read(&mut bytes) {
+            match open.stream.read(bytes) {
                 Ok(0) => return self.end(now, id, "the peer closed the connection"),
                 Ok(count) => {
                     open.was_heard = true;
@@ -296,7 +335,14 @@ impl<M: Machine> Core<M> {
             if *left == 0 {
                 return true;
             }
-            let Some(open) = self.open_of(id) else {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                return false;
+            };
+            let frame_bytes_max = match connection.address {
+                Some(_) => FRAME_BYTES_MAX,
+                None => PULLER_BYTES_MAX,
+            };
+            let Some(open) = &mut connection.open else {
                 return false;
             };
             let message = match open.frames.next_message() {
@@ -310,7 +356,7 @@ impl<M: Machine> Core<M> {
             *left -= 1;
             let taken = open.link.receive(now, message);
             if open.link.is_authenticated() {
-                open.frames.trust();
+                open.frames.trust(frame_bytes_max);
             }
             let has_become_ready = !open.was_ready && open.link.is_ready();
             match taken {

@@ -22,8 +22,9 @@ const LANES_MAX: usize = 256;
 /// How long a lane to a peer that is gone may be kept: it holds what it has mapped of the peer's memory, which an engine
 /// that starts there anew may need.
 const GONE_MAX: Duration = Duration::from_secs(1);
-/// A data connection that cannot be made in this time is no use to a transfer.
-const DATA_CONNECT_MAX: Duration = Duration::from_secs(5);
+/// A data connection that cannot be made in this time is no use to a transfer; the peer has just been reached. A pull whose
+/// copies are not wanted any more may end so much later.
+const DATA_CONNECT_MAX: Duration = Duration::from_secs(2);
 
 /// One span to copy.
 pub(super) struct CopyJob {
@@ -200,7 +201,13 @@ fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneErr
 
 fn tcp_lane(job: &CopyJob, config: &NetConfig) -> Result<TcpLane, LaneError> {
     let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
-    let socket = dial::data_connection(config, &job.peer.address, job.peer.start_id, deadline);
+    let socket = dial::data_connection(
+        config,
+        &job.peer.address,
+        job.peer.start_id,
+        deadline,
+        &job.is_stopped,
+    );
     let socket = socket.map_err(|source| LaneError::PeerGone {
         what: "no data connection",
         source: Some(source),

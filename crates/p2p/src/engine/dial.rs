@@ -2,11 +2,15 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::address::PeerAddress;
 use super::machine::NetConfig;
 use crate::proto::{Channel, Frames, Side, encode};
+
+/// How often a handshake that waits looks whether it is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Random bytes that no other connection has.
 pub(super) fn fresh_nonce() -> io::Result<[u8; 32]> {
@@ -36,7 +40,8 @@ pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Makes a data connection: connects and goes through the handshake. Waits, at most until `deadline`.
+/// Makes a data connection: connects and goes through the handshake. Waits, at most until `deadline`; for the handshake not
+/// much longer than until `is_stopped`.
 ///
 /// `start_id` is that of the control connection's peer: behind an address that changed hands is somebody else.
 pub(super) fn data_connection(
@@ -44,6 +49,7 @@ pub(super) fn data_connection(
     address: &PeerAddress,
     start_id: [u8; 16],
     deadline: Instant,
+    is_stopped: &AtomicBool,
 ) -> io::Result<TcpStream> {
     let mut config = config.clone();
     config.dial_hello.channel = Channel::Data;
@@ -57,17 +63,22 @@ pub(super) fn data_connection(
             encode(&message, &mut unsent);
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if left.is_zero() || is_stopped.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::TimedOut.into());
         }
+        // A few hundred bytes: they fit into the socket's buffer.
         stream.set_write_timeout(Some(left))?;
         stream.write_all(&unsent)?;
         unsent.clear();
         if link.is_ready() {
             break;
         }
-        stream.set_read_timeout(Some(left))?;
-        let count = stream.read(&mut bytes)?;
+        stream.set_read_timeout(Some(left.min(LOOK_EVERY)))?;
+        let count = match stream.read(&mut bytes) {
+            Ok(count) => count,
+            Err(error) if is_interruption(&error) => continue,
+            Err(error) => return Err(error),
+        };
         if count == 0 {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
@@ -85,4 +96,11 @@ pub(super) fn data_connection(
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream)
+}
+
+fn is_interruption(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+    )
 }

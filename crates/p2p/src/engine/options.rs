@@ -21,6 +21,10 @@ pub struct PeerOptions {
     /// Addresses, networks and names that may be connected to; empty: all. They come out of request ids, which clients
     /// may choose. A name is compared as it is written, never looked up.
     pub allowed_peers: Vec<String>,
+    /// Most peers that this side is connected to at a time.
+    pub peers: usize,
+    /// One that was not used for so long makes room for another.
+    pub peer_unused: Duration,
     /// Longest wait for a connection and its handshake.
     pub connect_timeout: Duration,
     /// Longest silence on a connection before a heartbeat.
@@ -39,6 +43,8 @@ impl PeerOptions {
             rank: 0,
             secret: None,
             allowed_peers: Vec::new(),
+            peers: 1024,
+            peer_unused: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(2),
             heartbeat: Duration::from_secs(1),
             peer_timeout: Duration::from_secs(5),

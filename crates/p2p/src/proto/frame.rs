@@ -11,6 +11,13 @@ pub const FRAME_BYTES_MAX: usize = 4 << 20;
 /// Longest body before a peer has shown that it knows the secret: an Open is shorter.
 const STRANGER_BYTES_MAX: usize = 4 << 10;
 
+/// Longest body of a peer that connected here and showed that it knows the secret, if there is one: those pull, and say
+/// little. The longest is a HELLO with [`FACTS_MAX`](super::FACTS_MAX) facts.
+pub const PULLER_BYTES_MAX: usize = 128 << 10;
+
+/// What was given out stays in the buffer until it is so much.
+const USED_BYTES_MAX: usize = 64 << 10;
+
 /// First bytes of a connection, in both directions; two bytes of version follow.
 const MAGIC: [u8; 6] = *b"kvlane";
 const PREAMBLE_BYTES: usize = MAGIC.len() + 2;
@@ -32,8 +39,13 @@ pub enum FrameError {
         found: u16,
     },
     /// A length that no message has.
-    #[error("a frame of {0} bytes, allowed: 1 to {FRAME_BYTES_MAX}")]
-    Length(usize),
+    #[error("a frame of {found} bytes, allowed here: 1 to {limit}")]
+    Length {
+        /// The frame's.
+        found: usize,
+        /// The most.
+        limit: usize,
+    },
     /// A body that is no message.
     #[error("a frame of {bytes} bytes that is no message: {reason}")]
     Body {
@@ -101,9 +113,9 @@ impl Frames {
         }
     }
 
-    /// The peer has shown who it is.
-    pub fn trust(&mut self) {
-        self.limit_bytes = FRAME_BYTES_MAX;
+    /// The peer has shown who it is, and may send bodies of at most `limit_bytes`.
+    pub fn trust(&mut self, limit_bytes: usize) {
+        self.limit_bytes = limit_bytes.min(FRAME_BYTES_MAX);
     }
 
     /// The bytes that open a connection, in both directions.
@@ -116,7 +128,7 @@ impl Frames {
         if self.used == self.bytes.len() {
             self.bytes.clear();
             self.used = 0;
-        } else if self.used > FRAME_BYTES_MAX {
+        } else if self.used > USED_BYTES_MAX {
             self.bytes.drain(..self.used);
             self.used = 0;
         }
@@ -135,7 +147,10 @@ impl Frames {
         // Refused before anything of that size is waited for.
         let length = u32::from_le_bytes(*length) as usize;
         if length == 0 || length > self.limit_bytes {
-            return Err(FrameError::Length(length));
+            return Err(FrameError::Length {
+                found: length,
+                limit: self.limit_bytes,
+            });
         }
         let Some(body) = behind.get(..length) else {
             return Ok(None);
@@ -274,7 +289,13 @@ mod tests {
             let mut frames = Frames::new();
             frames.push(&preamble());
             frames.push(&length.to_le_bytes());
-            assert_eq!(frames.next_message(), Err(FrameError::Length(length as usize)));
+            assert_eq!(
+                frames.next_message(),
+                Err(FrameError::Length {
+                    found: length as usize,
+                    limit: FRAME_BYTES_MAX
+                })
+            );
         }
     }
 
@@ -284,12 +305,17 @@ mod tests {
         let mut frames = Frames::of_stranger();
         frames.push(&preamble());
         frames.push(&header);
-        assert!(matches!(frames.next_message(), Err(FrameError::Length(_))));
+        assert!(matches!(frames.next_message(), Err(FrameError::Length { .. })));
         let mut frames = Frames::of_stranger();
-        frames.trust();
+        frames.trust(PULLER_BYTES_MAX);
         frames.push(&preamble());
         frames.push(&header);
         assert_eq!(frames.next_message(), Ok(None));
+        let mut frames = Frames::of_stranger();
+        frames.trust(PULLER_BYTES_MAX);
+        frames.push(&preamble());
+        frames.push(&(PULLER_BYTES_MAX as u32 + 1).to_le_bytes());
+        assert!(matches!(frames.next_message(), Err(FrameError::Length { .. })));
     }
 
     #[test]

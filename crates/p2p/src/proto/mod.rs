@@ -20,7 +20,7 @@ mod puller;
 mod waiting;
 
 pub use asker::{Asker, AskerAction, AskerLimits, State};
-pub use frame::{FRAME_BYTES_MAX, FrameError, Frames, encode};
+pub use frame::{FRAME_BYTES_MAX, FrameError, Frames, PULLER_BYTES_MAX, encode};
 pub use holder::{EndReason, Holder, HolderAction, HolderLimits, Offer};
 pub use link::{Identity, Link, LinkConfig, LinkError, Side};
 pub use message::{
