@@ -25,6 +25,7 @@ def open_worker(cache: PagedCache, layers: int, lane: str, can_offer: bool) -> _
         "lane": lane,
         "lease_ms": LEASE_MS,
         "transfer_timeout_ms": LEASE_MS,
+        "peer_timeout_ms": 5000,
         "connections": CONNECTIONS,
         "max_leased_blocks": POOL_BLOCKS,
         "readers": 1,

@@ -117,6 +117,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             "lane": options.lane,
             "lease_ms": options.lease_ms,
             "transfer_timeout_ms": options.transfer_timeout_ms,
+            "peer_timeout_ms": options.peer_timeout_ms,
             "connections": options.connections,
             "max_leased_blocks": max(self._kv_cache_config.num_blocks * options.leased_percent // 100, 1),
             "readers": 1,

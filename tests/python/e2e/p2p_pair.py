@@ -10,7 +10,12 @@ from support.servers import free_port
 
 LANES = ["shm", "tcp"]
 # Far above what the slowest machine needs: a deadline that fires here is a failure and not a slow machine.
-PATIENT = {"ask_timeout_ms": 60_000, "transfer_timeout_ms": 60_000, "lease_ms": 120_000}
+PATIENT = {
+    "ask_timeout_ms": 60_000,
+    "transfer_timeout_ms": 60_000,
+    "lease_ms": 120_000,
+    "peer_timeout_ms": 60_000,
+}
 
 
 class P2pPair:
@@ -38,7 +43,7 @@ class P2pPair:
     def hand_over(self, requests, at_once=False, on_prefill=None):
         """Runs requests on prefill for one token each, and on decode after it or at the same time. `on_prefill` changes
         prefill's requests. Returns decode's answers and the external tokens by vLLM's own counter."""
-        named = [{**request, "id": self._proxys_id()} for request in requests]
+        named = [{**request, "id": proxys_id(self.kv_port)} for request in requests]
         for_prefill = [{**request, "max_tokens": 1, **(on_prefill or {})} for request in named]
         if not at_once:
             self.prefill.run(for_prefill)
@@ -50,7 +55,7 @@ class P2pPair:
 
     def ask_for_what_is_not_coming(self, requests):
         """Requests that name the prefill server, which never gets them."""
-        return self._run_on_decode(requests, [{**request, "id": self._proxys_id()} for request in requests])
+        return self._run_on_decode(requests, [{**request, "id": proxys_id(self.kv_port)} for request in requests])
 
     def decode_alone(self, requests):
         """Requests that name no prefill server."""
@@ -68,15 +73,17 @@ class P2pPair:
         assert self.decode.settled_free_blocks() == self.decode.free_blocks_at_start
         assert self.prefill.settled_free_blocks() == self.prefill.free_blocks_at_start
 
-    def _proxys_id(self):
-        return f"cmpl-{transfer_id(f'127.0.0.1:{self.kv_port}', '127.0.0.1:1')}-0"
-
     def _run_on_decode(self, requests, named):
         before = self.decode.counters().get(EXTERNAL_HITS, 0)
         answers = self.decode.run(named)
         external_tokens = self.decode.counters()[EXTERNAL_HITS] - before
         own = {request["id"]: answers[other["id"]] for request, other in zip(requests, named, strict=True)}
         return own, external_tokens
+
+
+def proxys_id(kv_port):
+    """The id that vLLM makes of a proxy's header, for a prefill server on this machine."""
+    return f"cmpl-{transfer_id(f'127.0.0.1:{kv_port}', '127.0.0.1:1')}-0"
 
 
 def expected_whole(requests):

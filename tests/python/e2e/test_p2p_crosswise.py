@@ -59,7 +59,7 @@ class Crosswise:
         return [*self.prefills, *self.decodes]
 
     def open(self, lane):
-        options = {"ask_timeout_ms": DEADLINE_MS, "transfer_timeout_ms": DEADLINE_MS, "lease_ms": DEADLINE_MS}
+        options = dict.fromkeys(("ask_timeout_ms", "transfer_timeout_ms", "lease_ms", "peer_timeout_ms"), DEADLINE_MS)
         options |= {"host": "127.0.0.1", "lane": lane}
         small = {"num_gpu_blocks_override": CACHE_BLOCKS, "max_model_len": MODEL_LEN_TOKENS, "chunked": True}
         for prefill, port in zip(self.prefills, self._ports, strict=True):

@@ -143,6 +143,35 @@ def test_an_abort_while_pulling_leaves_nothing_behind(p2p_pair, prompts, steps, 
     p2p_pair.assert_nothing_is_held()
 
 
+@pytest.mark.parametrize("lane", LANES)
+def test_preemption_pressure_on_decode(p2p_pair, prompts, lane):
+    """So few blocks that running requests are thrown out and come back, with pulls in between."""
+    few = {"num_gpu_blocks_override": 22, "max_model_len": 512, "max_num_batched_tokens": 512}
+    p2p_pair.open(lane, decode=few)
+    requests = [ask(f"r{i}", prompts.tokens(4 * BLOCK_TOKENS + 5 + i), max_tokens=96) for i in range(6)]
+    before = p2p_pair.decode.counters()["vllm:num_preemptions"]
+    answers, external_tokens = p2p_pair.hand_over(requests)
+    assert p2p_pair.decode.counters()["vllm:num_preemptions"] > before, "the test made no pressure"
+    # vLLM counts what requests load that come back after a preemption elsewhere.
+    assert external_tokens == expected_whole(requests)
+    p2p_pair.assert_like_single(requests, answers)
+    p2p_pair.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_preemption_pressure_on_prefill(p2p_pair, prompts, lane):
+    """Prompts that are thrown out while decode reads them, or before, cost a recompute and never an answer."""
+    few = {"num_gpu_blocks_override": 24, "max_model_len": 512, "max_num_batched_tokens": 64, "chunked": True}
+    p2p_pair.open(lane, prefill=few)
+    requests = [ask(f"r{i}", prompts.tokens(4 * BLOCK_TOKENS + 5 + i)) for i in range(6)]
+    before = p2p_pair.prefill.counters()["vllm:num_preemptions"]
+    answers, external_tokens = p2p_pair.hand_over(requests, at_once=True, on_prefill={"max_tokens": 64})
+    assert p2p_pair.prefill.counters()["vllm:num_preemptions"] > before, "the test made no pressure"
+    assert 0 < external_tokens <= expected_whole(requests)
+    p2p_pair.assert_like_single(requests, answers)
+    p2p_pair.assert_nothing_is_held()
+
+
 def test_bfloat16_gives_the_same_first_token(p2p_pair, prompts):
     p2p_pair.model = tiny_model("bfloat16")
     p2p_pair.open("shm", prefill={"dtype": "bfloat16"}, decode={"dtype": "bfloat16"})

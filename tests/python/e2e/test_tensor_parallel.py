@@ -6,17 +6,22 @@ import pytest
 import vllm
 
 from conftest import ask, expected_external
+from p2p_pair import PATIENT, expected_whole, proxys_id
 from settings import BLOCK_TOKENS, engine_settings
-from support.connector import transfer_config
+from support.connector import p2p_config, transfer_config
 from support.metrics import EXTERNAL_HITS
 from support.outcome import assert_same
+from support.servers import free_port_row
 
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
-@pytest.mark.skipif(
+newest_only = pytest.mark.skipif(
     vllm.__version__.startswith("0.15."), reason="two ranks on the CPU are tested with the newest vLLM only"
 )
+
+
+@newest_only
 def test_two_tensor_parallel_ranks_each_find_their_own_heads(processes, store, model, prompts):
     prefill, decode, single = processes
     every_cpu = sorted(os.sched_getaffinity(0))
@@ -38,3 +43,33 @@ def test_two_tensor_parallel_ranks_each_find_their_own_heads(processes, store, m
     assert external_tokens == sum(expected_external(request["prompt"]) for request in requests)
     for request_id, answer in answers.items():
         assert_same(answer, first[request_id], second[request_id], what=request_id)
+
+
+@newest_only
+def test_two_tensor_parallel_ranks_each_pull_from_the_prefill_rank_with_their_heads(processes, model, prompts):
+    prefill, decode, single = processes
+    every_cpu = sorted(os.sched_getaffinity(0))
+    settings = engine_settings(model, chunked=True, **TWO_RANKS)
+    requests = [ask(f"{count}", prompts.tokens(count)) for count in (20, 4 * BLOCK_TOKENS + 1, 1003)]
+    kv_port = free_port_row(2)
+    named = [{**request, "id": proxys_id(kv_port)} for request in requests]
+
+    single.open(settings, None, every_cpu)
+    first, second = single.run(requests), single.run(requests)
+    single.close()
+    # Both are open at once, and one of them works at a time: prefill only keeps its blocks while decode runs.
+    options = {**PATIENT, "host": "127.0.0.1"}
+    prefill.open(settings, p2p_config("producer", kv_port, **options), every_cpu)
+    decode.open(settings, p2p_config("consumer", kv_port, **options), every_cpu)
+    try:
+        prefill.run([{**request, "max_tokens": 1} for request in named])
+        answers = decode.run(named)
+        external_tokens = decode.counters()[EXTERNAL_HITS]
+        assert prefill.settled_free_blocks() == prefill.free_blocks_at_start
+    finally:
+        decode.close()
+        prefill.close()
+
+    assert external_tokens == expected_whole(requests)
+    for request, other in zip(requests, named, strict=True):
+        assert_same(answers[other["id"]], first[request["id"]], second[request["id"]], what=request["id"])

@@ -61,6 +61,7 @@ def test_options_reach_the_native_module(hub, tmp_path):
     (tmp_path / "secret").write_bytes(b"0123456789abcdef\n")
     extra = {
         "lane": "tcp", "lease_ms": 5000, "transfer_timeout_ms": 7000, "secret_file": str(tmp_path / "secret"),
+        "peer_timeout_ms": 9000,
         "allowed_peers": ["10.0.0.0/8"], "connections": 3, "host": "127.0.0.1", "leased_percent": 25,
     }  # fmt: skip
     transfer = {**MANIFEST, "kv_role": "kv_both", "kv_connector_extra_config": extra}
@@ -71,6 +72,7 @@ def test_options_reach_the_native_module(hub, tmp_path):
         "can_offer": True, "can_pull": True, "host": "127.0.0.1", "port": 14579, "rank": 0,
         "engine_id": "p2p-nccl-same-node", "secret": b"0123456789abcdef", "allowed_peers": ["10.0.0.0/8"],
         "lane": "tcp", "lease_ms": 5000, "transfer_timeout_ms": 7000, "connections": 3, "max_leased_blocks": 16,
+        "peer_timeout_ms": 9000,
         "readers": 1,
     }  # fmt: skip
     # What a peer of another namespace is told: short enough to read.

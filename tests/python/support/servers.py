@@ -38,6 +38,17 @@ def free_ports(count):
     return sorted(ports)
 
 
+def free_port_row(count):
+    """The first of so many free ports that follow each other."""
+    for _ in range(100):
+        first = free_port()
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError(f"no {count} free ports that follow each other")
+
+
 def free_port_to_come_back_to():
     """A free port that the system gives to no outgoing connection: a server that is killed can have it again."""
     with open("/proc/sys/net/ipv4/ip_local_port_range") as file:

@@ -43,6 +43,11 @@ pub(super) struct Core<M: Machine> {
     accepted: usize,
     /// Connections that had more to read when their turn was over.
     unread: HashSet<ConnectionId>,
+    /// Connections with messages that the thread sends when it runs: a write to a socket costs an engine's hook more than
+    /// waking the thread.
+    unflushed: HashSet<ConnectionId>,
+    /// Whether messages that nobody waits for are left to the thread.
+    pub(super) leaves_messages: bool,
     read_buffer: Vec<u8>,
     /// When the thread wakes up by itself.
     pub(super) sleeps_until: Option<Instant>,
@@ -84,6 +89,8 @@ impl<M: Machine> Core<M> {
             dials: 0,
             accepted: 0,
             unread: HashSet::new(),
+            unflushed: HashSet::new(),
+            leaves_messages: false,
             read_buffer: Vec::new(),
             sleeps_until: None,
             is_closing: false,
@@ -159,6 +166,18 @@ impl<M: Machine> Core<M> {
         std::mem::take(&mut self.unread)
     }
 
+    /// Whether there are messages for the thread to send.
+    pub(super) fn has_unflushed(&self) -> bool {
+        !self.unflushed.is_empty()
+    }
+
+    /// Sends the messages that were left to the thread.
+    pub(super) fn flush_left(&mut self, now: Instant) {
+        for id in std::mem::take(&mut self.unflushed) {
+            self.flush(now, id);
+        }
+    }
+
     /// Whether a connection is among them.
     pub(super) fn is_unread(&self, id: ConnectionId) -> bool {
         self.unread.contains(&id)
@@ -209,6 +228,7 @@ impl<M: Machine> Core<M> {
             let Some(connection) = self.connections.get_mut(&id) else {
                 continue;
             };
+            let is_left = self.leaves_messages && !message.is_urgent();
             match &mut connection.open {
                 Some(open) if open.was_ready => open.link.send(message),
                 _ if connection.waiting.len() < WAITING_MAX => connection.waiting.push(message),
@@ -217,7 +237,11 @@ impl<M: Machine> Core<M> {
                     continue;
                 }
             }
-            self.flush(now, id);
+            if is_left {
+                self.unflushed.insert(id);
+            } else {
+                self.flush(now, id);
+            }
         }
     }
 
@@ -502,6 +526,7 @@ impl<M: Machine> Core<M> {
             let _ = self.registry.deregister(&mut open.stream);
         }
         self.unread.remove(&id);
+        self.unflushed.remove(&id);
         self.machine.closed(now, id);
         self.settle(now);
     }

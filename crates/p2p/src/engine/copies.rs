@@ -22,9 +22,9 @@ const LANES_MAX: usize = 256;
 /// How long a lane to a peer that is gone may be kept: it holds what it has mapped of the peer's memory, which an engine
 /// that starts there anew may need.
 const GONE_MAX: Duration = Duration::from_secs(1);
-/// A data connection that cannot be made in this time is no use to a transfer; the peer has just been reached. A pull whose
-/// copies are not wanted any more may end so much later.
-const DATA_CONNECT_MAX: Duration = Duration::from_secs(2);
+/// A data connection that cannot be made in this time is no use to a transfer. A pull whose copies are not wanted any more
+/// ends so much later at most, and that only if the peer's machine has gone away since it was last heard.
+const DATA_CONNECT_MAX: Duration = Duration::from_secs(5);
 
 /// One span to copy.
 pub(super) struct CopyJob {

@@ -107,14 +107,17 @@ impl<M: Machine> Shared<M> {
     /// Works on the machine and the connections, then sends what there is to send.
     pub(super) fn with<T>(self: &Arc<Self>, work: impl FnOnce(&mut Core<M>, Instant) -> T) -> T {
         let mut core = self.lock();
+        let had_unflushed = core.has_unflushed();
+        core.leaves_messages = true;
         let result = core.work(work);
+        core.leaves_messages = false;
         let next = core.next_deadline();
         let is_sooner = match (next, core.sleeps_until) {
             (Some(next), Some(until)) => next < until,
             (Some(_), None) => true,
             (None, _) => false,
         };
-        if is_sooner {
+        if is_sooner || (core.has_unflushed() && !had_unflushed) {
             let _ = self.waker.wake();
         }
         result
@@ -143,6 +146,7 @@ impl<M: Machine> Shared<M> {
     /// always has more to say. Not `with`: the thread need not wake itself.
     fn turn(&self, work: impl FnOnce(&mut Core<M>, Instant)) {
         let mut core = self.lock();
+        core.leaves_messages = false; // also behind a call that panicked
         core.work(work);
         MutexGuard::unlock_fair(core);
     }
@@ -190,7 +194,13 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
             shared.lock().work(|core, now| core.close(now));
             return;
         }
-        let unread = shared.lock().take_unread();
+        let unread = {
+            let mut core = shared.lock();
+            if core.has_unflushed() {
+                core.work(Core::flush_left);
+            }
+            core.take_unread()
+        };
         for id in unread {
             shared.turn(|core, now| core.progress(now, id));
         }

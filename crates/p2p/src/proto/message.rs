@@ -371,6 +371,14 @@ pub fn facts_are_bounded(facts: &[(String, String)]) -> bool {
 }
 
 impl Message {
+    /// Whether somebody waits for it. The others only give back what is not needed any more.
+    pub fn is_urgent(&self) -> bool {
+        !matches!(
+            self,
+            Self::Done { .. } | Self::Cancel { .. } | Self::Forget { .. } | Self::Want { block_count: 0, .. }
+        )
+    }
+
     /// Whether all texts are within their bounds; a frame with other ones is refused.
     pub(super) fn texts_are_bounded(&self) -> bool {
         match self {
