@@ -200,6 +200,11 @@ impl Visit for Words {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.record_debug(field, &format_args!("{value}"));
+        // What peers and file names say must not look like other lines.
+        if value.contains(char::is_control) {
+            self.record_debug(field, &value);
+        } else {
+            self.record_debug(field, &format_args!("{value}"));
+        }
     }
 }

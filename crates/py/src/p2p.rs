@@ -415,7 +415,6 @@ impl P2pOptions {
         let mut peer = PeerOptions::new(item("engine_id")?.extract::<String>()?);
         peer.rank = item("rank")?.extract()?;
         peer.peer_timeout = millis(item("peer_timeout_ms")?.extract()?);
-        peer.heartbeat = peer.heartbeat.min(peer.peer_timeout / 5);
         peer.connect_timeout = peer.connect_timeout.max(peer.peer_timeout / 2);
         peer.allowed_peers = item("allowed_peers")?.extract()?;
         let secret = item("secret")?;

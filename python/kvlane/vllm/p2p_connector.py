@@ -297,7 +297,13 @@ def _every_address() -> str:
 
 def _told(facts: identity.Facts, kv_caches: dict[str, Any]) -> identity.Facts:
     """What a peer of another namespace is told of this one: long values by their hash, and what tensors look like."""
-    told = [(name, value if len(value) <= 120 else sha256(value.encode()).hexdigest()) for name, value in facts]
+    told, files = [], []
+    for name, value in facts:
+        if " file " in name:
+            files.append((name, value))
+        else:
+            told.append((name, value if len(value) <= 120 else sha256(value.encode()).hexdigest()))
+    told.append(("files", f"{len(files)}, sha256 {sha256(repr(files).encode()).hexdigest()}"))
     name, tensor = next(iter(kv_caches.items()), ("", None))
     if hasattr(tensor, "stride"):
         shape, strides = list(tensor.shape), list(tensor.stride())

@@ -51,7 +51,7 @@ class P2pOptions:
     ask_timeout_ms: int = 10_000
     #: Longest time that a request waits for its KV once its prefill has begun.
     transfer_timeout_ms: int = 60_000
-    #: Longest silence of a peer before it counts as dead. Heartbeats come every second, or five times in that time.
+    #: Longest silence of a peer before it counts as dead. Heartbeats come every second.
     peer_timeout_ms: int = 5000
     #: File with a secret that all servers share. Without one, whoever reaches the port may read KV.
     secret_file: str | None = None
@@ -170,7 +170,7 @@ _READERS: dict[str, Any] = {
     "lease_ms": read_number(100, 3_600_000),
     "ask_timeout_ms": read_number(1, 600_000),
     "transfer_timeout_ms": read_number(1, 600_000),
-    "peer_timeout_ms": read_number(500, 600_000),
+    "peer_timeout_ms": read_number(3000, 600_000),
     "secret_file": read_text,
     "allowed_peers": _peers,
     "connections": read_number(1, 16),

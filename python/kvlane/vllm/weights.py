@@ -32,6 +32,7 @@ _LINKS_MAX = 40
 # Files beside the weights that decide what an image processor makes of an image.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _CONTENT_BYTES_MAX = 4 << 20
+_READ_AT_START = (*_WEIGHT_SUFFIXES, *_PROCESSOR_FILES, ".py")
 
 
 def weights_elsewhere(model: Any, load_config: Any) -> str | None:
@@ -132,7 +133,7 @@ def _content_facts(folder: str, names: Iterable[str]) -> Facts:
         try:
             with open(os.path.join(folder, name), "rb") as file:
                 content = file.read(_CONTENT_BYTES_MAX)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, PermissionError):  # then the engine does not read it either
             continue
         facts.append((f"file {name}", hashlib.sha256(content).hexdigest()))
     return facts
@@ -147,12 +148,10 @@ def file_facts(path: str, suffixes: tuple[str, ...] | None = None, samples: bool
     facts = []
     for name, target in _files(path, suffixes):
         status, content_hash = os.stat(target), _content_hash(target)
-        if content_hash is not None:
-            version = f"hash {content_hash}"
-        elif samples:
-            version = f"time {status.st_mtime_ns}, samples {_samples_hash(target, status.st_size)}"
-        else:
-            version = f"time {status.st_mtime_ns}"
+        version = f"time {status.st_mtime_ns}" if content_hash is None else f"hash {content_hash}"
+        if samples and content_hash is None:
+            known = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            version += f", samples {_samples_hash(target, known)}"
         facts.append((f"file {name}", f"{status.st_size} bytes, {version}"))
     return facts
 
@@ -176,36 +175,54 @@ def _content_hash(target: str) -> str | None:
     return blob if os.path.basename(folder) == "blobs" and _ETAG.fullmatch(blob) else None
 
 
-def _samples_hash(target: str, size_bytes: int) -> str:
-    samples = hashlib.sha256()
-    with open(target, "rb", buffering=0) as file:
-        for number in range(_SAMPLES):
-            file.seek(max(size_bytes - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
-            samples.update(file.read(_SAMPLE_BYTES))
+@functools.lru_cache(maxsize=4096)
+def _samples_hash(target: str, known: tuple[int, ...]) -> str:
+    """Of a file with this device, number, size and times: adapters are looked at every second."""
+    samples, size_bytes = hashlib.sha256(), known[2]
+    try:
+        with open(target, "rb", buffering=0) as file:
+            for number in range(_SAMPLES):
+                file.seek(max(size_bytes - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+                samples.update(file.read(_SAMPLE_BYTES))
+    except PermissionError:  # then the engine does not read it either
+        return "unreadable"
     return samples.hexdigest()
 
 
 def _changed_since(path: str, since_s: float) -> str | None:
-    """What somebody changed later of a model's weights, or of the way to them. A hub cache's file is its content's."""
-    for name, target in _files(path, _WEIGHT_SUFFIXES):
-        if _content_hash(target) is not None:
-            continue
-        if os.stat(target).st_ctime > since_s:
-            return f"file {name}"
-        for place in _way_to(os.path.join(path, name) if os.path.isdir(path) else path):
-            status = os.lstat(place)
-            if stat.S_ISLNK(status.st_mode) and status.st_ctime > since_s:
-                return f"link {place}"
-            # Above the model's folder files come and go; a folder that only got another name was moved here.
-            is_own = place == os.path.dirname(target) or status.st_mtime <= since_s
-            if stat.S_ISDIR(status.st_mode) and is_own and status.st_ctime > since_s:
-                return f"folder {place}"
+    """What somebody changed later of the files that the engine reads at its start, or of the way to them. A hub cache's
+    file is its content's."""
+    try:
+        for name, target in _files(path, _READ_AT_START):
+            if _content_hash(target) is not None:
+                continue
+            if os.stat(target).st_ctime > since_s:
+                return f"file {name}"
+            for place in _way_to(os.path.join(path, name) if os.path.isdir(path) else path):
+                if _took_its_place_since(place, target, since_s):
+                    return place
+    except OSError as error:  # it vanished under our eyes
+        return f"{error.filename} ({error.strerror})"
     return None
+
+
+def _took_its_place_since(place: str, target: str, since_s: float) -> bool:
+    """Whether a link or folder on the way to a file may have come there later."""
+    status = os.lstat(place)
+    if status.st_ctime <= since_s:
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    if not stat.S_ISDIR(status.st_mode):
+        return False
+    # Above the model's folder files come and go, and an overlay file system touches folders that it copies. Another
+    # name changes both a folder and the one that it is in.
+    return place == os.path.dirname(target) or os.lstat(os.path.dirname(place)).st_mtime > since_s
 
 
 def _way_to(path: str) -> Iterator[str]:
     """Folders and links that lead to a file, and the file. No folder comes with a link in its name."""
-    rest, at, links = os.path.abspath(path).split("/"), "/", 0
+    rest, at, links = os.path.join(os.getcwd(), path).split("/"), "/", 0
     while rest:
         part = rest.pop(0)
         if part in ("", "."):

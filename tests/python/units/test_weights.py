@@ -15,6 +15,14 @@ NAME = "org/name"
 FIRST, SECOND = "a" * 40, "b" * 40
 
 
+def start_now(monkeypatch):
+    """What was made so far was there when the process began, and what comes was not. Times of files come in steps."""
+    time.sleep(0.05)
+    began_s = time.time()
+    time.sleep(0.05)
+    monkeypatch.setattr(weights, "process_start_s", lambda: began_s)
+
+
 def download(cache, commit, etag, files=("model.safetensors",), branch="main"):
     """What a hub's client leaves of a commit: the branch, files by content, and links to them. Returns the snapshot."""
     repository = cache / "models--org--name"
@@ -165,24 +173,76 @@ def test_weights_that_another_version_took_the_place_of_while_the_server_starts_
 
     path = tmp_path / "served" / ("current/model" if "above" in way else "model")
     place("v1")
-    # Later than the making of the second version too, and times come in steps.
-    time.sleep(0.05)
-    loaded_s = time.time()
-    time.sleep(0.05)
-    monkeypatch.setattr(weights, "process_start_s", lambda: loaded_s)
+    start_now(monkeypatch)
     assert identity.unnamed_weights(engine(path), None) is None
     place("v2")
     assert "was changed while this process ran" in identity.unnamed_weights(engine(path), None)
     assert identity.unnamed_weights(engine(path), "build 7") is None
 
 
+def test_a_version_that_was_still_being_made_when_the_server_started_is_noticed_too(tmp_path, monkeypatch):
+    for version in ("v1", "v2"):
+        (tmp_path / version / "model").mkdir(parents=True)
+        (tmp_path / version / "model" / "model.safetensors").write_bytes(version.encode())
+    (tmp_path / "v1").rename(tmp_path / "current")
+    start_now(monkeypatch)
+    path = tmp_path / "current" / "model"
+    (tmp_path / "v2" / "READY").write_text("")
+    (tmp_path / "current").rename(tmp_path / "old")
+    (tmp_path / "v2").rename(tmp_path / "current")
+    assert "was changed while this process ran" in identity.unnamed_weights(engine(path), None)
+
+
+def test_a_folder_above_a_model_may_change_its_rights_and_content(tmp_path, monkeypatch):
+    """As an overlay file system does when something below is written for the first time."""
+    (tmp_path / "a" / "b" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "model" / "model.safetensors").write_bytes(b"weights")
+    start_now(monkeypatch)
+    (tmp_path / "a" / "b").chmod(0o755)
+    assert identity.unnamed_weights(engine(tmp_path / "a" / "b" / "model"), None) is None
+
+
+def test_modelling_code_that_changes_while_the_server_starts_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "modeling.py").write_text("old")
+    start_now(monkeypatch)
+    with open(tmp_path / "modeling.py", "r+") as code:
+        code.write("new")
+    assert "modeling.py was changed" in identity.unnamed_weights(engine(tmp_path), None)
+
+
+def test_a_path_that_leads_up_behind_a_link_is_followed_as_the_system_does(tmp_path, monkeypatch):
+    (tmp_path / "versions" / "v1").mkdir(parents=True)
+    (tmp_path / "versions" / "v2").mkdir()
+    (tmp_path / "versions" / "v2" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "current").symlink_to(tmp_path / "versions" / "v1")
+    monkeypatch.setattr(weights, "process_start_s", lambda: time.time() + 3600)
+    path = f"{tmp_path}/models/current/../v2"
+    assert identity.unnamed_weights(engine(path), None) is None
+    monkeypatch.chdir(tmp_path / "models")
+    assert identity.unnamed_weights(engine("current/../v2"), None) is None
+
+
+def test_files_that_are_none_and_files_that_cannot_be_read_stop_no_start(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "gone.bin").symlink_to(tmp_path / "nowhere")
+    trusted = engine(tmp_path, model_config__trust_remote_code=True)
+    assert any("model.safetensors" in name for name, _ in identity.engine_facts(trusted, None))
+
+
+def test_files_that_stay_as_they_are_are_read_once(tmp_path, monkeypatch):
+    (tmp_path / "adapter.safetensors").write_bytes(b"weights")
+    first = identity.file_facts(str(tmp_path), samples=True)
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("it was read again"))
+    assert identity.file_facts(str(tmp_path), samples=True) == first
+
+
 def test_what_comes_and_goes_beside_a_model_does_not_keep_it_from_being_shared(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    time.sleep(0.05)
-    loaded_s = time.time()
-    time.sleep(0.05)
-    monkeypatch.setattr(weights, "process_start_s", lambda: loaded_s)
+    start_now(monkeypatch)
     (tmp_path / "another model").mkdir()
     assert identity.unnamed_weights(engine(tmp_path / "model"), None) is None
 

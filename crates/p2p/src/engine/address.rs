@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,7 +19,8 @@ pub struct PeerAddress {
 }
 
 impl PeerAddress {
-    /// Refuses hosts that cannot be one. Brackets around an IPv6 address are taken off.
+    /// Refuses hosts that cannot be one. Brackets around an IPv6 address are taken off; an address is kept in its usual
+    /// form and a name in small letters, so that one peer is not taken for several.
     pub fn new(host: &str, port: u16) -> Result<Self> {
         let bare = host
             .strip_prefix('[')
@@ -35,8 +36,12 @@ impl PeerAddress {
                 allowed: "HOST:PORT with a name, IPv4 or IPv6 address and a port from 1 on".to_owned(),
             });
         }
+        let host = match bare.parse::<IpAddr>() {
+            Ok(address) => address.to_string(),
+            Err(_) => bare.to_ascii_lowercase(),
+        };
         Ok(Self {
-            host: bare.into(),
+            host: host.into(),
             port,
         })
     }

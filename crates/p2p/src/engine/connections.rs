@@ -393,6 +393,7 @@ impl<M: Machine> Core<M> {
                     return false;
                 }
                 Ok(Some(message)) => {
+                    connection.last_used = now;
                     if let Err(reason) = self.machine.receive(now, id, message) {
                         self.refuse(now, id, reason);
                         return false;

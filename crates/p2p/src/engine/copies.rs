@@ -208,9 +208,13 @@ fn tcp_lane(job: &CopyJob, config: &NetConfig) -> Result<TcpLane, LaneError> {
         deadline,
         &job.is_stopped,
     );
-    let socket = socket.map_err(|source| LaneError::PeerGone {
-        what: "no data connection",
-        source: Some(source),
+    let socket = socket.map_err(|source| match source {
+        _ if job.is_stopped.load(Ordering::Relaxed) => LaneError::Cancelled { done_bytes: 0 },
+        _ if Instant::now() >= job.deadline => LaneError::TimedOut { done_bytes: 0 },
+        source => LaneError::PeerGone {
+            what: "no data connection",
+            source: Some(source),
+        },
     })?;
     TcpLane::new(socket, Arc::clone(&job.peer.pairing))
 }

@@ -36,8 +36,8 @@ const READING_MAX: Duration = Duration::from_secs(600);
 const WANT_WAIT: Duration = Duration::from_secs(2);
 /// Longest time for one answer on a data connection.
 const SERVE_TIMEOUT: Duration = READING_MAX;
-/// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them.
-const COPY_HERE_BYTES: u64 = 256 << 10;
+/// Spans of fewer bytes out of a peer's memory are copied by the thread that learns of them, which may be the engine's.
+const COPY_HERE_BYTES: u64 = 64 << 10;
 /// A part of a span that another thread copies meanwhile has at least so many bytes: some milliseconds of copying.
 const PART_BYTES_MIN: usize = 8 << 20;
 
@@ -45,10 +45,11 @@ const PART_BYTES_MIN: usize = 8 << 20;
 pub(super) struct Exchange {
     pub(super) holder: Option<Holder>,
     pub(super) puller: Puller,
+    /// Shows peers that they read the right process. It goes first: who reads it behind an epoch, or with an entry of the
+    /// board, knows that those were still there.
+    _token: ProbeToken,
     table: Arc<EpochTable>,
     board: OfferBoard,
-    /// Shows peers that they read the right process; lives as long as its address is out.
-    _token: ProbeToken,
     cache: LocalCache,
     /// Keeps what peers map.
     _shared: Option<SharedCache>,

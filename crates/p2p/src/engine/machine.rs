@@ -3,13 +3,16 @@
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::address::PeerAddress;
 use super::dial::fresh_nonce;
 use super::options::PeerOptions;
 use crate::error::Result;
 use crate::proto::{ConnectionId, Hello, Identity, Link, LinkConfig, Message, Role, Side};
+
+/// Longest handshake of a peer that connects here.
+const STRANGER_MAX: Duration = Duration::from_secs(10);
 
 /// What is done with the messages. Called with the lock held: nothing here waits.
 pub(super) trait Machine: Send + 'static {
@@ -56,15 +59,20 @@ pub(super) struct NetConfig {
 
 impl NetConfig {
     pub(super) fn link(&self, side: Side, now: Instant) -> io::Result<Link> {
-        let (role, hello) = match side {
-            Side::Dialling => (self.dial_role, &self.dial_hello),
-            Side::Accepting => (Role::Holder, &self.accept_hello),
+        let (role, hello, handshake_timeout) = match side {
+            Side::Dialling => (self.dial_role, &self.dial_hello, self.options.connect_timeout),
+            // A stranger that says nothing gets no more, however patient this side is with its peers.
+            Side::Accepting => (
+                Role::Holder,
+                &self.accept_hello,
+                self.options.connect_timeout.min(STRANGER_MAX),
+            ),
         };
         let config = LinkConfig {
             identity: Arc::clone(&self.identity),
             role,
             hello: hello.clone(),
-            handshake_timeout: self.options.connect_timeout,
+            handshake_timeout,
             heartbeat: self.options.heartbeat,
             peer_timeout: self.options.peer_timeout,
         };

@@ -19,7 +19,7 @@ pub struct PeerOptions {
     /// Secret that all peers share; none: whoever reaches the port is trusted.
     pub secret: Option<Vec<u8>>,
     /// Addresses, networks and names that may be connected to; empty: all. They come out of request ids, which clients
-    /// may choose. A name is compared as it is written, never looked up.
+    /// may choose. A name is compared as it is written, but for capitals, and never looked up.
     pub allowed_peers: Vec<String>,
     /// Most peers that this side is connected to at a time.
     pub peers: usize,
@@ -55,7 +55,7 @@ impl PeerOptions {
     pub(super) fn allows(&self, host: &str) -> bool {
         let address: Option<IpAddr> = host.parse().ok();
         let fits = |allowed: &String| {
-            if allowed == host {
+            if allowed.eq_ignore_ascii_case(host) {
                 return true;
             }
             let Some(address) = address else { return false };

@@ -407,8 +407,14 @@ impl Holder {
                 Ok(())
             }
             Message::Done { transfer } | Message::Cancel { transfer } => {
-                self.waiting_wants.remove((connection, transfer));
+                if let Some((key, (prompt, _))) = self.waiting_wants.remove((connection, transfer)) {
+                    self.release_early(now, key, prompt);
+                }
                 self.reader_left(now, (connection, transfer));
+                Ok(())
+            }
+            Message::Taken { key, slot, epoch } => {
+                self.taken(now, &key, slot, epoch);
                 Ok(())
             }
             _ => Err("a message that only prefill sends"),
@@ -440,13 +446,15 @@ impl Holder {
                 self.end(now, &hold, EndReason::Expired);
             }
         }
-        for (connection, question) in self.waiting.take_late(now) {
+        for ((connection, question), ..) in self.waiting.take_late(now) {
             let verdict = Verdict::None;
             self.send(connection, Message::Answer { question, verdict });
         }
-        for (connection, transfer) in self.waiting_wants.take_late(now) {
+        for ((connection, transfer), key, (prompt, _)) in self.waiting_wants.take_late(now) {
             let reason = DenyReason::Gone;
             self.send(connection, Message::Deny { transfer, reason });
+            // It computes the prompt itself now.
+            self.release_early(now, key, prompt);
         }
     }
 

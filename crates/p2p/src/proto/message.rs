@@ -118,6 +118,15 @@ pub enum Message {
         /// As in the want.
         transfer: u64,
     },
+    /// This rank has what it found posted, or does not want it any more, without having wanted it of the holder.
+    Taken {
+        /// Names the request on both servers.
+        key: TransferKey,
+        /// Place of the lease in the holder's table, as posted.
+        slot: u32,
+        /// The lease's epoch, as posted. Of any other lease of this key nothing is said.
+        epoch: u64,
+    },
 }
 
 /// The part of the handshake that everybody may see.
@@ -375,7 +384,11 @@ impl Message {
     pub fn is_urgent(&self) -> bool {
         !matches!(
             self,
-            Self::Done { .. } | Self::Cancel { .. } | Self::Forget { .. } | Self::Want { block_count: 0, .. }
+            Self::Done { .. }
+                | Self::Cancel { .. }
+                | Self::Forget { .. }
+                | Self::Taken { .. }
+                | Self::Want { block_count: 0, .. }
         )
     }
 
@@ -385,7 +398,9 @@ impl Message {
             Self::Open(open) => open.engine_id.len() <= TEXT_BYTES_MAX,
             Self::Bye(reason) => reason.len() <= TEXT_BYTES_MAX,
             Self::Hello(hello) => facts_are_bounded(&hello.facts),
-            Self::Ask { key, .. } | Self::Want { key, .. } => TransferKey::new(key.as_str()).is_ok(),
+            Self::Ask { key, .. } | Self::Want { key, .. } | Self::Taken { key, .. } => {
+                TransferKey::new(key.as_str()).is_ok()
+            }
             _ => true,
         }
     }

@@ -161,6 +161,7 @@ struct Pull {
     deadline: Instant,
     is_asked: bool,
     posted: Posted,
+    posted_lease: (u32, u64),
     lease: Option<(u32, u64)>,
     /// The holder's blocks, as far as they were named.
     sources: Vec<u32>,
@@ -190,16 +191,24 @@ impl Pull {
         self.targets.len()
     }
 
-    /// For some of its blocks, or for none.
-    fn want(&self, transfer: u64, block_count: u32) -> PullerAction {
-        let want = Message::Want {
+    fn want(&self, transfer: u64) -> Message {
+        Message::Want {
             transfer,
             key: self.key.clone(),
             prompt: self.prompt,
-            first_block: if block_count == 0 { 0 } else { self.first_block },
-            block_count,
-        };
-        PullerAction::Send(self.connection, want)
+            first_block: self.first_block,
+            block_count: self.count() as u32,
+        }
+    }
+
+    /// Of a lease that was found posted and not granted to this pull.
+    fn taken(&self) -> Message {
+        let (slot, epoch) = self.posted_lease;
+        Message::Taken {
+            key: self.key.clone(),
+            slot,
+            epoch,
+        }
     }
 }
 
@@ -242,6 +251,7 @@ impl Puller {
             deadline: request.deadline,
             is_asked: false,
             posted: Posted::No,
+            posted_lease: (0, 0),
             lease: None,
             sources: Vec::new(),
             progress: Progress::default(),
@@ -365,6 +375,8 @@ impl Puller {
     pub fn refuse(&mut self, connection: ConnectionId) {
         let broken: Vec<u64> = self.transfers(|pull| pull.connection == connection);
         for transfer in broken {
+            // It may have been asked for already, and the holder sees nothing wrong with it.
+            self.give_back(transfer);
             self.fail(transfer, PullResult::Denied(DenyReason::Namespace));
         }
     }
@@ -403,7 +415,8 @@ impl Puller {
             && pull.end.is_none()
             && !std::mem::replace(&mut pull.is_asked, true)
         {
-            self.actions.push_back(pull.want(transfer, pull.count() as u32));
+            let want = pull.want(transfer);
+            self.actions.push_back(PullerAction::Send(pull.connection, want));
         }
     }
 
@@ -419,6 +432,7 @@ impl Puller {
             return false;
         }
         pull.posted = Posted::Copying;
+        pull.posted_lease = (posted.slot, posted.epoch);
         for (layers, positions) in parts(&limits, 0..limits.layers, 0..pull.count()) {
             pull.running += 1;
             self.actions.push_back(PullerAction::Copy {
@@ -577,11 +591,11 @@ impl Puller {
         };
         pull.end = Some(PullResult::Done);
         let done = if pull.is_asked {
-            PullerAction::Send(pull.connection, Message::Done { transfer })
+            Message::Done { transfer }
         } else {
-            pull.want(transfer, 0)
+            pull.taken()
         };
-        self.actions.push_back(done);
+        self.actions.push_back(PullerAction::Send(pull.connection, done));
         self.end_if_quiet(transfer);
     }
 
@@ -598,18 +612,29 @@ impl Puller {
             PullResult::Denied(_) | PullResult::Unreachable | PullResult::Misbehaved
         );
         if !is_over {
-            // The holder need not keep the blocks for this rank any longer.
-            let cancel = if pull.is_asked {
-                PullerAction::Send(pull.connection, Message::Cancel { transfer })
-            } else {
-                pull.want(transfer, 0)
-            };
-            self.actions.push_back(cancel);
+            self.give_back(transfer);
         }
+        let Some(pull) = self.pulls.get(&transfer) else {
+            return;
+        };
         if pull.running > 0 {
             self.actions.push_back(PullerAction::StopCopies { transfer });
         }
         self.end_if_quiet(transfer);
+    }
+
+    /// The holder need not keep the blocks for this rank any longer.
+    fn give_back(&mut self, transfer: u64) {
+        let Some(pull) = self.pulls.get(&transfer) else {
+            return;
+        };
+        let message = if pull.is_asked {
+            Message::Cancel { transfer }
+        } else {
+            pull.taken()
+        };
+        self.actions
+            .push_back(PullerAction::Send(pull.connection, message));
     }
 
     fn end_if_quiet(&mut self, transfer: u64) {

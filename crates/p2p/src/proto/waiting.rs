@@ -71,23 +71,24 @@ impl<T> Waiting<T> {
         self.entries.drain().map(|(id, _)| id).collect()
     }
 
-    /// Takes all whose time is over.
-    pub(super) fn take_late(&mut self, now: Instant) -> Vec<WaitId> {
+    /// Takes all whose time is over, with their keys and what they are about.
+    pub(super) fn take_late(&mut self, now: Instant) -> Vec<(WaitId, TransferKey, T)> {
         let late: Vec<WaitId> = self
             .deadlines
             .iter()
             .take_while(|(deadline, _)| *deadline <= now)
             .map(|(_, id)| *id)
             .collect();
-        late.iter().for_each(|id| self.remove(*id));
-        late
+        let taken = late.into_iter().filter_map(|id| {
+            let (key, about) = self.remove(id)?;
+            Some((id, key, about))
+        });
+        taken.collect()
     }
 
-    /// Forgets one; an unknown one is ignored.
-    pub(super) fn remove(&mut self, id: WaitId) {
-        let Some(entry) = self.entries.remove(&id) else {
-            return;
-        };
+    /// Takes one; `None`: it does not wait.
+    pub(super) fn remove(&mut self, id: WaitId) -> Option<(TransferKey, T)> {
+        let entry = self.entries.remove(&id)?;
         self.deadlines.remove(&(entry.deadline, id));
         if let Some(waiting) = self.by_key.get_mut(&entry.key) {
             waiting.retain(|other| *other != id);
@@ -95,13 +96,14 @@ impl<T> Waiting<T> {
                 self.by_key.remove(&entry.key);
             }
         }
+        Some((entry.key, entry.about))
     }
 
     /// Forgets those of a connection.
     pub(super) fn remove_of(&mut self, connection: ConnectionId) {
         let ids = self.entries.keys().filter(|(asker, _)| *asker == connection);
         let ids: Vec<WaitId> = ids.copied().collect();
-        ids.into_iter().for_each(|id| self.remove(id));
+        ids.into_iter().for_each(|id| drop(self.remove(id)));
     }
 
     /// When the first one's time is over.

@@ -43,8 +43,7 @@ impl Holder {
         }
         if reason == Some(DenyReason::Gone) && range.is_empty() {
             // Decode may be faster than prefill, where both were called at once.
-            let (_, ranks, told) = self.early_releases.get_or_insert_mut(key, || (prompt, 0, now));
-            (*ranks, *told) = (*ranks + 1, now);
+            self.release_early(now, key, prompt);
             return Ok(());
         }
         if let Some(reason) = reason {
@@ -99,6 +98,33 @@ impl Holder {
         self.tell(id);
         self.renew(now, &hold_id);
         Ok(())
+    }
+
+    /// A rank needs nothing of a request that is not here yet.
+    pub(super) fn release_early(&mut self, now: Instant, key: TransferKey, prompt: Prompt) {
+        let (_, ranks, told) = self.early_releases.get_or_insert_mut(key, || (prompt, 0, now));
+        (*ranks, *told) = (*ranks + 1, now);
+    }
+
+    /// A rank has what it found posted under a lease. Of a later lease of that key it has nothing.
+    pub(super) fn taken(&mut self, now: Instant, key: &TransferKey, slot: u32, epoch: u64) {
+        let Some(id) = self.keys.get(key).cloned() else {
+            return;
+        };
+        let Some(hold) = self.holds.get_mut(&id) else {
+            return;
+        };
+        let Some(lease) = &mut hold.lease else { return };
+        if lease.slot != slot || self.epochs.get(slot as usize) != Some(&epoch) {
+            return;
+        }
+        if !std::mem::replace(&mut lease.is_claimed, true) && hold.is_finished {
+            self.unclaimed_blocks -= hold.blocks.len();
+        }
+        lease.released += 1;
+        if hold.is_finished && lease.released >= self.limits.readers {
+            self.end(now, &id, EndReason::Released);
+        }
     }
 
     /// Takes up the wants that waited for a key: it was offered, or will not be.

@@ -676,3 +676,67 @@ fn a_connection_that_ends_takes_its_waiting_wants_along() {
     assert!(holder.offer(now, offer("r", "a", &[7])));
     assert_eq!(told(&mut holder), []);
 }
+
+#[test]
+fn a_want_that_ends_before_its_request_comes_is_a_release_of_it() {
+    for is_late in [false, true] {
+        let now = Instant::now();
+        let mut holder = Holder::new(limits());
+        want(&mut holder, now, 1, "a", 1);
+        if is_late {
+            holder.tick(now + limits().want_wait);
+        } else {
+            let cancel = Message::Cancel { transfer: 1 };
+            holder.receive(now, READER, true, cancel).unwrap();
+        }
+        actions(&mut holder);
+        held(&mut holder, now, "r", "a", &[7]);
+        let last = actions(&mut holder).pop();
+        assert!(
+            matches!(
+                last,
+                Some(HolderAction::Ended {
+                    reason: EndReason::Released,
+                    ..
+                })
+            ),
+            "{last:?}"
+        );
+    }
+}
+
+#[test]
+fn who_took_what_was_posted_releases_that_lease_and_no_later_one_of_its_key() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    let taken = |epoch| Message::Taken {
+        key: key("a"),
+        slot: 0,
+        epoch,
+    };
+    held(&mut holder, now, "r", "a", &[1]);
+    assert_eq!(holder.load().1, 1);
+    // The same prompt again, under the same key: the old lease is over.
+    assert!(holder.offer(now, offer("s", "a", &[2])));
+    actions(&mut holder);
+    holder.receive(now, READER, true, taken(1)).unwrap();
+    holder.progress("s", done(1));
+    holder.finish(now, &"s".into());
+    assert_eq!(actions(&mut holder), [], "nobody has taken it");
+    assert_eq!(holder.load(), (1, 1, 0, 0));
+    holder.receive(now, READER, true, taken(2)).unwrap();
+    let ended = actions(&mut holder);
+    assert!(
+        matches!(
+            ended.last(),
+            Some(HolderAction::Ended {
+                reason: EndReason::Released,
+                ..
+            })
+        ),
+        "{ended:?}"
+    );
+    assert_eq!(holder.load(), (0, 0, 0, 0));
+    holder.receive(now, READER, true, taken(2)).unwrap();
+    assert_eq!(actions(&mut holder), []);
+}

@@ -318,15 +318,24 @@ fn posted(blocks: &[u32]) -> Option<PostedBlocks> {
     })
 }
 
-fn want(block_count: u32) -> PullerAction {
+fn want() -> PullerAction {
     let want = Message::Want {
         transfer: 1,
         key: TransferKey::new("a").unwrap(),
         prompt: request(7, 2, &[], Instant::now()).prompt,
-        first_block: if block_count == 0 { 0 } else { 2 },
-        block_count,
+        first_block: 2,
+        block_count: 3,
     };
     PullerAction::Send(PEER, want)
+}
+
+fn taken() -> PullerAction {
+    let taken = Message::Taken {
+        key: TransferKey::new("a").unwrap(),
+        slot: 3,
+        epoch: 9,
+    };
+    PullerAction::Send(PEER, taken)
 }
 
 /// A pull of three blocks that the holder has posted; its copy has begun and the holder was asked.
@@ -336,7 +345,7 @@ fn pulled_as_posted(now: Instant) -> Puller {
     let begun = actions(&mut puller);
     assert!(
         matches!(&begun[..], [PullerAction::Copy { slot: 3, epoch: 9, span, .. }, asked]
-            if span.layers == (0..4) && span.remote == [50, 51, 52] && span.local == [10, 11, 12] && *asked == want(3)),
+            if span.layers == (0..4) && span.remote == [50, 51, 52] && span.local == [10, 11, 12] && *asked == want()),
         "{begun:?}"
     );
     puller
@@ -360,7 +369,7 @@ fn posted_blocks_that_are_there_at_once_are_never_asked_for() {
     );
     assert!(matches!(puller.next_action(), Some(PullerAction::Copy { .. })));
     puller.copied(1, Copied::Held);
-    assert_eq!(actions(&mut puller), [want(0), ended(PullResult::Done)]);
+    assert_eq!(actions(&mut puller), [taken(), ended(PullResult::Done)]);
 }
 
 #[test]
@@ -448,6 +457,16 @@ fn blocks_that_cannot_be_those_of_the_pull_are_asked_for() {
     for blocks in [&[50, 51][..], &[50, 51, 52, 53], &[50, 51, 100]] {
         let mut puller = puller();
         puller.pull(PEER, request(7, 2, &[10, 11, 12], Instant::now()), posted(blocks));
-        assert_eq!(actions(&mut puller), [want(3)], "{blocks:?}");
+        assert_eq!(actions(&mut puller), [want()], "{blocks:?}");
     }
+}
+
+#[test]
+fn what_a_refused_holder_was_asked_for_is_given_back() {
+    let mut puller = puller();
+    puller.pull(PEER, request(7, 2, &[10, 11, 12], Instant::now()), None);
+    puller.refuse(PEER);
+    let cancel = PullerAction::Send(PEER, Message::Cancel { transfer: 1 });
+    let refused = ended(PullResult::Denied(DenyReason::Namespace));
+    assert_eq!(actions(&mut puller), [want(), cancel, refused]);
 }
