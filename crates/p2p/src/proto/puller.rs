@@ -11,6 +11,9 @@ use super::ConnectionId;
 use super::message::{DenyReason, Message, Progress};
 use crate::key::{Prompt, TransferKey};
 
+mod copies;
+mod endings;
+
 /// Bounds of a puller.
 #[derive(Clone, Copy, Debug)]
 pub struct PullerLimits {
@@ -420,57 +423,6 @@ impl Puller {
         }
     }
 
-    /// False: they cannot be the blocks of this pull.
-    fn copy_posted(&mut self, transfer: u64, posted: &PostedBlocks) -> bool {
-        let limits = self.limits;
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return false;
-        };
-        let is_plausible = posted.blocks.len() == pull.count()
-            && posted.blocks.iter().all(|&block| block < limits.block_count_max);
-        if !is_plausible {
-            return false;
-        }
-        pull.posted = Posted::Copying;
-        pull.posted_lease = (posted.slot, posted.epoch);
-        for (layers, positions) in parts(&limits, 0..limits.layers, 0..pull.count()) {
-            pull.running += 1;
-            self.actions.push_back(PullerAction::Copy {
-                transfer,
-                connection: pull.connection,
-                slot: posted.slot,
-                epoch: posted.epoch,
-                span: Span {
-                    layers,
-                    remote: posted.blocks[positions.clone()].to_vec(),
-                    local: pull.targets[positions].to_vec(),
-                },
-                deadline: pull.deadline,
-            });
-        }
-        true
-    }
-
-    /// Takes the result of a copy of posted blocks. If one fails, what the holder grants is copied once all are over.
-    fn posted_copied(&mut self, transfer: u64, copied: Copied) {
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return;
-        };
-        if copied != Copied::Held {
-            pull.posted = Posted::Failed;
-        }
-        if pull.running > 0 {
-            return;
-        }
-        match std::mem::replace(&mut pull.posted, Posted::No) {
-            Posted::Failed => {
-                self.ask(transfer);
-                self.copy_what_is_ready(transfer);
-            }
-            _ => self.finish(transfer),
-        }
-    }
-
     fn transfers(&self, choose: impl Fn(&Pull) -> bool) -> Vec<u64> {
         let chosen = self.pulls.iter().filter(|(_, pull)| choose(pull));
         chosen.map(|(&transfer, _)| transfer).collect()
@@ -503,171 +455,6 @@ impl Puller {
         }
         Ok(())
     }
-
-    /// Has copied what the notices so far allow and was not.
-    fn copy_what_is_ready(&mut self, transfer: u64) {
-        let limits = self.limits;
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return;
-        };
-        let progress = pull.progress;
-        // Positions in `targets`.
-        let position = |block: u32| (block.saturating_sub(pull.first_block) as usize).min(pull.sources.len());
-        let (done, wave) = (position(progress.done_blocks), position(progress.wave_blocks));
-        let mut spans: Vec<(Range<u32>, Range<usize>)> = Vec::new();
-        if done > pull.copied_blocks {
-            // Those of the wave have their first layers already.
-            let in_wave = done.min(pull.wave_blocks).max(pull.copied_blocks);
-            if in_wave > pull.copied_blocks {
-                spans.push((pull.wave_layers..limits.layers, pull.copied_blocks..in_wave));
-            }
-            if done > in_wave {
-                spans.push((0..limits.layers, in_wave..done));
-            }
-            pull.copied_blocks = done;
-            if pull.wave_blocks <= done {
-                (pull.wave_blocks, pull.wave_layers) = (done, 0);
-            }
-        }
-        if wave > pull.copied_blocks && progress.wave_layers > 0 {
-            // What a narrower wave leaves out is copied whole once it is done.
-            pull.wave_blocks = pull.wave_blocks.min(wave);
-            let old_wave = pull.wave_blocks.max(pull.copied_blocks);
-            let whole = progress.wave_layers;
-            if old_wave > pull.copied_blocks && whole > pull.wave_layers {
-                spans.push((pull.wave_layers..whole, pull.copied_blocks..old_wave));
-            }
-            // A wave only grows in one dimension at a time as long as its layers are equal for all of its blocks.
-            if wave > old_wave && (old_wave == pull.copied_blocks || whole >= pull.wave_layers) {
-                spans.push((0..whole, old_wave..wave));
-                pull.wave_blocks = wave;
-            }
-            pull.wave_layers = pull.wave_layers.max(whole);
-        }
-        let (slot, epoch) = pull.lease.unwrap_or_default();
-        let parts = spans
-            .into_iter()
-            .flat_map(|(layers, positions)| parts(&limits, layers, positions));
-        for (layers, positions) in parts {
-            pull.running += 1;
-            self.actions.push_back(PullerAction::Copy {
-                transfer,
-                connection: pull.connection,
-                slot,
-                epoch,
-                span: Span {
-                    layers,
-                    remote: pull.sources[positions.clone()].to_vec(),
-                    local: pull.targets[positions].to_vec(),
-                },
-                deadline: pull.deadline,
-            });
-        }
-        // The last notice may only say that what is there already was the rest.
-        self.check_if_complete(transfer);
-    }
-
-    /// Ends a pull whose blocks are all there, once it is sure that they were right.
-    fn check_if_complete(&mut self, transfer: u64) {
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return;
-        };
-        if pull.running > 0 || pull.copied_blocks < pull.count() || pull.is_checking || pull.end.is_some() {
-            return;
-        }
-        match pull.lease {
-            Some((_, epoch)) if pull.unchecked => {
-                pull.is_checking = true;
-                let check = Message::Check { transfer, epoch };
-                self.actions.push_back(PullerAction::Send(pull.connection, check));
-            }
-            _ => self.finish(transfer),
-        }
-    }
-
-    fn finish(&mut self, transfer: u64) {
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return;
-        };
-        pull.end = Some(PullResult::Done);
-        let done = if pull.is_asked {
-            Message::Done { transfer }
-        } else {
-            pull.taken()
-        };
-        self.actions.push_back(PullerAction::Send(pull.connection, done));
-        self.end_if_quiet(transfer);
-    }
-
-    fn fail(&mut self, transfer: u64, result: PullResult) {
-        let Some(pull) = self.pulls.get_mut(&transfer) else {
-            return;
-        };
-        if pull.end.is_some() {
-            return;
-        }
-        pull.end = Some(result);
-        let is_over = matches!(
-            result,
-            PullResult::Denied(_) | PullResult::Unreachable | PullResult::Misbehaved
-        );
-        if !is_over {
-            self.give_back(transfer);
-        }
-        let Some(pull) = self.pulls.get(&transfer) else {
-            return;
-        };
-        if pull.running > 0 {
-            self.actions.push_back(PullerAction::StopCopies { transfer });
-        }
-        self.end_if_quiet(transfer);
-    }
-
-    /// The holder need not keep the blocks for this rank any longer.
-    fn give_back(&mut self, transfer: u64) {
-        let Some(pull) = self.pulls.get(&transfer) else {
-            return;
-        };
-        let message = if pull.is_asked {
-            Message::Cancel { transfer }
-        } else {
-            pull.taken()
-        };
-        self.actions
-            .push_back(PullerAction::Send(pull.connection, message));
-    }
-
-    fn end_if_quiet(&mut self, transfer: u64) {
-        let Some(pull) = self.pulls.get(&transfer) else {
-            return;
-        };
-        let (Some(result), 0) = (pull.end, pull.running) else {
-            return;
-        };
-        let job = pull.job;
-        self.pulls.remove(&transfer);
-        self.by_job.remove(&job);
-        self.actions.push_back(PullerAction::Ended {
-            job,
-            transfer,
-            result,
-        });
-    }
-}
-
-/// A span in parts of about as many layers each, none of them empty.
-fn parts(
-    limits: &PullerLimits,
-    layers: Range<u32>,
-    positions: Range<usize>,
-) -> impl Iterator<Item = (Range<u32>, Range<usize>)> + use<> {
-    let layer_count = layers.len();
-    let pieces = layer_count * positions.len();
-    let count = (pieces / limits.part_pieces_min.max(1) as usize)
-        .min(limits.parts as usize)
-        .clamp(usize::from(pieces > 0), layer_count);
-    let start = move |part: usize| layers.start + (layer_count * part / count) as u32;
-    (0..count).map(move |part| (start(part)..start(part + 1), positions.clone()))
 }
 
 #[cfg(test)]
