@@ -164,6 +164,7 @@ struct Lease {
     released_early: u32,
     is_claimed: bool,
     last_want: Option<Instant>,
+    last_release: Option<Instant>,
     expires: Option<Instant>,
 }
 
@@ -241,6 +242,7 @@ impl Holder {
                 released_early: released,
                 is_claimed: released > 0,
                 last_want: None,
+                last_release: (released > 0).then_some(now),
                 expires: None,
             }),
             is_posted: false,
@@ -336,6 +338,14 @@ impl Holder {
             return false;
         };
         let hold = Arc::clone(hold);
+        if let Some(known) = self.holds.get(&hold)
+            && let Some(lease) = &known.lease
+            && let Some(released) = lease.last_release
+        {
+            // Offered again, as behind a preemption, it is still nothing to the ranks that have it.
+            let released = (known.prompt, lease.released, released);
+            self.early_releases.put(known.key.clone(), released);
+        }
         self.close(&hold, EndReason::Revoked);
         self.holds.remove(&hold);
         true

@@ -122,6 +122,7 @@ impl Holder {
             self.unclaimed_blocks -= hold.blocks.len();
         }
         lease.released += 1;
+        lease.last_release = Some(now);
         if hold.is_finished && lease.released >= self.limits.readers {
             self.end(now, &id, EndReason::Released);
         }
@@ -194,6 +195,7 @@ impl Holder {
         let Some(lease) = &mut hold.lease else { return };
         lease.readers.retain(|other| *other != id);
         lease.released += 1;
+        lease.last_release = Some(now);
         if hold.is_finished && lease.released >= self.limits.readers {
             self.end(now, &reader.hold, EndReason::Released);
         }

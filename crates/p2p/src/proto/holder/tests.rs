@@ -740,3 +740,27 @@ fn who_took_what_was_posted_releases_that_lease_and_no_later_one_of_its_key() {
     holder.receive(now, READER, true, taken(2)).unwrap();
     assert_eq!(actions(&mut holder), []);
 }
+
+#[test]
+fn a_request_that_was_taken_and_is_preempted_is_not_held_when_it_comes_again() {
+    let now = Instant::now();
+    let mut holder = Holder::new(limits());
+    for hold in ["r", "s"] {
+        assert!(holder.offer(now, offer(hold, "a", &[1])));
+        holder.progress(hold, done(1));
+        if hold == "r" {
+            want(&mut holder, now, 1, "a", 1);
+            let done = Message::Done { transfer: 1 };
+            holder.receive(now, READER, true, done).unwrap();
+            assert!(holder.revoke("r"));
+        }
+    }
+    actions(&mut holder);
+    holder.finish(now, &"s".into());
+    let last = actions(&mut holder).pop();
+    let released = EndReason::Released;
+    assert!(
+        matches!(last, Some(HolderAction::Ended { reason, .. }) if reason == released),
+        "{last:?}"
+    );
+}

@@ -48,7 +48,11 @@ impl Puller {
             result,
             PullResult::Denied(_) | PullResult::Unreachable | PullResult::Misbehaved
         );
-        if !is_over {
+        if result == PullResult::Lapsed {
+            // The request may come again, as after a preemption. This rank has it computed by then.
+            let (connection, key, prompt) = (pull.connection, pull.key.clone(), pull.prompt);
+            self.release(connection, key, prompt);
+        } else if !is_over {
             self.give_back(transfer);
         }
         let Some(pull) = self.pulls.get(&transfer) else {

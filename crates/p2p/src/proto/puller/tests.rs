@@ -470,3 +470,21 @@ fn what_a_refused_holder_was_asked_for_is_given_back() {
     let refused = ended(PullResult::Denied(DenyReason::Namespace));
     assert_eq!(actions(&mut puller), [want(), cancel, refused]);
 }
+
+#[test]
+fn a_request_whose_lease_ended_is_released_should_it_come_again() {
+    let mut puller = granted(Instant::now());
+    puller.receive(PEER, Message::Revoked { transfer: 1 }).unwrap();
+    let release = Message::Want {
+        transfer: 2,
+        key: TransferKey::new("a").unwrap(),
+        prompt: request(7, 2, &[], Instant::now()).prompt,
+        first_block: 0,
+        block_count: 0,
+    };
+    let last = actions(&mut puller);
+    assert_eq!(
+        last,
+        [PullerAction::Send(PEER, release), ended(PullResult::Lapsed)]
+    );
+}
