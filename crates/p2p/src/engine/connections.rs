@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::net::TcpStream as StdStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
@@ -204,6 +204,15 @@ impl<M: Machine> Core<M> {
             .filter_map(|connection| connection.open.as_ref());
         let links = links.map(|open| open.link.next_deadline());
         links.chain(self.machine.next_deadline()).min()
+    }
+
+    /// The thread did not run for a while.
+    pub(super) fn forgive(&mut self, stall: Duration) {
+        for connection in self.connections.values_mut() {
+            if let Some(open) = &mut connection.open {
+                open.link.forgive(stall);
+            }
+        }
     }
 
     pub(super) fn tick(&mut self, now: Instant) {

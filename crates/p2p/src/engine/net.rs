@@ -18,6 +18,8 @@ use super::machine::{Machine, NetConfig};
 use crate::error::{Error, Result};
 use crate::proto::ConnectionId;
 
+/// A thread that runs so much later than it should has been standing still.
+const STALL_MIN: Duration = Duration::from_millis(500);
 const LISTENER: Token = Token(usize::MAX);
 const WAKER: Token = Token(usize::MAX - 1);
 
@@ -169,9 +171,14 @@ fn run_to_the_end<M: Machine>(shared: &Arc<Shared<M>>, poll: Poll, listener: Opt
 /// Waits for sockets and deadlines.
 fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<TcpListener>) {
     let mut events = Events::with_capacity(256);
+    let mut expected = Instant::now();
     loop {
         let (timeout, has_unread) = {
             let mut core = shared.lock();
+            let stall = Instant::now().saturating_duration_since(expected);
+            if stall >= STALL_MIN {
+                core.forgive(stall);
+            }
             if core.is_closing {
                 return;
             }
@@ -187,6 +194,7 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
             // The system rounds down to milliseconds: without the rest a loop would spin until the deadline.
             timeout => timeout.map(|timeout| timeout + Duration::from_millis(1)),
         };
+        let asleep = Instant::now();
         if let Err(error) = poll.poll(&mut events, timeout)
             && error.kind() != io::ErrorKind::Interrupted
         {
@@ -194,8 +202,16 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
             shared.lock().work(|core, now| core.close(now));
             return;
         }
+        let awake = Instant::now();
         let unread = {
             let mut core = shared.lock();
+            let due = timeout.map_or(awake, |timeout| asleep + timeout);
+            let stall = awake.saturating_duration_since(due);
+            if stall >= STALL_MIN {
+                core.forgive(stall);
+            }
+            // What follows takes a moment.
+            expected = awake;
             if core.has_unflushed() {
                 core.work(Core::flush_left);
             }

@@ -204,6 +204,13 @@ impl Link {
         std::mem::take(&mut self.outgoing)
     }
 
+    /// This side did not run for `stall`: the peer's silence of that time says nothing. A machine that stands still stops both
+    /// sides, and each would take the other for dead.
+    pub fn forgive(&mut self, stall: Duration) {
+        self.started += stall;
+        self.last_heard += stall;
+    }
+
     /// When [`tick`](Self::tick) must be called, at the latest.
     pub fn next_deadline(&self) -> Instant {
         if self.is_ready() {

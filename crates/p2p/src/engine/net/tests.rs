@@ -39,9 +39,8 @@ impl Machine for Broken {
     }
 }
 
-#[test]
-fn a_thread_that_panics_closes_its_machine() {
-    let options = PeerOptions::new("engine");
+/// What `net` is made of in these tests.
+fn config(options: PeerOptions, dial_role: Role) -> NetConfig {
     let hello = Hello {
         channel: Channel::Control,
         namespace: [0; 32],
@@ -51,7 +50,7 @@ fn a_thread_that_panics_closes_its_machine() {
         probe: None,
         device: None,
     };
-    let config = NetConfig {
+    NetConfig {
         identity: Arc::new(Identity {
             engine_id: "engine".into(),
             start_id: [0; 16],
@@ -59,10 +58,93 @@ fn a_thread_that_panics_closes_its_machine() {
             secret: None,
         }),
         options,
-        dial_role: Role::Puller,
+        dial_role,
         dial_hello: hello.clone(),
         accept_hello: hello,
-    };
+    }
+}
+
+/// Stands still once when it is told to, as a machine does that its host stops.
+#[derive(Clone, Default)]
+struct Stalling {
+    stall_ms: Arc<AtomicU32>,
+    connected: Arc<AtomicU32>,
+    closed: Arc<AtomicU32>,
+}
+
+impl Machine for Stalling {
+    fn connected(&mut self, _: Instant, _: ConnectionId, _: &Link, _: Option<&PeerAddress>) {
+        self.connected.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn receive(&mut self, _: Instant, _: ConnectionId, _: Message) -> Result<(), &'static str> {
+        Ok(())
+    }
+
+    fn closed(&mut self, _: Instant, _: ConnectionId) {
+        self.closed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn close(&mut self, _: Instant) {}
+
+    fn data_connection(&mut self, _: TcpStream, _: Vec<u8>, _: &Link) {}
+
+    fn next_deadline(&self) -> Option<Instant> {
+        (self.stall_ms.load(Ordering::Relaxed) > 0).then(Instant::now)
+    }
+
+    fn tick(&mut self, _: Instant) {
+        let stall_ms = self.stall_ms.swap(0, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(stall_ms.into()));
+    }
+
+    fn next_message(&mut self) -> Option<(ConnectionId, Message)> {
+        None
+    }
+}
+
+#[test]
+fn a_machine_that_stands_still_does_not_take_its_peers_for_dead() {
+    let mut options = PeerOptions::new("engine");
+    options.heartbeat = Duration::from_millis(100);
+    options.peer_timeout = Duration::from_millis(600);
+    let (holder, puller) = (Stalling::default(), Stalling::default());
+    let listen = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let accepting = Net::start(config(options.clone(), Role::Puller), listen, holder.clone()).unwrap();
+    let dialling = Net::start(config(options, Role::Puller), None, puller.clone()).unwrap();
+    let address = PeerAddress::new("127.0.0.1", accepting.address().unwrap().port()).unwrap();
+    let shared = dialling.shared();
+    shared
+        .with(|core, now| shared.connection(core, now, &address))
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while holder.connected.load(Ordering::Relaxed) + puller.connected.load(Ordering::Relaxed) < 2 {
+        assert!(Instant::now() < deadline, "no connection");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Both at once, three times as long as a peer may be silent.
+    for (machine, net) in [(&holder, &accepting), (&puller, &dialling)] {
+        machine.stall_ms.store(1800, Ordering::Relaxed);
+        let _ = net.shared().waker.wake();
+    }
+    std::thread::sleep(Duration::from_millis(3000));
+    for machine in [&holder, &puller] {
+        assert_eq!(
+            machine.stall_ms.load(Ordering::Relaxed),
+            0,
+            "it did not stand still"
+        );
+        assert_eq!(
+            machine.closed.load(Ordering::Relaxed),
+            0,
+            "its peer counted as dead"
+        );
+    }
+}
+
+#[test]
+fn a_thread_that_panics_closes_its_machine() {
+    let config = config(PeerOptions::new("engine"), Role::Puller);
     let closed = Arc::<AtomicU32>::default();
     let machine = Broken {
         is_broken: false,
