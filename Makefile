@@ -40,6 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
+  test-gpu test-gpu-stand-in \
   test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
@@ -104,7 +105,8 @@ demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV
 
 test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 	@rm -rf target/test
-	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-vllm test-wheel test-fuzz || status=$$?; \
+	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-gpu-stand-in \
+	  test-vllm test-wheel test-fuzz || status=$$?; \
 	  $(SUITE) --summary; exit $$status
 
 test-rust: $(VENV)/.kvlane-ready
@@ -130,6 +132,19 @@ test-e2e-old: $(VENV_OLD)/.kvlane-wheel
 
 test-wheel: $(VENV)/.kvlane-wheel
 	@$(SUITE) wheel $(VENV)/bin/python -m pytest tests/python/wheel
+
+# ---- lanes on a GPU ------------------------------------------------------------------------------------------------
+
+# The interpreter of the machine, which has PyTorch where there is a GPU; the environments here have vLLM for CPUs.
+GPU_PYTHON ?= python3
+STAND_IN := target/debug/libkvlane_cuda_stand_in.so
+
+test-gpu-stand-in: target/make/wheel
+	cargo build --quiet --locked --package kvlane-cuda-stand-in
+	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN)
+
+test-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs, on this machine's driver; GPU_PYTHON has PyTorch
+	OUT=target/test PYTHON=$(GPU_PYTHON) tests/gpu/run.sh test
 
 # ---- lint ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""Runs the claims about the GPU lanes: on the machine's own CUDA driver, or on a stand-in that is named.
+
+    python run.py                      on the driver; without one, one sentence and status 1
+    python run.py --stand-in LIBRARY   on the stand-in; the result says nothing about a GPU
+    python run.py NAME...              only tests whose name has one of these in it
+
+Needs Python 3.10, kvlane on the import path, and nothing else. Where PyTorch has CUDA, caches are its tensors.
+"""
+
+import argparse
+import faulthandler
+import logging
+import os
+import sys
+import unittest
+from pathlib import Path
+
+from driver import STAND_IN_VARIABLE, Driver, DriverMissing, driver
+
+#: A suite that takes this long hangs; it then says where.
+LIMIT_S = 540
+
+
+class Result(unittest.TextTestResult):
+    """Names the driver with each test."""
+
+    def getDescription(self, test: unittest.TestCase) -> str:
+        return f"{super().getDescription(test)} [{driver().place}]"
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    found = find_driver(options.stand_in)
+    if isinstance(found, str):
+        print(f"kvlane: {found}", file=sys.stderr)
+        return 1
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    # What is expected to fail fails with a log line each.
+    logging.getLogger("vllm.kvlane").addHandler(logging.NullHandler())
+    print(f"kvlane: GPU tests on {described(found)}", flush=True)
+    tests = [test for test in all_tests() if not options.names or any(name in test.id() for name in options.names)]
+    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Result)
+    result = runner.run(unittest.TestSuite(tests))
+    for test, reason in result.skipped:
+        print(f"{test.id()}: {reason}")
+    outcome = "passed" if result.wasSuccessful() and tests else "FAILED"
+    bad = len({test.id() for test, _ in result.failures + result.errors})
+    print(f"kvlane: GPU tests {outcome}: {result.testsRun} ran, {bad} failed, on {described(found)}", flush=True)
+    return 0 if outcome == "passed" else 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stand-in", metavar="LIBRARY", help="the stand-in for libcuda that takes the driver's place")
+    parser.add_argument("names", nargs="*")
+    return parser.parse_args(arguments)
+
+
+def find_driver(stand_in: str | None) -> Driver | str:
+    """The driver that was asked for, or why it is not there: never the other one."""
+    if stand_in is None:
+        os.environ.pop(STAND_IN_VARIABLE, None)
+    else:
+        if not Path(stand_in).is_file():
+            return f"the stand-in {stand_in} is not there"
+        os.environ[STAND_IN_VARIABLE] = str(Path(stand_in).resolve())
+    try:
+        found = driver()
+    except DriverMissing as error:
+        return f"these tests need an NVIDIA GPU and its driver, and {error}"
+    if found.is_stand_in != (stand_in is not None):
+        wanted = "the machine's own driver" if stand_in is None else "a stand-in"
+        return f"these tests were to run on {wanted}, and libcuda.so.1 here is {described(found)}"
+    return found
+
+
+def described(found: Driver) -> str:
+    if found.is_stand_in:
+        return "stand-in (no GPU: this says nothing about one)"
+    return f"{found.device_name}, driver for CUDA {found.version}, tensors of {tensors()}"
+
+
+def tensors() -> str:
+    from side import torch_with_cuda
+
+    torch = torch_with_cuda()
+    return "the driver's own memory" if torch is None else f"PyTorch {torch.__version__}"
+
+
+def all_tests() -> list[unittest.TestCase]:
+    suite = unittest.defaultTestLoader.discover(str(Path(__file__).parent), "test_*.py")
+
+    def flat(tests: unittest.TestSuite) -> list[unittest.TestCase]:
+        found = []
+        for test in tests:
+            found += flat(test) if isinstance(test, unittest.TestSuite) else [test]
+        return found
+
+    return flat(suite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
