@@ -71,6 +71,17 @@ class Claims(unittest.TestCase):
         if lane is not None:
             self.assertEqual(decode.lanes(), [lane])
 
+    def until_bytes_move(self, decode: Side) -> list[str]:
+        """The lanes on which the first did."""
+        lanes: list[str] = []
+
+        def moved() -> bool:
+            lanes.extend(decode.lanes())
+            return bool(lanes)
+
+        self.until(moved, "nothing moved")
+        return lanes
+
     # ---- bytes
 
     def assert_holds(

@@ -12,8 +12,10 @@ import faulthandler
 import logging
 import os
 import sys
+import time
 import unittest
 from pathlib import Path
+from typing import Any
 
 from driver import STAND_IN_VARIABLE, Driver, DriverMissing, driver
 
@@ -22,10 +24,36 @@ LIMIT_S = 540
 
 
 class Result(unittest.TextTestResult):
-    """Names the driver with each test."""
+    """One line for each test when it has ended, with the driver that it ran on."""
 
-    def getDescription(self, test: unittest.TestCase) -> str:
-        return f"{super().getDescription(test)} [{driver().place}]"
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self._say(test, "ok")
+
+    def addFailure(self, test: unittest.TestCase, error: Any) -> None:
+        super().addFailure(test, error)
+        self._say(test, "FAILED")
+
+    def addError(self, test: unittest.TestCase, error: Any) -> None:
+        super().addError(test, error)
+        self._say(test, "FAILED")
+
+    def addSubTest(self, test: unittest.TestCase, part: unittest.TestCase, error: Any) -> None:
+        super().addSubTest(test, part, error)
+        if error is not None:
+            self._say(part, "FAILED")
+
+    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
+        super().addSkip(test, reason)
+        self._say(test, f"left out: {reason}")
+
+    def _say(self, test: unittest.TestCase, outcome: str) -> None:
+        seconds = time.monotonic() - self._started_s
+        print(f"[{driver().place}] {test.id()}: {outcome} ({seconds:.1f} s)", flush=True)
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        super().startTest(test)
+        self._started_s = time.monotonic()
 
 
 def main() -> int:
@@ -39,10 +67,8 @@ def main() -> int:
     logging.getLogger("vllm.kvlane").addHandler(logging.NullHandler())
     print(f"kvlane: GPU tests on {described(found)}", flush=True)
     tests = [test for test in all_tests() if not options.names or any(name in test.id() for name in options.names)]
-    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Result)
+    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=0, resultclass=Result)
     result = runner.run(unittest.TestSuite(tests))
-    for test, reason in result.skipped:
-        print(f"{test.id()}: {reason}")
     outcome = "passed" if result.wasSuccessful() and tests else "FAILED"
     bad = len({test.id() for test, _ in result.failures + result.errors})
     print(f"kvlane: GPU tests {outcome}: {result.testsRun} ran, {bad} failed, on {described(found)}", flush=True)
