@@ -48,7 +48,6 @@ class Claims(unittest.TestCase):
     def decode(self, lane: str, layout: str = LAYOUT, seed: int = OLD) -> Side:
         """A decode worker of this process, whose cache holds `seed`."""
         side = Side(False, layout, lane)
-        self.addCleanup(side.tensors.free)
         self.addCleanup(side.close)
         side.fill(seed)
         return side

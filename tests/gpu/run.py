@@ -10,14 +10,14 @@ Needs Python 3.10, kvlane on the import path, and nothing else. Where PyTorch ha
 import argparse
 import faulthandler
 import logging
-import os
 import sys
 import time
 import unittest
 from pathlib import Path
 from typing import Any
 
-from driver import STAND_IN_VARIABLE, Driver, DriverMissing, driver
+from driver import driver
+from which_driver import described, find_driver
 
 #: A suite that takes this long hangs; it then says where.
 LIMIT_S = 540
@@ -58,7 +58,7 @@ class Result(unittest.TextTestResult):
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    found = find_driver(options.stand_in)
+    found = find_driver(options.stand_in, "these tests")
     if isinstance(found, str):
         print(f"kvlane: {found}", file=sys.stderr)
         return 1
@@ -80,37 +80,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stand-in", metavar="LIBRARY", help="the stand-in for libcuda that takes the driver's place")
     parser.add_argument("names", nargs="*")
     return parser.parse_args(arguments)
-
-
-def find_driver(stand_in: str | None) -> Driver | str:
-    """The driver that was asked for, or why it is not there: never the other one."""
-    if stand_in is None:
-        os.environ.pop(STAND_IN_VARIABLE, None)
-    else:
-        if not Path(stand_in).is_file():
-            return f"the stand-in {stand_in} is not there"
-        os.environ[STAND_IN_VARIABLE] = str(Path(stand_in).resolve())
-    try:
-        found = driver()
-    except DriverMissing as error:
-        return f"these tests need an NVIDIA GPU and its driver, and {error}"
-    if found.is_stand_in != (stand_in is not None):
-        wanted = "the machine's own driver" if stand_in is None else "a stand-in"
-        return f"these tests were to run on {wanted}, and libcuda.so.1 here is {described(found)}"
-    return found
-
-
-def described(found: Driver) -> str:
-    if found.is_stand_in:
-        return "stand-in (no GPU: this says nothing about one)"
-    return f"{found.device_name}, driver for CUDA {found.version}, tensors of {tensors()}"
-
-
-def tensors() -> str:
-    from side import torch_with_cuda
-
-    torch = torch_with_cuda()
-    return "the driver's own memory" if torch is None else f"PyTorch {torch.__version__}"
 
 
 def all_tests() -> list[unittest.TestCase]:

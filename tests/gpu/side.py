@@ -229,8 +229,15 @@ class Side:
         return self.driver.violations()
 
     def close(self) -> None:
+        """Ends the worker and gives its memory back. What was offered from it may still be mapped elsewhere: who offers
+        ends as a process instead."""
         self.worker.close()
         self.stream.wait()
+        self.tensors.free()
+        for addresses in self._sources.values():
+            for address in addresses:
+                self.driver.free(address)
+        self._sources.clear()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import time
 from driver import Driver, DriverError, Stream
 
 #: For all GPUs since Maxwell: the driver translates it when it is loaded.
-CLOCK_KERNEL = b"""
+CLOCK_KERNEL = b"""\
 .version 6.0
 .target sm_50
 .address_size 64

@@ -45,14 +45,14 @@ class Bytes(Claims):
                 self.check(prefill, self.decode(lane, own), lane, layout=theirs)
 
     def test_many_pulls_at_once_do_not_meet(self) -> None:
-        places = random.Random(3)
+        places, prefill = random.Random(3), self.prefill()
         for lane in LANES:
-            prefill, decode = self.prefill(), self.decode(lane)
+            decode = self.decode(lane)
             sources, targets = places.sample(range(64), 60), places.sample(range(64), 60)
             of = {number: slice(number * 5, number * 5 + 5) for number in range(12)}
             for number, part in of.items():
-                prefill.tell("hold", f"request {number}", sources[part])
-            jobs = [decode.pull(f"request {number}", prefill.port, targets[part]) for number, part in of.items()]
+                prefill.tell("hold", f"{lane} {number}", sources[part])
+            jobs = [decode.pull(f"{lane} {number}", prefill.port, targets[part]) for number, part in of.items()]
             for job in jobs:
                 self.assert_arrives(decode, job)
             self.assertEqual(decode.lanes(), [lane])
