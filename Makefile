@@ -40,7 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
-  test-gpu test-gpu-stand-in \
+  test-gpu test-gpu-stand-in bench-gpu gpu-bundle \
   test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
@@ -114,7 +114,8 @@ test-rust: $(VENV)/.kvlane-ready
 	@$(SUITE) rust-examples cargo run --quiet --locked --package kvlane-examples --example roundtrip
 
 # Everything that starts no engine, in both environments: the package must import and behave under either vLLM.
-PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel
+PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel \
+  --ignore=tests/python/gpu
 test-python: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
 	@$(SUITE) python-main $(VENV)/bin/python -m pytest $(PYTHON_UNIT)
 	@$(SUITE) python-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest $(PYTHON_UNIT)
@@ -142,9 +143,16 @@ STAND_IN := target/debug/libkvlane_cuda_stand_in.so
 test-gpu-stand-in: target/make/wheel
 	cargo build --quiet --locked --package kvlane-cuda-stand-in
 	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN)
+	@$(SUITE) gpu-bundle $(VENV)/bin/python -m pytest tests/python/gpu
 
 test-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs, on this machine's driver; GPU_PYTHON has PyTorch
 	OUT=target/test PYTHON=$(GPU_PYTHON) tests/gpu/run.sh test
+
+bench-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs beside a copy on the device: benches/results/gpu.json
+	OUT=benches/results PYTHON=$(GPU_PYTHON) tests/gpu/run.sh bench
+
+gpu-bundle: preflight-wheel target/make/wheel ## dist/kvlane-gpu-bundle.tar.gz: both of them for a machine without a network
+	$(VENV)/bin/python tests/gpu/bundle.py dist/kvlane-*.whl dist/kvlane-gpu-bundle.tar.gz
 
 # ---- lint ----------------------------------------------------------------------------------------------------------
 

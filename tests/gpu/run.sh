@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs the GPU tests and the GPU benchmark with a wheel that is not installed: it is unpacked into a folder that goes away.
 #
-#   run.sh [test|bench|all] [--stand-in LIBRARY]
+#   run.sh [test|bench|all] [--stand-in LIBRARY] [--only NAME]
 #
 #   PYTHON   the interpreter, 3.10 or newer; python3. Where it has PyTorch with CUDA, caches are PyTorch's tensors
 #   OUT      folder for test-gpu.log and gpu.json; the current one
 #
-# With --stand-in nothing is measured, and nothing says anything about a GPU. The status is 0 if all that ran passed.
+# --only: tests whose name has this in it. With --stand-in nothing is measured, and nothing says anything about a GPU. The
+# status is 0 if all that ran passed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,6 +18,7 @@ python=${PYTHON:-python3}
 out=${OUT:-.}
 what=all
 stand_in=()
+only=()
 while [ $# -gt 0 ]; do
   case $1 in
   test | bench | all) what=$1 ;;
@@ -24,8 +26,12 @@ while [ $# -gt 0 ]; do
     stand_in=(--stand-in "${2:?--stand-in needs the path of the library}")
     shift
     ;;
+  --only)
+    only=("${2:?--only needs a name}")
+    shift
+    ;;
   *)
-    echo "kvlane: '$1', allowed: test, bench, all, --stand-in LIBRARY" >&2
+    echo "kvlane: '$1', allowed: test, bench, all, --stand-in LIBRARY, --only NAME" >&2
     exit 2
     ;;
   esac
@@ -54,7 +60,7 @@ mkdir -p "$out"
 
 status=0
 if [ "$what" != bench ]; then
-  "$python" "$root/tests/gpu/run.py" "${stand_in[@]}" 2>&1 | tee "$out/test-gpu.log" || status=1
+  "$python" "$root/tests/gpu/run.py" "${stand_in[@]}" "${only[@]}" 2>&1 | tee "$out/test-gpu.log" || status=1
 fi
 if [ "$what" != test ]; then
   if [ ${#stand_in[@]} -gt 0 ]; then
