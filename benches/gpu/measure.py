@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from driver import Stream, driver
 from layouts import LAYOUTS, Image, Layout, difference, image, moved
 from peer import Peer
-from side import Side
+from side import LANES, Side
 
-LANES = ("cuda", "tcp")
 #: The row of the floor that the others are divided by.
 DEVICE_COPY = "device copy"
 COMPUTED, OLD = 1, 2

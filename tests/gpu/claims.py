@@ -10,8 +10,6 @@ from layouts import LAYOUTS, difference, image, moved
 from peer import Peer
 from side import Side
 
-#: The lanes that a cache on a device has. All claims are made of each.
-LANES = ("cuda", "tcp")
 LAYOUT = "K and V outermost"
 #: Seeds: what prefill computed, what decode's cache held before, and what others write later.
 COMPUTED, OLD, LATER = 1, 2, 3

@@ -21,6 +21,10 @@ from slow_work import slow_work
 
 HOST = "127.0.0.1"
 LEASE_MS = 60_000
+#: The lanes that a cache on a device has. All claims are made of each, and each is timed.
+LANES = ("cuda", "tcp")
+#: What PyTorch takes of the driver has at least this size: no two of its pieces share what CUDA IPC shares.
+PIECE_BYTES = 2 << 20
 DIGEST = b"\7" * 32
 #: Set to 0: tensors of the driver's own memory although PyTorch is there.
 TORCH_VARIABLE = "KVLANE_GPU_TORCH"
@@ -44,7 +48,8 @@ class Tensors:
         self.layout = layout
         self.torch = torch_with_cuda()
         if self.torch is None:
-            self.addresses = [driver().allocate(layout.allocation_bytes) for _ in range(layout.allocations)]
+            size_bytes = -(-layout.allocation_bytes // PIECE_BYTES) * PIECE_BYTES
+            self.addresses = [driver().allocate(size_bytes) for _ in range(layout.allocations)]
         else:
             self._tensors = [
                 self.torch.zeros(layout.allocation_shape, dtype=self.torch.bfloat16, device="cuda:0")
@@ -85,7 +90,6 @@ class Side:
         self.layout = Layout(**vars(LAYOUTS[layout]) | sizes)
         self.tensors = Tensors(self.layout)
         self.stream = self.driver.stream()
-        self._slow_work = slow_work(self.driver)
         self._sources: dict[int, list[int]] = {}
         self._last: Event | None = None
         options = {
@@ -129,7 +133,7 @@ class Side:
         """A step: takes a while, and then writes the cache, or some blocks of some layers. Does not wait."""
         self.prepare(seed)
         if busy_ms:
-            self._slow_work.put(self.stream, busy_ms / 1000)
+            slow_work(self.driver).put(self.stream, busy_ms / 1000)
         if blocks is None:
             for to, source in zip(self.tensors.addresses, self._sources[seed], strict=True):
                 self.driver.copy(self.stream, to, source, self.layout.allocation_bytes)

@@ -5,6 +5,7 @@ driver does not take that kernel, a chain of copies whose length was measured.
 """
 
 import ctypes
+import functools
 import time
 
 from driver import Driver, DriverError, Stream
@@ -95,18 +96,21 @@ class ChainOfCopies:
             self._driver.copy(stream, to, source, self._size_bytes)
 
 
-def slow_work(driver: Driver) -> StandInKernel | ClockKernel | ChainOfCopies:
-    """The best way here."""
-    return slow_works(driver)[0]
+SlowWork = StandInKernel | ClockKernel | ChainOfCopies
 
 
-def slow_works(driver: Driver) -> list[StandInKernel | ClockKernel | ChainOfCopies]:
-    """All ways that there are here, the best one first."""
+@functools.cache
+def slow_work(driver: Driver) -> SlowWork:
+    """The best way here. One for all streams of a process."""
     if driver.is_stand_in:
-        return [StandInKernel(driver), ChainOfCopies(driver, 4 << 20)]
-    works: list[StandInKernel | ClockKernel | ChainOfCopies] = []
+        return StandInKernel(driver)
     try:
-        works.append(ClockKernel(driver))
+        return ClockKernel(driver)
     except (AttributeError, DriverError) as error:
         print(f"kvlane: the driver does not take a kernel ({error}), so streams are kept busy by copies", flush=True)
-    return [*works, ChainOfCopies(driver, 256 << 20)]
+        return chain_of_copies(driver)
+
+
+def chain_of_copies(driver: Driver) -> ChainOfCopies:
+    """The way that every driver has."""
+    return ChainOfCopies(driver, 4 << 20 if driver.is_stand_in else 256 << 20)

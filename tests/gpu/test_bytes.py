@@ -3,10 +3,10 @@
 import random
 import unittest
 
-from claims import COMPUTED, LANES, Claims
+from claims import COMPUTED, Claims
 from layouts import LAYOUTS
 from peer import Peer
-from side import Side
+from side import LANES, Side
 
 ADJACENT = list(range(8, 20))
 ORDERS = {

@@ -3,9 +3,10 @@
 import time
 import unittest
 
-from claims import BUSY_MS, COMPUTED, LANES, LATER, OLD, Claims
+from claims import BUSY_MS, COMPUTED, LATER, OLD, Claims
 from driver import driver
-from slow_work import slow_works
+from side import LANES
+from slow_work import chain_of_copies, slow_work
 
 SOURCES, TARGETS = [3, 40, 4, 17, 18, 60], [7, 1, 2, 33, 32, 31]
 
@@ -92,7 +93,7 @@ class SlowWork(Claims):
     def test_slow_work_keeps_a_stream_busy_for_most_of_the_time_that_is_asked(self) -> None:
         """What the claims above rest on."""
         stream = driver().stream()
-        for work in slow_works(driver()):
+        for work in (slow_work(driver()), chain_of_copies(driver())):
             with self.subTest(work=work.name):
                 started_s = time.monotonic()
                 work.put(stream, BUSY_MS / 1000)

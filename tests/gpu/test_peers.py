@@ -3,10 +3,10 @@
 import os
 import unittest
 
-from claims import BUSY_MS, COMPUTED, LANES, LAYOUT, Claims, LogLines
+from claims import BUSY_MS, COMPUTED, LAYOUT, Claims, LogLines
 from driver import driver
 from peer import Peer
-from side import Side
+from side import LANES, Side
 
 SOURCES, TARGETS = [3, 40, 4, 17], [7, 1, 2, 33]
 #: Blocks of a cache that is large beside whatever else a device does meanwhile: 512 MiB on a GPU.
