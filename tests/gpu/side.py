@@ -67,12 +67,20 @@ class Tensors:
         allocation, start = layout.place(number)
         if self.torch is None:
             return self.addresses[allocation] + start, "cuda:0", ELEMENT_BYTES, layout.shape, layout.strides
-        tensor, dims = self._tensors[allocation], layout.physical
-        if "L" in dims:
-            tensor, dims = tensor.select(dims.index("L"), number), dims.replace("L", "")
-        tensor = tensor.permute([dims.index(dim) for dim in layout.logical])
+        tensor = self.view(number)
         device, shape, strides = str(tensor.device), list(tensor.shape), list(tensor.stride())
         return tensor.data_ptr(), device, tensor.element_size(), shape, strides
+
+    def tensor(self, allocation: int) -> Any:
+        """PyTorch's of a whole allocation."""
+        return self._tensors[allocation]
+
+    def view(self, layer: int) -> Any:
+        """PyTorch's as a kernel gets it."""
+        tensor, dims = self.tensor(self.layout.place(layer)[0]), self.layout.physical
+        if "L" in dims:
+            tensor, dims = tensor.select(dims.index("L"), layer), dims.replace("L", "")
+        return tensor.permute([dims.index(dim) for dim in self.layout.logical])
 
     def free(self) -> None:
         """Nobody may use them any more."""

@@ -53,6 +53,22 @@ class Death(Claims):
                 self.assert_arrives(decode, kept, lane)
                 self.assert_holds(decode, SOURCES, TARGETS)
 
+    def test_decode_killed_in_the_middle_leaves_prefill_at_work_for_others(self) -> None:
+        prefill = self.prefill()
+        for lane in LANES:
+            with self.subTest(lane=lane):
+                dies, stays = Peer(False, LAYOUT, lane), self.decode(lane)
+                self.addCleanup(self._end, dies)
+                for key in (lane, f"{lane} other"):
+                    prefill.tell("offer", key, SOURCES)
+                    prefill.tell("compute_layers", key, COMPUTED, 0, SOURCES, BUSY_MS / 8)
+                dies.tell("pull", lane, prefill.port, TARGETS)
+                job = stays.pull(f"{lane} other", prefill.port, TARGETS)
+                dies.kill()
+                self.assertTrue(prefill.tell("is_busy"), "the stream was done before decode died: no test")
+                self.assert_arrives(stays, job, lane)
+                self.assert_holds(stays, SOURCES, TARGETS)
+
     def test_the_memory_of_a_dead_prefill_is_let_go_of_by_a_decode_that_does_nothing(self) -> None:
         """Decode in a process of its own, so that all that it maps is this prefill's."""
         blocks = 64 if driver().is_stand_in else LARGE_BLOCKS
