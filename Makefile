@@ -40,7 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
-  test-gpu test-gpu-stand-in bench-gpu gpu-bundle \
+  test-gpu test-gpu-stand-in test-gpu-bundle bench-gpu gpu-bundle FORCE \
   test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
@@ -105,7 +105,7 @@ demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV
 
 test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 	@rm -rf target/test
-	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-gpu-stand-in \
+	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-gpu-stand-in test-gpu-bundle \
 	  test-vllm test-wheel test-fuzz || status=$$?; \
 	  $(SUITE) --summary; exit $$status
 
@@ -140,9 +140,15 @@ test-wheel: $(VENV)/.kvlane-wheel
 GPU_PYTHON ?= python3
 STAND_IN := target/debug/libkvlane_cuda_stand_in.so
 
-test-gpu-stand-in: target/make/wheel
-	cargo build --quiet --locked --package kvlane-cuda-stand-in
+# Cargo knows best whether it is new enough.
+$(STAND_IN): FORCE
+	@cargo build --quiet --locked --package kvlane-cuda-stand-in --target-dir target
+FORCE:
+
+test-gpu-stand-in: target/make/wheel $(STAND_IN)
 	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN)
+
+test-gpu-bundle: $(VENV)/.kvlane-wheel $(STAND_IN)
 	@$(SUITE) gpu-bundle $(VENV)/bin/python -m pytest tests/python/gpu
 
 test-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs, on this machine's driver; GPU_PYTHON has PyTorch
