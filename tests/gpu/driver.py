@@ -9,7 +9,8 @@ import functools
 import os
 import time
 
-#: The path of a stand-in that takes the driver's place, for this process and those that it starts.
+#: The path of a stand-in that takes the driver's place, for this process and those that it starts. Behind it, with
+#: colons, other libraries that are then found under their names, such as one that works on that stand-in only.
 STAND_IN_VARIABLE = "KVLANE_GPU_STAND_IN"
 LIBRARY = "libcuda.so.1"
 WAIT_S = 60.0
@@ -61,7 +62,7 @@ class DriverError(Exception):
 @functools.cache
 def driver() -> "Driver":
     """The one of this process. Its context is current on the thread that asks first."""
-    return Driver(os.environ.get(STAND_IN_VARIABLE) or LIBRARY)
+    return Driver((os.environ.get(STAND_IN_VARIABLE) or LIBRARY).split(os.pathsep))
 
 
 class Event:
@@ -116,9 +117,12 @@ class Stream:
 class Driver:
     """A loaded driver and its first device."""
 
-    def __init__(self, library: str) -> None:
+    def __init__(self, libraries: list[str]) -> None:
+        library, *others = libraries
         try:
             self.library = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            # Loaded once, they are found by their names.
+            self._others = [ctypes.CDLL(other) for other in others]
         except OSError as error:
             raise DriverMissing(f"there is no CUDA driver here: {error}") from None
         for name, arguments in {**CALLS, **OPTIONAL}.items():

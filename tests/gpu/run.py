@@ -77,7 +77,7 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stand-in", metavar="LIBRARY", help="the stand-in for libcuda that takes the driver's place")
+    parser.add_argument("--stand-in", metavar="LIBRARY", help="the stand-in for libcuda, colons, further ones")
     parser.add_argument("names", nargs="*")
     return parser.parse_args(arguments)
 

@@ -12,9 +12,11 @@ def find_driver(stand_in: str | None, what: str) -> Driver | str:
     if stand_in is None:
         os.environ.pop(STAND_IN_VARIABLE, None)
     else:
-        if not Path(stand_in).is_file():
-            return f"the stand-in {stand_in} is not there"
-        os.environ[STAND_IN_VARIABLE] = str(Path(stand_in).resolve())
+        libraries = [Path(library).resolve() for library in stand_in.split(os.pathsep)]
+        for library in libraries:
+            if not library.is_file():
+                return f"the stand-in {library} is not there"
+        os.environ[STAND_IN_VARIABLE] = os.pathsep.join(map(str, libraries))
     try:
         found = driver()
     except DriverMissing as error:
