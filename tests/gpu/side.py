@@ -20,7 +20,7 @@ from layouts import ELEMENT_BYTES, LAYOUTS, Image, Layout, image
 from slow_work import slow_work
 
 HOST = "127.0.0.1"
-LEASE_MS = 60_000
+LEASE_MS, PEER_TIMEOUT_MS = 60_000, 5000
 #: The lanes that a cache on a device has. All claims are made of each, and each is timed.
 LANES = ("cuda", "tcp")
 #: What PyTorch takes of the driver has at least this size: no two of its pieces share what CUDA IPC shares.
@@ -112,6 +112,7 @@ class Side:
             "lane": lane,
             "lease_ms": LEASE_MS,
             "transfer_timeout_ms": LEASE_MS,
+            "peer_timeout_ms": PEER_TIMEOUT_MS,
             "connections": 2,
             "max_leased_blocks": self.layout.blocks,
             "readers": 1,
