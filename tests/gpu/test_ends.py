@@ -137,7 +137,7 @@ class Ends(Claims):
                     decode.fill(OLD)
                     prefill.tell("fill", COMPUTED)
                     prefill.tell("hold", key, SOURCES)
-                    job = decode.pull(key, prefill.port, TARGETS)
+                    job = decode.pull(key, prefill.port, TARGETS, timeout_ms=5 * BUSY_MS)
                     time.sleep(seeded.uniform(0, 1.2 * pull_s))
                     prefill.tell("revoke", key)
                     if is_overwritten:
