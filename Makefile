@@ -40,6 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
+  test-gpu test-gpu-stand-in test-gpu-bundle bench-gpu gpu-bundle FORCE \
   test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
@@ -104,7 +105,8 @@ demo: preflight-demo $(VENV)/.kvlane-wheel ## two real vLLM servers that hand KV
 
 test: preflight-test ## every test: Rust, Python, real vLLM 0.15.0 and 0.32.0
 	@rm -rf target/test
-	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-vllm test-wheel test-fuzz || status=$$?; \
+	@status=0; $(MAKE) --no-print-directory --keep-going test-rust test-python test-gpu-stand-in test-gpu-bundle \
+	  test-vllm test-wheel test-fuzz || status=$$?; \
 	  $(SUITE) --summary; exit $$status
 
 test-rust: $(VENV)/.kvlane-ready
@@ -112,7 +114,8 @@ test-rust: $(VENV)/.kvlane-ready
 	@$(SUITE) rust-examples cargo run --quiet --locked --package kvlane-examples --example roundtrip
 
 # Everything that starts no engine, in both environments: the package must import and behave under either vLLM.
-PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel
+PYTHON_UNIT := tests/python --ignore=tests/python/e2e --ignore=tests/python/scheduler --ignore=tests/python/wheel \
+  --ignore=tests/python/gpu
 test-python: $(VENV)/.kvlane-wheel $(VENV_OLD)/.kvlane-wheel
 	@$(SUITE) python-main $(VENV)/bin/python -m pytest $(PYTHON_UNIT)
 	@$(SUITE) python-$(OLD_VLLM) $(VENV_OLD)/bin/python -m pytest $(PYTHON_UNIT)
@@ -130,6 +133,32 @@ test-e2e-old: $(VENV_OLD)/.kvlane-wheel
 
 test-wheel: $(VENV)/.kvlane-wheel
 	@$(SUITE) wheel $(VENV)/bin/python -m pytest tests/python/wheel
+
+# ---- lanes on a GPU ------------------------------------------------------------------------------------------------
+
+# The interpreter of the machine, which has PyTorch where there is a GPU; the environments here have vLLM for CPUs.
+GPU_PYTHON ?= python3
+STAND_IN := target/debug/libkvlane_cuda_stand_in.so
+
+# Cargo knows best whether it is new enough.
+$(STAND_IN): FORCE
+	@cargo build --quiet --locked --package kvlane-cuda-stand-in --target-dir target
+FORCE:
+
+test-gpu-stand-in: target/make/wheel $(STAND_IN)
+	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN)
+
+test-gpu-bundle: $(VENV)/.kvlane-wheel $(STAND_IN)
+	@$(SUITE) gpu-bundle $(VENV)/bin/python -m pytest tests/python/gpu
+
+test-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs, on this machine's driver; GPU_PYTHON has PyTorch
+	OUT=target/test PYTHON=$(GPU_PYTHON) tests/gpu/run.sh test
+
+bench-gpu: preflight-wheel target/make/wheel ## the lanes between GPUs beside a copy on the device: benches/results/gpu.json
+	OUT=benches/results PYTHON=$(GPU_PYTHON) tests/gpu/run.sh bench
+
+gpu-bundle: preflight-wheel target/make/wheel ## dist/kvlane-gpu-bundle.tar.gz: both of them for a machine without a network
+	$(VENV)/bin/python tests/gpu/bundle.py dist/kvlane-*.whl dist/kvlane-gpu-bundle.tar.gz
 
 # ---- lint ----------------------------------------------------------------------------------------------------------
 
