@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
+use super::device_ways;
 use super::dial;
 use super::machine::NetConfig;
 use super::peers::{Peer, Way};
 use crate::error::{Error, Result};
-use crate::lanes::{CudaLane, Lane, LaneError, Lease, LocalCache, ShmLane, Span, TcpLane};
+use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};
 use crate::proto::{ConnectionId, Copied};
 
 /// Most spans that wait for a thread.
@@ -111,10 +112,10 @@ struct Lanes {
 }
 
 impl Lanes {
-    fn copy(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+    fn copy(&mut self, job: &CopyJob, config: &Arc<NetConfig>) -> CopyDone {
         let started = Instant::now();
         self.open
-            .retain(|_, (peer, _)| !peer.is_gone.load(Ordering::Relaxed));
+            .retain(|_, (peer, lane)| !peer.is_gone.load(Ordering::Relaxed) && lane.is_open());
         let result = self.try_copy(job, config);
         let used = self.open.get(&job.connection);
         let name = used.map_or(job.peer.way.name(), |(_, lane)| lane.name());
@@ -124,7 +125,7 @@ impl Lanes {
         done(job, name, &result, started)
     }
 
-    fn try_copy(&mut self, job: &CopyJob, config: &NetConfig) -> Result<(), LaneError> {
+    fn try_copy(&mut self, job: &CopyJob, config: &Arc<NetConfig>) -> Result<(), LaneError> {
         if job.is_stopped.load(Ordering::Relaxed) {
             return Err(LaneError::Cancelled { done_bytes: 0 });
         }
@@ -140,34 +141,23 @@ impl Lanes {
     }
 }
 
-fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneError> {
-    let pairing = Arc::clone(&job.peer.pairing);
+fn open_lane(job: &CopyJob, config: &Arc<NetConfig>) -> Result<Box<dyn Lane>, LaneError> {
     match &job.peer.way {
-        Way::Shm(memory) => Ok(Box::new(ShmLane::open(*memory, pairing)?)),
-        Way::Tcp => Ok(Box::new(tcp_lane(job, config)?)),
-        Way::Cuda(offered) => {
-            let LocalCache::Device(local) = pairing.local() else {
-                return Err(LaneError::Layout("the local cache is in host memory".to_owned()));
-            };
-            let mapped = offered.map(local, &job.peer.address)?;
-            // Without mapped memory it carries the bytes, too.
-            let witness = Box::new(tcp_lane(job, config)?);
-            match mapped {
-                Some(memory) => Ok(Box::new(CudaLane::new(memory, pairing, witness)?)),
-                None => Ok(witness),
-            }
-        }
+        Way::Shm(memory) => Ok(Box::new(ShmLane::open(*memory, Arc::clone(&job.peer.pairing))?)),
+        Way::Tcp => Ok(Box::new(tcp_lane(&job.peer, config, job.deadline)?)),
+        Way::Device(ways) => device_ways::open_lane(ways, job, config),
     }
 }
 
-fn tcp_lane(job: &CopyJob, config: &NetConfig) -> Result<TcpLane, LaneError> {
-    let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
-    let socket = dial::data_connection(config, &job.peer.address, job.peer.start_id, deadline);
+/// A lane over a new data connection.
+pub(super) fn tcp_lane(peer: &Peer, config: &NetConfig, deadline: Instant) -> Result<TcpLane, LaneError> {
+    let deadline = deadline.min(Instant::now() + DATA_CONNECT_MAX);
+    let socket = dial::data_connection(config, &peer.address, peer.start_id, deadline);
     let socket = socket.map_err(|source| LaneError::PeerGone {
         what: "no data connection",
         source: Some(source),
     })?;
-    TcpLane::new(socket, Arc::clone(&job.peer.pairing))
+    TcpLane::new(socket, Arc::clone(&peer.pairing))
 }
 
 fn done(job: &CopyJob, lane: &'static str, result: &Result<(), LaneError>, started: Instant) -> CopyDone {

@@ -1,13 +1,12 @@
 //! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use kvlane_core::Run;
-use kvlane_cuda::{CacheOffer, DeviceCache, Patience, PeerCache};
 
 use super::address::PeerAddress;
+use super::device_ways::DeviceWays;
 use super::options::LaneChoice;
 use crate::lanes::{LaneError, LocalCache, Pairing, PeerMemory, RemoteCache, RemoteRegion, ShmLane};
 use crate::proto::{Hello, Open};
@@ -28,8 +27,8 @@ pub(super) struct Peer {
 pub(super) enum Way {
     /// Out of its memory.
     Shm(PeerMemory),
-    /// Out of its device memory.
-    Cuda(Arc<OfferedMemory>),
+    /// From device to device.
+    Device(Arc<DeviceWays>),
     /// Over data connections.
     Tcp,
 }
@@ -39,68 +38,10 @@ impl Way {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Shm(_) => "shm",
-            Self::Cuda(_) => "cuda",
+            Self::Device(ways) => ways.name(),
             Self::Tcp => "tcp",
         }
     }
-}
-
-/// Longest wait for a buffer and a copy of a few bytes while a peer's memory is mapped.
-const MAP_MAX: Duration = Duration::from_secs(5);
-
-/// A peer's device memory. It is mapped by the first thread that copies, and not by those of the engine: the driver may take
-/// its time.
-pub(super) struct OfferedMemory {
-    offer: CacheOffer,
-    /// No other lane may be used.
-    is_forced: bool,
-    mapped: OnceLock<Result<PeerCache, String>>,
-}
-
-impl OfferedMemory {
-    /// The mapped memory; `None`: it cannot be mapped, and another lane takes its place.
-    pub(super) fn map(
-        &self,
-        local: &DeviceCache,
-        peer: &PeerAddress,
-    ) -> Result<Option<PeerCache>, LaneError> {
-        let mapped = self.mapped.get_or_init(|| {
-            let patience = Patience {
-                deadline: Instant::now() + MAP_MAX,
-                cancelled: &|| false,
-            };
-            let mapped = local.map_peer(&self.offer, &patience);
-            let mapped = mapped.map_err(|error| error.to_string());
-            match &mapped {
-                Err(reason) if !self.is_forced => warn_of_fallback(peer, reason),
-                _ => {}
-            }
-            mapped
-        });
-        match mapped {
-            Ok(memory) => Ok(Some(memory.clone())),
-            Err(reason) if self.is_forced => {
-                Err(LaneError::Layout(format!("lane cuda is not possible: {reason}")))
-            }
-            Err(_) => Ok(None),
-        }
-    }
-}
-
-impl std::fmt::Debug for OfferedMemory {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("OfferedMemory")
-            .field("mapped", &self.mapped)
-            .finish_non_exhaustive()
-    }
-}
-
-fn warn_of_fallback(peer: &PeerAddress, reason: &str) {
-    tracing::warn!(
-        peer = %peer, reason,
-        "lane tcp instead of cuda: bytes go through host memory and a connection, which is slower"
-    );
 }
 
 impl Peer {
@@ -140,7 +81,10 @@ impl Peer {
         let pairing = Arc::new(Pairing::new(cache, remote).map_err(|error| error.to_string())?);
         let way = match cache {
             LocalCache::Host(_) => host_way(address, hello, &pairing, choice)?,
-            LocalCache::Device(_) => device_way(address, hello, choice)?,
+            LocalCache::Device(_) => match DeviceWays::new(address, hello, own, choice)? {
+                Some(ways) => Way::Device(Arc::new(ways)),
+                None => Way::Tcp,
+            },
         };
         Ok(Self {
             address: address.clone(),
@@ -161,9 +105,14 @@ fn host_way(
 ) -> Result<Way, String> {
     match choice {
         LaneChoice::Tcp => Ok(Way::Tcp),
-        LaneChoice::Cuda => {
-            Err("lane cuda is not possible: the cache of this server is in host memory".to_owned())
-        }
+        LaneChoice::Cuda | LaneChoice::Nccl => Err(format!(
+            "lane {} is not possible: the cache of this server is in host memory",
+            if choice == LaneChoice::Cuda {
+                "cuda"
+            } else {
+                "nccl"
+            }
+        )),
         LaneChoice::Shm | LaneChoice::Auto => match (probe(hello, pairing), choice) {
             (Ok(memory), _) => Ok(Way::Shm(memory)),
             (Err(reason), LaneChoice::Shm) => Err(format!("lane shm is not possible: {reason}")),
@@ -172,27 +121,6 @@ fn host_way(
                 Ok(Way::Tcp)
             }
         },
-    }
-}
-
-/// Whether the offered memory can be mapped shows later.
-fn device_way(address: &PeerAddress, hello: &Hello, choice: LaneChoice) -> Result<Way, String> {
-    let reason = "it offers no device memory (its log says why)";
-    match (choice, &hello.device) {
-        (LaneChoice::Tcp, _) => Ok(Way::Tcp),
-        (LaneChoice::Shm, _) => {
-            Err("lane shm is not possible: the cache of this server is on a GPU".to_owned())
-        }
-        (LaneChoice::Cuda | LaneChoice::Auto, Some(memory)) => Ok(Way::Cuda(Arc::new(OfferedMemory {
-            offer: memory.into(),
-            is_forced: choice == LaneChoice::Cuda,
-            mapped: OnceLock::new(),
-        }))),
-        (LaneChoice::Cuda, None) => Err(format!("lane cuda is not possible: {reason}")),
-        (LaneChoice::Auto, None) => {
-            warn_of_fallback(address, reason);
-            Ok(Way::Tcp)
-        }
     }
 }
 

@@ -49,6 +49,7 @@ fn a_thread_that_panics_closes_its_machine() {
         cache: None,
         probe: None,
         device: None,
+        nccl: None,
     };
     let config = NetConfig {
         identity: Arc::new(Identity {
