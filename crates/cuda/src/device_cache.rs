@@ -1,5 +1,6 @@
 //! A paged KV cache on a CUDA device.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,8 @@ pub struct DeviceCache {
     pool: Arc<Pool>,
     /// Why the device was lost.
     lost: OnceLock<CudaError>,
+    /// How many there are of it.
+    communicators: Arc<AtomicUsize>,
 }
 
 impl DeviceCache {
@@ -88,6 +91,7 @@ impl DeviceCache {
             memory,
             pool: Pool::new(buffers, buffer_bytes),
             lost: OnceLock::new(),
+            communicators: Arc::default(),
         })
     }
 
@@ -288,12 +292,12 @@ fn long() -> Patience<'static> {
 
 /// Sleeps that grow, so that short copies are noticed early and long waits cost nothing.
 #[derive(Default)]
-struct Pause {
+pub(crate) struct Pause {
     next: Option<Duration>,
 }
 
 impl Pause {
-    fn sleep(&mut self) {
+    pub(crate) fn sleep(&mut self) {
         let pause = self.next.unwrap_or(POLL_FIRST);
         std::thread::sleep(pause);
         self.next = Some((pause * 2).min(POLL_LONGEST));

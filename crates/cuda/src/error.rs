@@ -1,5 +1,7 @@
 //! The errors of this crate.
 
+use crate::nccl::NcclVersion;
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = CudaError> = std::result::Result<T, E>;
 
@@ -35,6 +37,58 @@ pub enum CudaError {
         /// What was being done.
         context: &'static str,
     },
+    /// NCCL is not on this machine, or not where PyTorch puts it. Use another way to a peer.
+    #[error("NCCL is not installed or not found; looked for {}", list(.tried))]
+    NcclMissing {
+        /// Each place, and the loader's answer.
+        tried: Vec<(String, String)>,
+    },
+    /// There is a library, but it is no NCCL or a very old one. Use another way to a peer.
+    #[error("{library} is no usable NCCL: it has no {symbol} ({message})")]
+    NcclSymbolMissing {
+        /// The library's name.
+        library: String,
+        /// What it should have.
+        symbol: &'static str,
+        /// The loader's answer.
+        message: String,
+    },
+    /// Use another way to a peer, or a newer PyTorch.
+    #[error("NCCL {found} is too old, allowed: {oldest} and newer")]
+    NcclTooOld {
+        /// What is installed.
+        found: NcclVersion,
+        /// The first that will do.
+        oldest: NcclVersion,
+    },
+    /// NCCL refused a call, or something that was on its way failed. The communicator is of no use any more.
+    #[error("{call} failed with '{name}' ({code}{detail}) while {context}")]
+    Nccl {
+        /// NCCL's function.
+        call: &'static str,
+        /// Its result, an `ncclResult_t`.
+        code: u32,
+        /// NCCL's text for the code.
+        name: String,
+        /// What else NCCL says, with a comma in front; or nothing.
+        detail: String,
+        /// What was being done.
+        context: &'static str,
+    },
+    /// Use another way to this peer.
+    #[error("{open} communicators are open or could not be closed, allowed: {most}")]
+    TooManyCommunicators {
+        /// How many there are.
+        open: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// An earlier error ended the communicator. A new one is needed.
+    #[error("the communicator was ended by an earlier error")]
+    CommunicatorEnded,
+    /// The system gives no thread.
+    #[error("cannot start the thread of a communicator: {0}")]
+    NoThread(String),
     /// The device does not exist. Misuse.
     #[error("there is no device cuda:{ordinal}, the driver has {count}")]
     NoSuchDevice {
@@ -71,7 +125,15 @@ pub enum CudaError {
     Forked,
 }
 
+/// Results of NCCL for a connection that broke: `ncclSystemError` and `ncclRemoteError`.
+const NCCL_CONNECTION: [u32; 2] = [2, 6];
+
 impl CudaError {
+    /// Whether the end of the peer may be the reason.
+    pub fn may_be_the_peers(&self) -> bool {
+        matches!(self, CudaError::Nccl { code, .. } if NCCL_CONNECTION.contains(code))
+    }
+
     /// The driver's own code, where there is one.
     pub fn code(&self) -> Option<u32> {
         match self {

@@ -5,11 +5,14 @@
 //! again when the event behind its copies says so, not when a call returns.
 //!
 //! Between two processes of a machine the host is not needed: one [shares](DeviceCache::share) its cache, the other
-//! [maps](DeviceCache::map_peer) it and [copies](DeviceCache::copy_from_peer) from it into its own.
+//! [maps](DeviceCache::map_peer) it and [copies](DeviceCache::copy_from_peer) from it into its own. Between machines, and
+//! where memory cannot be mapped, both [join](DeviceCache::join) an NCCL communicator: one [sends](Communicator::send) from
+//! its blocks, the other [receives](Communicator::receive) into memory of the communicator and
+//! [scatters](DeviceCache::scatter_received) that.
 //!
 //! Guarantees:
-//! - The driver is loaded when the first cache is made or [`probe`] is called. Without it there is an error that says what
-//!   was looked for; nothing is linked and nothing panics.
+//! - The driver is loaded when the first cache is made or [`probe`] is called, NCCL when [`NcclInfo::find`] is called or a
+//!   communicator made. Without them there is an error that says what was looked for; nothing is linked and nothing panics.
 //! - Copies come after the work that the program gave its compute stream before: [`DeviceCache::order_stores_after`],
 //!   [`DeviceCache::mark`].
 //! - Every wait ends at its deadline, with one exception that is a promise of its own: bytes on their way *into* the cache
@@ -21,8 +24,10 @@
 
 #![deny(unsafe_code)]
 
+mod communicator;
 mod device_cache;
 mod error;
+mod nccl;
 mod pool;
 mod probe;
 #[allow(
@@ -33,12 +38,14 @@ mod raw;
 mod share;
 mod spans;
 
+pub use communicator::{Communicator, CommunicatorPlace, Rank};
 pub use device_cache::{DeviceCache, Mark, Patience, PeerCache, PeerCopyError, SharedCache};
 pub use error::{CudaError, Result};
+pub use nccl::{CommunicatorId, NcclInfo, NcclVersion};
 pub use pool::Lease;
 pub use probe::{DriverInfo, probe};
 #[cfg(feature = "stand-in")]
 pub use raw::stand_in;
-pub use raw::{DeviceTensors, StreamHandle};
+pub use raw::{DeviceTensors, SendPlan, StreamHandle};
 pub use share::{CacheOffer, SharedAllocation};
 pub use spans::RunPart;

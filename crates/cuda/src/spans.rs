@@ -74,6 +74,24 @@ pub(crate) struct Piece {
     pub(crate) groups: (u32, u32),
 }
 
+/// The sources of pieces, in the order given; what is adjacent and of one allocation is one.
+pub(crate) fn in_order(pieces: &[Piece]) -> Vec<(u64, usize)> {
+    let mut runs: Vec<(u64, usize)> = Vec::new();
+    let mut group = None;
+    for piece in pieces {
+        match runs.last_mut() {
+            Some((address, len_bytes))
+                if group == Some(piece.groups.0) && *address + *len_bytes as u64 == piece.from =>
+            {
+                *len_bytes += piece.len_bytes;
+            }
+            _ => runs.push((piece.from, piece.len_bytes)),
+        }
+        group = Some(piece.groups.0);
+    }
+    runs
+}
+
 /// Puts pieces into the order of their sources, and joins those that are adjacent in both places and in one allocation each:
 /// every copy costs the driver a microsecond or more, whatever its length.
 pub(crate) fn join(mut pieces: Vec<Piece>) -> Vec<Piece> {
@@ -219,6 +237,23 @@ mod tests {
             piece(400, 1500, 100),
         ]);
         assert_eq!(found, [piece(100, 1100, 300), piece(400, 1500, 100)]);
+    }
+
+    #[test]
+    fn sources_keep_their_order_and_are_one_only_where_they_follow_each_other_in_one_allocation() {
+        let other = Piece {
+            groups: (1, 0),
+            ..piece(250, 0, 50)
+        };
+        let found = in_order(&[
+            piece(100, 0, 100),
+            piece(200, 0, 50),
+            other,
+            piece(50, 0, 50),
+            piece(400, 0, 10),
+        ]);
+        assert_eq!(found, [(100, 150), (250, 50), (50, 50), (400, 10)]);
+        assert_eq!(in_order(&[]), []);
     }
 
     #[test]

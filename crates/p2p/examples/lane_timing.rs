@@ -43,7 +43,7 @@ fn main() {
     }
     for (pages, argument) in [("4 KiB pages", "holder"), ("huge pages", "huge-holder")] {
         println!("holder with {pages}");
-        let mut holder = Holder::child(LAYOUT, Kind::Shm, &[argument]);
+        let mut holder = Holder::child(LAYOUT, Kind::Shm, &[argument], &[]);
         holder.set(LEASE.slot, LEASE.epoch);
         time(&holder);
     }

@@ -512,7 +512,7 @@ fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
         prefill.peer.connect_timeout = Duration::from_millis(300);
     });
     let frame = |length: u32, body: &[u8]| {
-        let mut bytes = b"kvlane\x01\x00".to_vec();
+        let mut bytes = kvlane_p2p::proto::Frames::preamble().to_vec();
         bytes.extend_from_slice(&length.to_le_bytes());
         bytes.extend_from_slice(body);
         bytes
@@ -567,6 +567,7 @@ fn shaken_hands(pair: &Pair) -> TcpStream {
             cache: None,
             probe: None,
             device: None,
+            nccl: None,
         },
         handshake_timeout: PATIENCE,
         heartbeat: PATIENCE,

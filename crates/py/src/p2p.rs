@@ -434,10 +434,11 @@ impl P2pOptions {
             "shm" => LaneChoice::Shm,
             "tcp" => LaneChoice::Tcp,
             "cuda" => LaneChoice::Cuda,
+            "nccl" => LaneChoice::Nccl,
             other => {
                 return Err(config_error(
                     py,
-                    format!("lane is '{other}', allowed: auto, shm, tcp, cuda"),
+                    format!("lane is '{other}', allowed: auto, shm, tcp, cuda, nccl"),
                 ));
             }
         };

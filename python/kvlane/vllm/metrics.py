@@ -84,7 +84,7 @@ P2P_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "vllm:kvlane_p2p_lane_bytes",
         "Bytes of KV that arrived, by lane.",
         "lane",
-        {"shm": "shm_bytes", "tcp": "tcp_bytes", "cuda": "cuda_bytes"},
+        {"shm": "shm_bytes", "tcp": "tcp_bytes", "cuda": "cuda_bytes", "nccl": "nccl_bytes"},
     ),
     (
         "vllm:kvlane_p2p_seconds",

@@ -21,7 +21,7 @@ from kvlane.vllm.options import (
 
 logger = logging.getLogger("vllm.kvlane")
 
-LANES = ("auto", "shm", "tcp", "cuda")
+LANES = ("auto", "shm", "tcp", "cuda", "nccl")
 
 #: Options that the old connector needed and this one does not.
 _OBSOLETE = ("send_type", "mem_pool_size_gb", "nccl_num_channels")

@@ -29,8 +29,18 @@ pub(crate) enum Work {
         bytes: Vec<u8>,
         duration: Duration,
     },
+    /// What another library does on the stream.
+    Foreign(Foreign),
     Record(Arc<Event>, u64),
     Wait(Arc<Event>, u64),
+}
+
+/// Work of another library: the stand-in for NCCL.
+pub(crate) struct Foreign {
+    /// Ranges that it reads, and that it writes.
+    pub(crate) reads: Vec<(usize, usize)>,
+    pub(crate) writes: Vec<(usize, usize)>,
+    pub(crate) run: Box<dyn FnOnce() + Send>,
 }
 
 /// A point in a stream.
@@ -130,6 +140,8 @@ fn carry_out(stream: usize, order: u64, work: Work, random: &mut Random) {
                 Err(what) => world.lose(&format!("a kernel wrote to {what}")),
             }
         }
+        // Looks at memory by itself, for as long as it takes.
+        Work::Foreign(foreign) => (foreign.run)(),
         Work::Record(event, count) => {
             // Before the event is over, so that who sees that finds nothing pending.
             lock(&world.pending).end(stream, order);
@@ -188,6 +200,17 @@ impl Pending {
                 })
                 .collect(),
             Work::Kernel { address, bytes, .. } => vec![access(*address, bytes.len(), true)],
+            Work::Foreign(foreign) => {
+                let reads = foreign
+                    .reads
+                    .iter()
+                    .map(|&(start, len)| access(start, len, false));
+                let writes = foreign
+                    .writes
+                    .iter()
+                    .map(|&(start, len)| access(start, len, true));
+                reads.chain(writes).collect()
+            }
             Work::Record(..) | Work::Wait(..) => Vec::new(),
         };
         self.streams

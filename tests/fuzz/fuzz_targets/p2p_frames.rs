@@ -151,6 +151,7 @@ fn link(now: Instant) -> Link {
             cache: None,
             probe: None,
             device: None,
+            nccl: None,
         },
         handshake_timeout: Duration::from_secs(1),
         heartbeat: Duration::from_secs(1),

@@ -13,6 +13,7 @@ from kvlane.vllm import hooks, metrics
 from kvlane.vllm.connector import ExampleConnector, KvlaneFsConnector
 from kvlane.vllm.metrics import KvlaneStats
 from kvlane.vllm.p2p_connector import KvlaneP2pConnector, P2pNcclConnector
+from kvlane.vllm.p2p_options import LANES
 
 
 @pytest.fixture
@@ -117,3 +118,9 @@ def test_p2p_metrics_have_names_of_their_own_and_both_classes_share_them(front_e
     assert value("vllm:kvlane_p2p_requests_total", {"engine": "0", "outcome": "timeout"}) == 2
     assert value("vllm:kvlane_p2p_parked_blocks", {"engine": "0"}) == 7
     assert value("vllm:kvlane_segments", {"engine": "0"}) == 0
+
+
+def test_every_lane_has_a_counter_of_its_bytes():
+    counters = {name: values for name, _, _, values in metrics.P2P_COUNTERS}
+    expected = {lane: f"{lane}_bytes" for lane in LANES if lane != "auto"}
+    assert counters["vllm:kvlane_p2p_lane_bytes"] == expected

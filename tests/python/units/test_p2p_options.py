@@ -47,6 +47,7 @@ def test_new_options_are_read():
     )
     assert (options.lane, options.lease_ms, options.host) == ("shm", 5000, "::1")
     assert options.allowed_peers == ("10.0.0.0/8", "prefill-0")
+    assert parse_p2p_options({"lane": "nccl"}).lane == "nccl"
     assert parse_p2p_options({"allowed_peers": "10.0.0.1, 10.0.0.2"}).allowed_peers == ("10.0.0.1", "10.0.0.2")
 
 

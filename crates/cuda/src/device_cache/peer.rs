@@ -1,12 +1,15 @@
-//! From device to device: a cache that another process of this machine maps, and copies out of it.
+//! From device to device: a cache that another process of this machine maps, and copies out of it; bytes that came over a
+//! communicator.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{DeviceCache, Patience, Pause};
+use crate::communicator::{Communicator, CommunicatorPlace, Rank};
 use crate::error::{CudaError, Result};
-use crate::raw::{Flown, PeerMapping, TokenMemory};
+use crate::nccl::CommunicatorId;
+use crate::raw::{Flown, PeerMapping, Pieces, TokenMemory};
 use crate::share::CacheOffer;
 use crate::spans::RunPart;
 
@@ -119,16 +122,63 @@ impl DeviceCache {
         parts: impl IntoIterator<Item = (RunPart, u64)>,
         patience: &Patience<'_>,
     ) -> std::result::Result<u64, PeerCopyError> {
-        let mut done_bytes = 0;
-        let fail = |done_bytes, error| PeerCopyError { done_bytes, error };
-        self.check().map_err(|error| fail(0, error))?;
+        let fail = |error| PeerCopyError { done_bytes: 0, error };
+        self.check().map_err(fail)?;
         let pieces = peer.0.pieces(&self.memory, parts.into_iter());
-        let mut pieces = pieces.map_err(|error| fail(0, error))?;
+        self.fly(pieces.map_err(fail)?, patience)
+    }
+
+    /// Room for one more communicator of this cache.
+    ///
+    /// # Errors
+    /// Too many are open, or could not be closed.
+    pub fn communicator_place(&self) -> Result<CommunicatorPlace> {
+        self.check()?;
+        CommunicatorPlace::take(&self.communicators)
+    }
+
+    /// Makes a communicator with a peer that does the same, over `staging_bytes` of device memory. Waits for it, which may
+    /// take seconds.
+    ///
+    /// # Errors
+    /// NCCL is missing or refuses, as for two ends on one GPU; the peer does not come.
+    pub fn join(
+        &self,
+        place: CommunicatorPlace,
+        id: &CommunicatorId,
+        rank: Rank,
+        staging_bytes: usize,
+        patience: &Patience<'_>,
+    ) -> Result<Communicator> {
+        self.check()?;
+        Communicator::join(&self.memory, place, (id, rank), staging_bytes, patience)
+    }
+
+    /// Copies the received bytes that come next into parts of own runs. What is adjacent on both sides is one copy.
+    ///
+    /// When this returns, nothing of it can reach the cache any more, as with [`copy_from_peer`](Self::copy_from_peer).
+    ///
+    /// # Panics
+    /// If the communicator is of another cache, or has received fewer bytes.
+    pub fn scatter_received(
+        &self,
+        communicator: &mut Communicator,
+        parts: &[RunPart],
+        patience: &Patience<'_>,
+    ) -> std::result::Result<u64, PeerCopyError> {
+        self.check()
+            .map_err(|error| PeerCopyError { done_bytes: 0, error })?;
+        self.fly(communicator.take_received(&self.memory, parts), patience)
+    }
+
+    /// Carries out copies into this cache, and waits for their end.
+    fn fly(&self, mut pieces: Pieces, patience: &Patience<'_>) -> std::result::Result<u64, PeerCopyError> {
+        let mut done_bytes = 0;
         let mut failure = None;
         let mut flying = VecDeque::with_capacity(WINDOWS_MAX);
         loop {
             while failure.is_none() && !pieces.is_done() && flying.len() < WINDOWS_MAX {
-                match patience.check("copies from the peer's device") {
+                match patience.check("copies into the cache") {
                     Ok(()) => flying.push_back(pieces.start_next(WINDOW_BYTES, WINDOW_PIECES)),
                     Err(error) => failure = Some(error),
                 }
@@ -138,7 +188,7 @@ impl DeviceCache {
             done_bytes += bytes;
             failure = failure.or(result.err());
         }
-        failure.map_or(Ok(done_bytes), |error| Err(fail(done_bytes, error)))
+        failure.map_or(Ok(done_bytes), |error| Err(PeerCopyError { done_bytes, error }))
     }
 
     /// Waits for the end of copies.
@@ -155,7 +205,7 @@ impl DeviceCache {
             };
             let waited = since.elapsed();
             if waited > WARN_AFTER && !has_warned {
-                tracing::warn!("copies from a peer's device do not end; waiting for them");
+                tracing::warn!("copies into the cache do not end; waiting for them");
                 has_warned = true;
             }
             if waited < SPIN {

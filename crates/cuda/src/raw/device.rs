@@ -73,15 +73,7 @@ impl Device {
             process: std::process::id(),
         };
         for direction in [Direction::Out, Direction::In] {
-            let mut stream = ptr::null_mut();
-            let entered = device.enter()?;
-            // Non-blocking: it must neither wait for the program's default stream nor hold it up.
-            let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-            // SAFETY: writes one handle; the context is current.
-            let code = unsafe { (entered.calls().cuStreamCreate)(&raw mut stream, flags) };
-            driver.check(code, "cuStreamCreate", "making a copy stream")?;
-            drop(entered);
-            device.streams[direction as usize] = stream;
+            device.streams[direction as usize] = device.new_stream()?;
         }
         Ok(Arc::new(device))
     }
@@ -146,12 +138,35 @@ impl Device {
 
     /// Records `event` behind all copies of a direction so far.
     pub(super) fn record(&self, event: &Event, direction: Direction) -> Result<()> {
+        self.record_on(event, self.streams[direction as usize])
+    }
+
+    /// Records `event` behind what is on `stream`, which is one of ours and lives.
+    fn record_on(&self, event: &Event, stream: CUstream) -> Result<()> {
         let entered = self.enter()?;
-        let stream = self.streams[direction as usize];
-        // SAFETY: both are ours and live.
+        // SAFETY: both are ours and live: no function of this module passes another stream.
         let code = unsafe { (entered.calls().cuEventRecord)(event.handle, stream) };
         self.driver
             .check(code, "cuEventRecord", "marking the end of a copy")
+    }
+
+    /// A further stream, which neither waits for the program's default stream nor holds it up.
+    pub(super) fn stream(self: &Arc<Self>) -> Result<OwnStream> {
+        Ok(OwnStream {
+            handle: self.new_stream()?,
+            device: Arc::clone(self),
+        })
+    }
+
+    fn new_stream(&self) -> Result<CUstream> {
+        let entered = self.enter()?;
+        let mut stream = ptr::null_mut();
+        let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes one handle; the context is current.
+        let code = unsafe { (entered.calls().cuStreamCreate)(&raw mut stream, flags) };
+        self.driver
+            .check(code, "cuStreamCreate", "making a copy stream")?;
+        Ok(stream)
     }
 
     /// Starts a copy from the device into `staging` at `offset_bytes`.
@@ -202,12 +217,19 @@ impl Device {
     /// Sources and targets are memory that this device can reach until an event that was recorded behind the copies is over,
     /// and the targets are memory of this device.
     pub(super) unsafe fn start_between(&self, pieces: &[Piece]) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { self.start_between_on(self.streams[Direction::In as usize], pieces) }
+    }
+
+    /// # Safety
+    /// As for [`start_between`](Self::start_between), on a stream of ours.
+    unsafe fn start_between_on(&self, stream: CUstream, pieces: &[Piece]) -> Result<()> {
         if let Some(batch_copy) = self.driver.batch_copy
             && pieces.len() > 1
             && self.takes_batches.load(Ordering::Relaxed)
         {
             // SAFETY: as the caller says.
-            match unsafe { self.start_batch(batch_copy, pieces) } {
+            match unsafe { self.start_batch(batch_copy, pieces, stream) } {
                 Ok(()) => return Ok(()),
                 // Which devices and kinds of memory it takes is the driver's to say. What it has started of the batch is
                 // copied twice, with the same bytes.
@@ -217,7 +239,6 @@ impl Device {
                 }
             }
         }
-        let stream = self.streams[Direction::In as usize];
         let entered = self.enter()?;
         for piece in pieces {
             // SAFETY: as the caller says.
@@ -232,12 +253,11 @@ impl Device {
 
     /// # Safety
     /// As for [`start_between`](Self::start_between).
-    unsafe fn start_batch(&self, batch_copy: BatchCopy, pieces: &[Piece]) -> Result<()> {
+    unsafe fn start_batch(&self, batch_copy: BatchCopy, pieces: &[Piece], stream: CUstream) -> Result<()> {
         let targets: Vec<u64> = pieces.iter().map(|piece| piece.to).collect();
         let sources: Vec<u64> = pieces.iter().map(|piece| piece.from).collect();
         let lens: Vec<usize> = pieces.iter().map(|piece| piece.len_bytes).collect();
         let (attributes, first, mut failed) = (BatchAttributes::IN_STREAM_ORDER, 0, 0);
-        let stream = self.streams[Direction::In as usize];
         let _entered = self.enter()?;
         // SAFETY: three lists of as many items, one set of attributes that is for all from the first on, a place for one
         // number; the caller vouches for the addresses. The stream is one of ours and no default stream.
@@ -333,7 +353,7 @@ impl Device {
     }
 
     /// Makes the context current until the result is dropped, and what was current before current again then.
-    fn enter(&self) -> Result<Entered<'_>> {
+    pub(super) fn enter(&self) -> Result<Entered<'_>> {
         if self.is_forked() {
             return Err(CudaError::Forked);
         }
@@ -368,7 +388,7 @@ impl std::fmt::Debug for Device {
     }
 }
 
-struct Entered<'a> {
+pub(super) struct Entered<'a> {
     device: &'a Device,
 }
 
@@ -383,6 +403,41 @@ impl Drop for Entered<'_> {
         let mut context = ptr::null_mut();
         // SAFETY: takes off what `enter` put on this thread: no function of this module hands an `Entered` on.
         let _ = unsafe { (self.calls().cuCtxPopCurrent_v2)(&raw mut context) };
+    }
+}
+
+/// A stream beside those for copies. It is destroyed when it is dropped; what is on it then runs to its end.
+pub(super) struct OwnStream {
+    device: Arc<Device>,
+    handle: CUstream,
+}
+
+impl OwnStream {
+    pub(super) fn handle(&self) -> CUstream {
+        self.handle
+    }
+
+    /// Records `event` behind what is on it.
+    pub(super) fn record(&self, event: &Event) -> Result<()> {
+        self.device.record_on(event, self.handle)
+    }
+
+    /// As [`Device::start_between`], on this stream.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn start_between(&self, pieces: &[Piece]) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.start_between_on(self.handle, pieces) }
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        if let Ok(entered) = self.device.enter() {
+            // SAFETY: made once, destroyed once.
+            let _ = unsafe { (entered.calls().cuStreamDestroy_v2)(self.handle) };
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUstream};
 use libloading::Library;
 
+use super::table::table;
 use crate::error::{CudaError, Result};
 
 /// Names of the library: the driver package promises the first, and PyTorch loads it; development packages have the other.
@@ -15,65 +16,38 @@ pub(super) const SUCCESS: u32 = 0;
 pub(super) const OUT_OF_MEMORY: u32 = 2;
 pub(super) const NOT_READY: u32 = 600;
 
-/// Declares the table of functions. A result is a plain number: a Rust enum must not meet a code that it does not know.
-macro_rules! calls {
-    ($($name:ident($($argument:ty),*);)*) => {
-        /// The functions that this crate needs. All of them exist since CUDA 4, or 11 where the name ends in `_v2`.
-        #[derive(Clone, Copy)]
-        #[allow(non_snake_case, reason = "the names are the driver's")]
-        pub(super) struct Calls {
-            $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> u32,)*
-        }
-
-        impl Calls {
-            /// # Safety
-            /// Functions of `library` that have these names have the signatures of the CUDA driver.
-            unsafe fn resolve(library: &Library, name: &str) -> Result<Self> {
-                Ok(Self {
-                    $($name: {
-                        // SAFETY: the caller vouches for the signature.
-                        let found = unsafe { library.get(stringify!($name)) };
-                        *found.map_err(|error| CudaError::SymbolMissing {
-                            library: name.to_owned(),
-                            symbol: stringify!($name),
-                            message: error.to_string(),
-                        })?
-                    },)*
-                })
-            }
-        }
-    };
-}
-
-calls! {
-    cuInit(c_uint);
-    cuDriverGetVersion(*mut c_int);
-    cuGetErrorName(u32, *mut *const c_char);
-    cuDeviceGetCount(*mut c_int);
-    cuDeviceGet(*mut CUdevice, c_int);
-    cuDeviceGetName(*mut c_char, c_int, CUdevice);
-    cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
-    cuDevicePrimaryCtxRelease_v2(CUdevice);
-    cuCtxPushCurrent_v2(CUcontext);
-    cuCtxPopCurrent_v2(*mut CUcontext);
-    cuStreamCreate(*mut CUstream, c_uint);
-    cuStreamDestroy_v2(CUstream);
-    cuStreamWaitEvent(CUstream, CUevent, c_uint);
-    cuEventCreate(*mut CUevent, c_uint);
-    cuEventRecord(CUevent, CUstream);
-    cuEventQuery(CUevent);
-    cuEventDestroy_v2(CUevent);
-    cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
-    cuMemFreeHost(*mut c_void);
-    cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
-    cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
-    cuMemcpyDtoDAsync_v2(CUdeviceptr, CUdeviceptr, usize, CUstream);
-    cuMemAlloc_v2(*mut CUdeviceptr, usize);
-    cuMemFree_v2(CUdeviceptr);
-    cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);
-    cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
-    cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
-    cuIpcCloseMemHandle(CUdeviceptr);
+table! {
+    /// The functions that this crate needs. All of them exist since CUDA 4, or 11 where the name ends in `_v2`.
+    Calls {
+        cuInit(c_uint);
+        cuDriverGetVersion(*mut c_int);
+        cuGetErrorName(u32, *mut *const c_char);
+        cuDeviceGetCount(*mut c_int);
+        cuDeviceGet(*mut CUdevice, c_int);
+        cuDeviceGetName(*mut c_char, c_int, CUdevice);
+        cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
+        cuDevicePrimaryCtxRelease_v2(CUdevice);
+        cuCtxPushCurrent_v2(CUcontext);
+        cuCtxPopCurrent_v2(*mut CUcontext);
+        cuStreamCreate(*mut CUstream, c_uint);
+        cuStreamDestroy_v2(CUstream);
+        cuStreamWaitEvent(CUstream, CUevent, c_uint);
+        cuEventCreate(*mut CUevent, c_uint);
+        cuEventRecord(CUevent, CUstream);
+        cuEventQuery(CUevent);
+        cuEventDestroy_v2(CUevent);
+        cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+        cuMemFreeHost(*mut c_void);
+        cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
+        cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
+        cuMemcpyDtoDAsync_v2(CUdeviceptr, CUdeviceptr, usize, CUstream);
+        cuMemAlloc_v2(*mut CUdeviceptr, usize);
+        cuMemFree_v2(CUdeviceptr);
+        cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);
+        cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
+        cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
+        cuIpcCloseMemHandle(CUdeviceptr);
+    }
 }
 
 /// What all copies of a batch have in common: the driver's `CUmemcpyAttributes`.
@@ -156,13 +130,18 @@ impl Driver {
             match unsafe { Library::new(name) } {
                 Ok(library) => {
                     // SAFETY: as above; the driver's interface is stable under these names.
-                    let calls = unsafe { Calls::resolve(&library, name) };
+                    let calls = unsafe { Calls::resolve(&library) };
                     // SAFETY: as above.
                     let batch_copy = unsafe { find_batch_copy(&library) };
                     // Never unloaded: the driver has threads, and the functions must stay.
                     std::mem::forget(library);
+                    let calls = calls.map_err(|missing| CudaError::SymbolMissing {
+                        library: name.to_owned(),
+                        symbol: missing.symbol,
+                        message: missing.message,
+                    })?;
                     return Ok(Self {
-                        calls: calls?,
+                        calls,
                         batch_copy,
                         library: name.to_owned(),
                     });

@@ -1,5 +1,6 @@
 //! Device memory of another process of this machine, mapped here, and copies out of it.
 
+use std::any::Any;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
@@ -163,13 +164,8 @@ impl PeerMapping {
                 groups: (from_group, self.groups[part.layer]),
             })
         };
-        Ok(Pieces {
-            memory: Arc::clone(memory),
-            peer: Arc::clone(self),
-            pieces: join(parts.map(piece).collect::<Result<_>>()?),
-            next: 0,
-            taken_bytes: 0,
-        })
+        let pieces = parts.map(piece).collect::<Result<_>>()?;
+        Ok(Pieces::new(memory, Arc::clone(self) as _, pieces))
     }
 
     /// Starts reading bytes of the peer into a buffer.
@@ -210,7 +206,7 @@ impl std::fmt::Debug for PeerMapping {
 }
 
 /// Numbers that are equal for regions of one allocation.
-fn groups(memory: &DeviceMemory) -> Vec<u32> {
+pub(super) fn groups(memory: &DeviceMemory) -> Vec<u32> {
     let mut starts: Vec<u64> = Vec::new();
     let regions = memory.map().regions().iter().enumerate();
     regions
@@ -235,11 +231,12 @@ fn span(address: u64, len_bytes: usize) -> Span {
     }
 }
 
-/// Copies out of a peer's memory that were found to be inside of it and of local runs, as few as possible.
+/// Copies out of other memory that were found to be inside of it and of local runs, as few as possible.
 #[derive(Debug)]
 pub(crate) struct Pieces {
     memory: Arc<DeviceMemory>,
-    peer: Arc<PeerMapping>,
+    /// Keeps the sources valid.
+    source: Arc<dyn Any + Send + Sync>,
     pieces: Vec<Piece>,
     /// The next one, and what was started of it.
     next: usize,
@@ -247,6 +244,22 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
+    /// The callers, of this module's parent, have found the sources in memory that `source` keeps, and the targets in runs of
+    /// the cache.
+    pub(super) fn new(
+        memory: &Arc<DeviceMemory>,
+        source: Arc<dyn Any + Send + Sync>,
+        pieces: Vec<Piece>,
+    ) -> Self {
+        Self {
+            memory: Arc::clone(memory),
+            source,
+            pieces: join(pieces),
+            next: 0,
+            taken_bytes: 0,
+        }
+    }
+
     /// Whether all of them were started.
     pub(crate) fn is_done(&self) -> bool {
         self.next == self.pieces.len()
@@ -267,8 +280,8 @@ impl Pieces {
                 };
             }
         };
-        // SAFETY: `PeerMapping::pieces` has found the sources in a mapping and the targets in runs of the cache; `Flight`
-        // keeps both until the event behind the copies is over.
+        // SAFETY: who made this value has found the sources in memory that `source` keeps and the targets in runs of the
+        // cache; `Flight` keeps both until the event behind the copies is over.
         let started = unsafe { device.start_between(&window) };
         match device.record(&event, Direction::In) {
             Ok(()) => Flown::Running(Flight {
@@ -276,25 +289,25 @@ impl Pieces {
                 bytes: window.iter().map(|piece| piece.len_bytes as u64).sum(),
                 failure: started.err(),
                 memory: ManuallyDrop::new(Arc::clone(&self.memory)),
-                peer: ManuallyDrop::new(Arc::clone(&self.peer)),
+                source: ManuallyDrop::new(Arc::clone(&self.source)),
             }),
             Err(error) => {
                 // When the copies have ended, nobody can say, so what they use is never given back.
-                std::mem::forget((Arc::clone(&self.memory), Arc::clone(&self.peer)));
+                std::mem::forget((Arc::clone(&self.memory), Arc::clone(&self.source)));
                 Flown::Lost(started.err().unwrap_or(error))
             }
         }
     }
 }
 
-/// Copies on their way. Dropping this value keeps the peer's mapping for ever, since the device may still be using it.
+/// Copies on their way. Dropping this value keeps their source for ever, since the device may still be reading it.
 #[derive(Debug)]
 pub(crate) struct Flight {
     event: Event,
     bytes: u64,
     failure: Option<CudaError>,
     memory: ManuallyDrop<Arc<DeviceMemory>>,
-    peer: ManuallyDrop<Arc<PeerMapping>>,
+    source: ManuallyDrop<Arc<dyn Any + Send + Sync>>,
 }
 
 /// How far copies are.
@@ -320,7 +333,7 @@ impl Flight {
             Ok(false) => Flown::Running(self),
             Ok(true) => {
                 drop(ManuallyDrop::into_inner(self.memory));
-                drop(ManuallyDrop::into_inner(self.peer));
+                drop(ManuallyDrop::into_inner(self.source));
                 Flown::Ended {
                     bytes: self.bytes,
                     result: self.failure.map_or(Ok(()), Err),

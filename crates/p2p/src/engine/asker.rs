@@ -59,6 +59,7 @@ impl P2pAsker {
             cache: None,
             probe: None,
             device: None,
+            nccl: None,
         };
         let config = NetConfig {
             options: options.peer.clone(),

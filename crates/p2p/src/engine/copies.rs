@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
+use super::device_ways;
 use super::dial;
 use super::machine::NetConfig;
 use super::peers::{Peer, Way};
 use crate::error::{Error, Result};
-use crate::lanes::{CudaLane, Lane, LaneError, Lease, LocalCache, ShmLane, Span, TcpLane};
+use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};
 use crate::proto::{ConnectionId, Copied};
 
 /// Most spans that wait for a thread.
@@ -105,7 +106,7 @@ impl CopyQueue {
     }
 }
 
-fn run(jobs: &Receiver<Job>, config: &NetConfig, done: impl Fn(CopyDone)) {
+fn run(jobs: &Receiver<Job>, config: &Arc<NetConfig>, done: impl Fn(CopyDone)) {
     let mut lanes = Lanes::default();
     loop {
         let job = if lanes.open.is_empty() {
@@ -139,11 +140,11 @@ struct Lanes {
 impl Lanes {
     fn forget_gone(&mut self) {
         self.open
-            .retain(|_, (peer, _)| !peer.is_gone.load(Ordering::Relaxed));
+            .retain(|_, (peer, lane)| !peer.is_gone.load(Ordering::Relaxed) && lane.is_open());
     }
 
     /// Whatever happens, there is a result: without one the pull would never end.
-    fn copy_or_fail(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+    fn copy_or_fail(&mut self, job: &CopyJob, config: &Arc<NetConfig>) -> CopyDone {
         let started = Instant::now();
         catch_unwind(AssertUnwindSafe(|| self.copy(job, config))).unwrap_or_else(|_| {
             tracing::error!(peer = %job.peer.address, "internal error: copying a span panicked");
@@ -152,7 +153,7 @@ impl Lanes {
         })
     }
 
-    fn copy(&mut self, job: &CopyJob, config: &NetConfig) -> CopyDone {
+    fn copy(&mut self, job: &CopyJob, config: &Arc<NetConfig>) -> CopyDone {
         let started = Instant::now();
         let result = self.try_copy(job, config);
         let used = self.open.get(&job.connection);
@@ -163,7 +164,7 @@ impl Lanes {
         done(job, name, &result, started)
     }
 
-    fn try_copy(&mut self, job: &CopyJob, config: &NetConfig) -> Result<(), LaneError> {
+    fn try_copy(&mut self, job: &CopyJob, config: &Arc<NetConfig>) -> Result<(), LaneError> {
         if job.is_stopped.load(Ordering::Relaxed) {
             return Err(LaneError::Cancelled { done_bytes: 0 });
         }
@@ -179,44 +180,37 @@ impl Lanes {
     }
 }
 
-fn open_lane(job: &CopyJob, config: &NetConfig) -> Result<Box<dyn Lane>, LaneError> {
-    let pairing = Arc::clone(&job.peer.pairing);
+fn open_lane(job: &CopyJob, config: &Arc<NetConfig>) -> Result<Box<dyn Lane>, LaneError> {
     match &job.peer.way {
-        Way::Shm(memory) => Ok(Box::new(ShmLane::open(*memory, pairing)?)),
-        Way::Tcp => Ok(Box::new(tcp_lane(job, config)?)),
-        Way::Cuda(offered) => {
-            let LocalCache::Device(local) = pairing.local() else {
-                return Err(LaneError::Layout("the local cache is in host memory".to_owned()));
-            };
-            let mapped = offered.map(local, &job.peer.address, job.deadline, &job.is_stopped)?;
-            // Without mapped memory it carries the bytes, too.
-            let witness = Box::new(tcp_lane(job, config)?);
-            match mapped {
-                Some(memory) => Ok(Box::new(CudaLane::new(memory, pairing, witness)?)),
-                None => Ok(witness),
-            }
-        }
+        Way::Shm(memory) => Ok(Box::new(ShmLane::open(*memory, Arc::clone(&job.peer.pairing))?)),
+        Way::Tcp => Ok(Box::new(tcp_lane(
+            &job.peer,
+            config,
+            job.deadline,
+            &job.is_stopped,
+        )?)),
+        Way::Device(ways) => device_ways::open_lane(ways, job, config),
     }
 }
 
-fn tcp_lane(job: &CopyJob, config: &NetConfig) -> Result<TcpLane, LaneError> {
-    let deadline = job.deadline.min(Instant::now() + DATA_CONNECT_MAX);
-    let socket = dial::data_connection(
-        config,
-        &job.peer.address,
-        job.peer.start_id,
-        deadline,
-        &job.is_stopped,
-    );
+/// A lane over a new data connection.
+pub(super) fn tcp_lane(
+    peer: &Peer,
+    config: &NetConfig,
+    deadline: Instant,
+    is_stopped: &AtomicBool,
+) -> Result<TcpLane, LaneError> {
+    let connect_deadline = deadline.min(Instant::now() + DATA_CONNECT_MAX);
+    let socket = dial::data_connection(config, &peer.address, peer.start_id, connect_deadline, is_stopped);
     let socket = socket.map_err(|source| match source {
-        _ if job.is_stopped.load(Ordering::Relaxed) => LaneError::Cancelled { done_bytes: 0 },
-        _ if Instant::now() >= job.deadline => LaneError::TimedOut { done_bytes: 0 },
+        _ if is_stopped.load(Ordering::Relaxed) => LaneError::Cancelled { done_bytes: 0 },
+        _ if Instant::now() >= deadline => LaneError::TimedOut { done_bytes: 0 },
         source => LaneError::PeerGone {
             what: "no data connection",
             source: Some(source),
         },
     })?;
-    TcpLane::new(socket, Arc::clone(&job.peer.pairing))
+    TcpLane::new(socket, Arc::clone(&peer.pairing))
 }
 
 fn done(job: &CopyJob, lane: &'static str, result: &Result<(), LaneError>, started: Instant) -> CopyDone {

@@ -117,6 +117,8 @@ pub enum LaneChoice {
     Tcp,
     /// Only from device to device, out of the peer's mapped memory.
     Cuda,
+    /// Only from device to device, over a communicator of NCCL.
+    Nccl,
 }
 
 impl LaneChoice {

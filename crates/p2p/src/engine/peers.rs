@@ -1,14 +1,13 @@
 //! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use kvlane_core::Run;
-use kvlane_cuda::{CacheOffer, CudaError, DeviceCache, Patience, PeerCache};
 
 use super::address::PeerAddress;
+use super::device_ways::DeviceWays;
 use super::options::LaneChoice;
 use crate::lanes::{LaneError, LocalCache, Pairing, PeerMemory, RemoteCache, RemoteRegion, ShmLane};
 use crate::proto::{Hello, Open};
@@ -29,8 +28,8 @@ pub(super) struct Peer {
 pub(super) enum Way {
     /// Out of its memory.
     Shm(PeerMemory),
-    /// Out of its device memory.
-    Cuda(Arc<OfferedMemory>),
+    /// From device to device.
+    Device(Arc<DeviceWays>),
     /// Over data connections.
     Tcp,
 }
@@ -40,72 +39,9 @@ impl Way {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Shm(_) => "shm",
-            Self::Cuda(_) => "cuda",
+            Self::Device(ways) => ways.name(),
             Self::Tcp => "tcp",
         }
-    }
-}
-
-/// Longest wait for a buffer and a copy of a few bytes while a peer's memory is mapped.
-const MAP_MAX: Duration = Duration::from_secs(5);
-
-/// A peer's device memory. It is mapped by the first thread that copies, and not by those of the engine: the driver may take
-/// its time.
-pub(super) struct OfferedMemory {
-    offer: CacheOffer,
-    /// No other lane may be used.
-    is_forced: bool,
-    /// What came of it, once that is certain.
-    mapped: Mutex<Option<Result<PeerCache, String>>>,
-}
-
-impl OfferedMemory {
-    /// The mapped memory; `None`: it cannot be mapped, and another lane takes its place.
-    pub(super) fn map(
-        &self,
-        local: &DeviceCache,
-        peer: &PeerAddress,
-        deadline: Instant,
-        is_stopped: &AtomicBool,
-    ) -> Result<Option<PeerCache>, LaneError> {
-        let mut known = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let mapped = match &*known {
-            Some(mapped) => mapped.clone(),
-            None => {
-                let patience = Patience {
-                    deadline: deadline.min(Instant::now() + MAP_MAX),
-                    cancelled: &|| is_stopped.load(Ordering::Relaxed),
-                };
-                let mapped = match local.map_peer(&self.offer, &patience) {
-                    // Another time there may be a buffer.
-                    Err(CudaError::TimedOut { .. }) => return Err(LaneError::TimedOut { done_bytes: 0 }),
-                    Err(CudaError::Cancelled { .. }) => return Err(LaneError::Cancelled { done_bytes: 0 }),
-                    mapped => mapped.map_err(|error| error.to_string()),
-                };
-                match &mapped {
-                    Ok(_) => tracing::info!(peer = %peer, "lane cuda: the peer's device memory is mapped"),
-                    Err(reason) if !self.is_forced => warn_of_fallback(peer, reason),
-                    Err(_) => {}
-                }
-                known.insert(mapped).clone()
-            }
-        };
-        match mapped {
-            Ok(memory) => Ok(Some(memory)),
-            Err(reason) if self.is_forced => {
-                Err(LaneError::Layout(format!("lane cuda is not possible: {reason}")))
-            }
-            Err(_) => Ok(None),
-        }
-    }
-}
-
-impl std::fmt::Debug for OfferedMemory {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("OfferedMemory")
-            .field("mapped", &self.mapped)
-            .finish_non_exhaustive()
     }
 }
 
@@ -131,13 +67,6 @@ pub(super) fn differences(own: &[(String, String)], theirs: &[(String, String)])
         told += &format!(" and {} more", names.len() - DIFFERENCES_MAX);
     }
     format!("it differs in {told}")
-}
-
-fn warn_of_fallback(peer: &PeerAddress, reason: &str) {
-    tracing::warn!(
-        peer = %peer, reason,
-        "lane tcp instead of cuda: bytes go through host memory and a connection, which is slower"
-    );
 }
 
 impl Peer {
@@ -175,7 +104,10 @@ impl Peer {
         let pairing = Arc::new(Pairing::new(cache, remote).map_err(|error| error.to_string())?);
         let way = match cache {
             LocalCache::Host(_) => host_way(address, hello, &pairing, choice)?,
-            LocalCache::Device(_) => device_way(address, hello, choice)?,
+            LocalCache::Device(_) => match DeviceWays::new(address, hello, own, choice)? {
+                Some(ways) => Way::Device(Arc::new(ways)),
+                None => Way::Tcp,
+            },
         };
         Ok(Self {
             address: address.clone(),
@@ -196,9 +128,14 @@ fn host_way(
 ) -> Result<Way, String> {
     match choice {
         LaneChoice::Tcp => Ok(Way::Tcp),
-        LaneChoice::Cuda => {
-            Err("lane cuda is not possible: the cache of this server is in host memory".to_owned())
-        }
+        LaneChoice::Cuda | LaneChoice::Nccl => Err(format!(
+            "lane {} is not possible: the cache of this server is in host memory",
+            if choice == LaneChoice::Cuda {
+                "cuda"
+            } else {
+                "nccl"
+            }
+        )),
         LaneChoice::Shm | LaneChoice::Auto => match (probe(hello, pairing), choice) {
             (Ok(memory), _) => Ok(Way::Shm(memory)),
             (Err(reason), LaneChoice::Shm) => Err(format!("lane shm is not possible: {reason}")),
@@ -208,34 +145,6 @@ fn host_way(
             }
         },
     }
-}
-
-/// Whether the offered memory can be mapped shows later, unless it is another machine's.
-fn device_way(address: &PeerAddress, hello: &Hello, choice: LaneChoice) -> Result<Way, String> {
-    match choice {
-        LaneChoice::Tcp => return Ok(Way::Tcp),
-        LaneChoice::Shm => {
-            return Err("lane shm is not possible: the cache of this server is on a GPU".to_owned());
-        }
-        LaneChoice::Cuda | LaneChoice::Auto => {}
-    }
-    let is_forced = choice == LaneChoice::Cuda;
-    let reason = match &hello.device {
-        Some(memory) if memory.host_id == [0; 16] || memory.host_id == host_id() => {
-            return Ok(Way::Cuda(Arc::new(OfferedMemory {
-                offer: memory.into(),
-                is_forced,
-                mapped: Mutex::new(None),
-            })));
-        }
-        Some(_) => "it runs on another machine (boot ids differ)",
-        None => "it offers no device memory (its log says why)",
-    };
-    if is_forced {
-        return Err(format!("lane cuda is not possible: {reason}"));
-    }
-    warn_of_fallback(address, reason);
-    Ok(Way::Tcp)
 }
 
 /// Names the running kernel, the same for all containers of a machine; zeroes if it does not say.

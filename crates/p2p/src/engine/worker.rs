@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvlane_core::NamespaceId;
-use kvlane_cuda::{DeviceCache, Mark, Patience, SharedCache, StreamHandle};
+use kvlane_cuda::{DeviceCache, Mark, NcclInfo, Patience, SharedCache, StreamHandle};
 
 use super::address::PeerAddress;
 use super::asker::identity;
@@ -121,6 +121,10 @@ impl P2pWorker {
             cache: None,
             probe: None,
             device: None,
+            nccl: match &cache {
+                LocalCache::Device(_) if options.lane.allows(LaneChoice::Nccl) => nccl_version(),
+                _ => None,
+            },
         };
         let shared = match &cache {
             LocalCache::Device(cache) if options.can_offer && options.lane.allows(LaneChoice::Cuda) => {
@@ -447,6 +451,21 @@ impl P2pWorker {
             });
         }
         Ok(())
+    }
+}
+
+/// The version of NCCL, if there is one that can be used.
+fn nccl_version() -> Option<u32> {
+    match NcclInfo::find() {
+        Ok(nccl) => {
+            tracing::info!(version = %nccl.version, library = nccl.library, "NCCL is there");
+            Some(nccl.version.code())
+        }
+        // Who needs it is told again.
+        Err(reason) => {
+            tracing::info!(%reason, "lane nccl is not possible here");
+            None
+        }
     }
 }
 

@@ -77,6 +77,9 @@ pub enum LaneError {
     /// The CUDA driver refused, or the peer's device memory is not what it said.
     #[error("on the GPU: {0}")]
     Device(CudaError),
+    /// The two sides cannot make a communicator of NCCL. Another lane takes its place.
+    #[error("lane nccl is not possible: {0}")]
+    Unavailable(String),
     /// The system refused for another reason.
     #[error("{call} failed: {source}")]
     System {

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`ShmLane`] | `process_vm_readv` straight into the local runs | the same machine and pid namespace, the right to trace |
 //! | [`CudaLane`] | copies from device to device, out of the peer's mapped memory | the same machine, CUDA IPC |
+//! | [`NcclLane`] | the peer's [`serve`] sends from its device, this side receives and scatters | NCCL of one version on both sides |
 //! | [`TcpLane`] | the peer's [`serve`] sends from its runs, this side receives into its own | a connection |
 //!
 //! A cache on a device has no `shm`; over `tcp` its bytes go through pinned memory on both sides.
@@ -19,6 +20,7 @@ mod error;
 pub(crate) mod fixture;
 mod huge_pages;
 mod local_cache;
+mod nccl;
 mod offer_board;
 mod pairing;
 mod patience;
@@ -26,6 +28,7 @@ mod remote;
 mod serve;
 mod shm;
 mod tcp;
+mod watch;
 mod wire;
 
 use std::ops::Range;
@@ -37,6 +40,8 @@ pub use epoch_table::{EpochTable, ProbeToken};
 pub use error::LaneError;
 pub use huge_pages::prefer_huge_pages;
 pub use local_cache::LocalCache;
+pub use nccl::NcclLane;
+pub(crate) use nccl::other_version;
 pub use offer_board::{OfferBoard, POSTED_BLOCKS_MAX, PostedPrompt};
 pub use pairing::Pairing;
 pub use remote::{MAX_REGIONS, MAX_TOTAL_RUNS, RemoteCache, RemoteRegion};

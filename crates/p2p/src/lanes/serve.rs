@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kvlane_cuda::DeviceCache;
+use kvlane_cuda::{Communicator, DeviceCache};
 
 use super::pairing::{Walk, check_blocks, check_layers};
 use super::patience::Patience;
@@ -31,7 +31,7 @@ pub struct Served {
     pub bytes: u64,
 }
 
-/// Answers the fetches and checks of one peer until it closes the connection or `stop` is set, which is seen within a
+/// Answers the fetches, checks, joins and transmits of one peer until it closes the connection or `stop` is set, which is seen within a
 /// tenth of a second; shutting the connection down ends it at once. Blocks the thread.
 ///
 /// `is_held` says whether a lease is held. It is asked before a block is read, now and then meanwhile, and after the last
@@ -54,12 +54,13 @@ pub fn serve(
             LocalCache::Device(_) => LocalRanges::none(),
         },
         // The walk over a cache paired with itself is the order in which the peer expects the bytes.
-        pairing: Pairing::new(cache.clone(), RemoteCache::of(cache.map())?)?,
+        pairing: Arc::new(Pairing::new(cache.clone(), RemoteCache::of(cache.map())?)?),
         is_held,
         socket,
         served: Served::default(),
         blocks: Vec::new(),
         block_bytes: Vec::new(),
+        communicator: None,
     };
     let result = server.run(stop, timeout);
     // Also where somebody else has a copy of the descriptor. Fails only where the connection is gone already.
@@ -69,13 +70,17 @@ pub fn serve(
 
 struct Server<F> {
     socket: TcpStream,
-    pairing: Pairing,
+    pairing: Arc<Pairing>,
     ranges: LocalRanges,
     is_held: F,
     served: Served,
     blocks: Vec<u32>,
     block_bytes: Vec<u8>,
+    /// Of the lane `nccl`.
+    communicator: Option<Communicator>,
 }
+
+mod nccl;
 
 impl<F: Fn(Lease) -> bool> Server<F> {
     fn run(&mut self, stop: &AtomicBool, timeout: Duration) -> Result<(), LaneError> {
@@ -106,6 +111,18 @@ impl<F: Fn(Lease) -> bool> Server<F> {
                 } => {
                     self.receive_blocks(block_count, &patience)?;
                     self.answer(lease, &layers, &patience)?;
+                }
+                Request::Join {
+                    version,
+                    staging_bytes,
+                } => self.join(version, staging_bytes, &patience)?,
+                Request::Transmit {
+                    lease,
+                    layers,
+                    block_count,
+                } => {
+                    self.receive_blocks(block_count, &patience)?;
+                    self.transmit(lease, &layers, &patience)?;
                 }
             }
         }

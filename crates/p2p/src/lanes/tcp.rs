@@ -66,12 +66,7 @@ impl TcpLane {
             layers: layers.clone(),
             block_count: remote.len(),
         };
-        self.request.clear();
-        self.request.extend_from_slice(&request.encode());
-        for block in remote {
-            self.request.extend_from_slice(&block.to_le_bytes());
-        }
-        self.send_request(patience)?;
+        self.send_request(&request, remote, patience)?;
 
         let pairing = Arc::clone(&self.pairing);
         let expected = pairing.payload_bytes(layers, remote.len());
@@ -120,7 +115,7 @@ impl TcpLane {
         match Answer::decode(&tail)? {
             Answer::Held => Ok(()),
             Answer::Lapsed => Err(lease.lapsed()),
-            answer @ Answer::Data { .. } => Err(LaneError::Protocol(format!("{answer:?} behind the bytes"))),
+            answer => Err(LaneError::Protocol(format!("{answer:?} behind the bytes"))),
         }
     }
 
@@ -161,18 +156,18 @@ impl TcpLane {
         match self.receive_answer(patience)? {
             Answer::Held => Ok(()),
             Answer::Lapsed => Err(lease.lapsed()),
-            answer @ Answer::Data { .. } => Err(LaneError::Protocol(format!("{answer:?} behind the bytes"))),
+            answer => Err(LaneError::Protocol(format!("{answer:?} behind the bytes"))),
         }
     }
 
-    fn receive_answer(&mut self, patience: &Patience<'_>) -> Result<Answer, LaneError> {
+    pub(super) fn receive_answer(&mut self, patience: &Patience<'_>) -> Result<Answer, LaneError> {
         let mut answer = [0; ANSWER_BYTES];
         self.receive_exactly(&mut answer, patience, 0)?;
         Answer::decode(&answer)
     }
 
     /// Fills a buffer. There are no local ranges.
-    fn receive_exactly(
+    pub(super) fn receive_exactly(
         &mut self,
         bytes: &mut [u8],
         patience: &Patience<'_>,
@@ -193,21 +188,39 @@ impl TcpLane {
     }
 
     fn ask(&mut self, lease: Lease, patience: &Patience<'_>) -> Result<bool, LaneError> {
-        self.request.clear();
-        self.request.extend_from_slice(&Request::Check { lease }.encode());
-        self.send_request(patience)?;
+        self.send_request(&Request::Check { lease }, &[], patience)?;
         match self.receive_answer(patience)? {
             Answer::Held => Ok(true),
             Answer::Lapsed => Ok(false),
-            answer @ Answer::Data { .. } => Err(LaneError::Protocol(format!(
+            answer => Err(LaneError::Protocol(format!(
                 "{answer:?} as the answer to a check"
             ))),
         }
     }
 
-    fn send_request(&mut self, patience: &Patience<'_>) -> Result<(), LaneError> {
+    /// Sends a request, and the blocks that belong to it.
+    pub(super) fn send_request(
+        &mut self,
+        request: &Request,
+        blocks: &[u32],
+        patience: &Patience<'_>,
+    ) -> Result<(), LaneError> {
+        self.request.clear();
+        self.request.extend_from_slice(&request.encode());
+        for block in blocks {
+            self.request.extend_from_slice(&block.to_le_bytes());
+        }
         self.local.clear();
         send_all(&self.socket, &self.request, &mut self.local, patience, 0)
+    }
+
+    /// The connection, for who only looks at it.
+    pub(super) fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+
+    pub(super) fn pairing(&self) -> &Arc<Pairing> {
+        &self.pairing
     }
 
     fn fill(&mut self, walk: &mut Walk<'_>) {
@@ -222,7 +235,10 @@ impl TcpLane {
     }
 
     /// Runs `work` on an open lane. An error after which the two sides may not agree on what comes next closes it.
-    fn guard<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, LaneError>) -> Result<T, LaneError> {
+    pub(super) fn guard<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, LaneError>,
+    ) -> Result<T, LaneError> {
         if !self.is_open {
             return Err(LaneError::Closed);
         }
@@ -293,7 +309,7 @@ impl std::fmt::Debug for TcpLane {
     }
 }
 
-fn patience(deadline: Instant, cancelled: &AtomicBool) -> Patience<'_> {
+pub(super) fn patience(deadline: Instant, cancelled: &AtomicBool) -> Patience<'_> {
     Patience {
         deadline: Some(deadline),
         stop: cancelled,

@@ -3,22 +3,31 @@
 //! | request | bytes |
 //! |---|---|
 //! | magic | 0..4 |
-//! | kind: 1 fetch, 2 check | 4..8 |
-//! | lease: slot, epoch | 8..12, 16..24 |
-//! | number of blocks, zero in a check | 12..16 |
-//! | first layer, layer behind the last; zero in a check | 24..28, 28..32 |
+//! | kind: 1 fetch, 2 check, 3 join, 4 transmit | 4..8 |
+//! | lease: slot, epoch; in a join the version of NCCL and the bytes of staging | 8..12, 16..24 |
+//! | number of blocks, zero in a check or join | 12..16 |
+//! | first layer, layer behind the last; zero in a check or join | 24..28, 28..32 |
 //! | the blocks, four bytes each | 32.. |
 //!
 //! | answer | bytes |
 //! |---|---|
 //! | magic | 0..4 |
-//! | kind: 1 data, 2 held, 3 lapsed | 4..8 |
-//! | payload bytes behind this answer; zero unless data | 8..16 |
+//! | kind: 1 data, 2 held, 3 lapsed, 4 id, 5 joined, 6 group, 7 refused | 4..8 |
+//! | payload bytes behind data, an id or a refusal; sends of a group; else zero | 8..16 |
 //!
 //! A fetch is answered by *lapsed*, or by *data*, the payload, and *held* or *lapsed*; a check by *held* or *lapsed*. The
 //! payload comes layer by layer, in a layer run by run of the holder, in a run block by block as asked.
+//!
+//! A join makes a communicator of NCCL, one for the connection. It is answered by *refused* and a sentence, or by *id* and NCCL's
+//! id of 128 bytes; both sides take part then, the holder as rank 0, and it says *joined* or *refused* once its part is done.
+//! A transmit is a fetch whose payload goes over the communicator: instead of *data* there is, for every group of sends that
+//! the holder starts, *group* and the length of each send in four bytes; it starts the group when it has said so. Groups have
+//! at most as many bytes as the staging of the join. Behind the last comes *held* or *lapsed*, or *lapsed* where a group
+//! should be.
 
 use std::ops::Range;
+
+use kvlane_cuda::{CommunicatorId, NcclVersion, SendPlan};
 
 use super::{LaneError, Lease};
 
@@ -32,9 +41,18 @@ const REQUEST_MAGIC: [u8; 4] = *b"kvQ1";
 const ANSWER_MAGIC: [u8; 4] = *b"kvA1";
 const FETCH: u32 = 1;
 const CHECK: u32 = 2;
+const JOIN: u32 = 3;
+const TRANSMIT: u32 = 4;
 const DATA: u32 = 1;
 const HELD: u32 = 2;
 const LAPSED: u32 = 3;
+const ID: u32 = 4;
+const JOINED: u32 = 5;
+const GROUP: u32 = 6;
+const REFUSED: u32 = 7;
+
+/// Longest sentence of a refusal.
+pub(super) const REFUSAL_BYTES_MAX: usize = 512;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Request {
@@ -47,6 +65,16 @@ pub(super) enum Request {
     Check {
         lease: Lease,
     },
+    Join {
+        version: NcclVersion,
+        staging_bytes: u64,
+    },
+    /// The blocks follow.
+    Transmit {
+        lease: Lease,
+        layers: Range<usize>,
+        block_count: usize,
+    },
 }
 
 impl Request {
@@ -56,8 +84,24 @@ impl Request {
                 lease,
                 layers,
                 block_count,
-            } => (FETCH, lease, layers.clone(), *block_count),
-            Request::Check { lease } => (CHECK, lease, 0..0, 0),
+            } => (FETCH, *lease, layers.clone(), *block_count),
+            Request::Check { lease } => (CHECK, *lease, 0..0, 0),
+            Request::Join {
+                version,
+                staging_bytes,
+            } => {
+                // In the same places.
+                let numbers = Lease {
+                    slot: version.code(),
+                    epoch: *staging_bytes,
+                };
+                (JOIN, numbers, 0..0, 0)
+            }
+            Request::Transmit {
+                lease,
+                layers,
+                block_count,
+            } => (TRANSMIT, *lease, layers.clone(), *block_count),
         };
         // Layers and blocks were checked against a cache, whose bounds fit.
         let number = |value: usize| u32::try_from(value).expect("fits the frame").to_le_bytes();
@@ -81,7 +125,7 @@ impl Request {
         let block_count = u32_at(bytes, 12) as usize;
         let layers = u32_at(bytes, 24) as usize..u32_at(bytes, 28) as usize;
         match u32_at(bytes, 4) {
-            FETCH if block_count > MAX_FETCH_BLOCKS => Err(LaneError::Protocol(format!(
+            FETCH | TRANSMIT if block_count > MAX_FETCH_BLOCKS => Err(LaneError::Protocol(format!(
                 "a request for {block_count} blocks; allowed: {MAX_FETCH_BLOCKS}"
             ))),
             FETCH => Ok(Request::Fetch {
@@ -89,10 +133,20 @@ impl Request {
                 layers,
                 block_count,
             }),
+            TRANSMIT => Ok(Request::Transmit {
+                lease,
+                layers,
+                block_count,
+            }),
             CHECK if block_count == 0 && layers == (0..0) => Ok(Request::Check { lease }),
             CHECK => Err(LaneError::Protocol("a check that names blocks".to_owned())),
+            JOIN if block_count == 0 && layers == (0..0) => Ok(Request::Join {
+                version: NcclVersion::from_code(lease.slot),
+                staging_bytes: lease.epoch,
+            }),
+            JOIN => Err(LaneError::Protocol("a join that names blocks".to_owned())),
             kind => Err(LaneError::Protocol(format!(
-                "a request of kind {kind}; allowed: {FETCH} and {CHECK}"
+                "a request of kind {kind}; allowed: {FETCH} to {TRANSMIT}"
             ))),
         }
     }
@@ -100,9 +154,22 @@ impl Request {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    Data { len_bytes: u64 },
+    Data {
+        len_bytes: u64,
+    },
     Held,
     Lapsed,
+    /// An id of a communicator follows.
+    Id,
+    Joined,
+    /// The lengths of the sends follow.
+    Group {
+        sends: usize,
+    },
+    /// The sentence follows.
+    Refused {
+        len_bytes: usize,
+    },
 }
 
 impl Answer {
@@ -116,6 +183,10 @@ impl Answer {
             Answer::Data { len_bytes } => (DATA, len_bytes),
             Answer::Held => (HELD, 0),
             Answer::Lapsed => (LAPSED, 0),
+            Answer::Id => (ID, CommunicatorId::LEN_BYTES as u64),
+            Answer::Joined => (JOINED, 0),
+            Answer::Group { sends } => (GROUP, sends as u64),
+            Answer::Refused { len_bytes } => (REFUSED, len_bytes as u64),
         };
         let mut bytes = [0; ANSWER_BYTES];
         bytes[0..4].copy_from_slice(&ANSWER_MAGIC);
@@ -130,6 +201,14 @@ impl Answer {
             (DATA, len_bytes) => Ok(Answer::Data { len_bytes }),
             (HELD, 0) => Ok(Answer::Held),
             (LAPSED, 0) => Ok(Answer::Lapsed),
+            (ID, len_bytes) if len_bytes == CommunicatorId::LEN_BYTES as u64 => Ok(Answer::Id),
+            (JOINED, 0) => Ok(Answer::Joined),
+            (GROUP, sends) if (1..=SendPlan::SENDS_MAX as u64).contains(&sends) => Ok(Answer::Group {
+                sends: sends as usize,
+            }),
+            (REFUSED, len_bytes) if len_bytes <= REFUSAL_BYTES_MAX as u64 => Ok(Answer::Refused {
+                len_bytes: len_bytes as usize,
+            }),
             (kind, len_bytes) => Err(LaneError::Protocol(format!(
                 "an answer of kind {kind} with {len_bytes} bytes"
             ))),
@@ -180,10 +259,33 @@ mod tests {
         assert_eq!(bytes[8..16], [4, 3, 2, 1, 64, 0, 0, 0]);
         assert_eq!(bytes[16..24], [12, 11, 10, 9, 8, 7, 6, 5]);
         assert_eq!(bytes[24..], [3, 0, 0, 0, 48, 0, 0, 0]);
-        for request in [fetch(0), fetch(MAX_FETCH_BLOCKS), Request::Check { lease: LEASE }] {
+        let join = Request::Join {
+            version: NcclVersion::from_code(22_907),
+            staging_bytes: 64 << 20,
+        };
+        let transmit = Request::Transmit {
+            lease: LEASE,
+            layers: 0..2,
+            block_count: 9,
+        };
+        for request in [
+            fetch(0),
+            fetch(MAX_FETCH_BLOCKS),
+            Request::Check { lease: LEASE },
+            join,
+            transmit,
+        ] {
             assert_eq!(Request::decode(&request.encode()).unwrap(), request);
         }
-        for answer in [Answer::Data { len_bytes: 1 << 40 }, Answer::Held, Answer::Lapsed] {
+        for answer in [
+            Answer::Data { len_bytes: 1 << 40 },
+            Answer::Held,
+            Answer::Lapsed,
+            Answer::Id,
+            Answer::Joined,
+            Answer::Group { sends: 64 },
+            Answer::Refused { len_bytes: 512 },
+        ] {
             assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
         }
     }
@@ -196,8 +298,10 @@ mod tests {
             Request::decode(&bytes).unwrap_err().to_string()
         };
         assert!(refused(0, 0).contains("where a request should start"));
-        assert!(refused(4, 3).contains("kind 3; allowed: 1 and 2"));
+        assert!(refused(4, 0).contains("kind 0; allowed: 1 to 4"));
+        assert!(refused(4, 5).contains("kind 5; allowed: 1 to 4"));
         assert!(refused(4, 2).contains("a check that names blocks"));
+        assert!(refused(4, 3).contains("a join that names blocks"));
         assert!(refused(13, 16).contains("4097 blocks; allowed: 4096"));
     }
 
@@ -211,5 +315,16 @@ mod tests {
         assert!(refused(3, b'2').contains("where an answer should start"));
         assert!(refused(4, 0).contains("kind 0"));
         assert!(refused(8, 1).contains("with 1 bytes"));
+        for answer in [
+            Answer::Group { sends: 0 },
+            Answer::Group {
+                sends: SendPlan::SENDS_MAX + 1,
+            },
+            Answer::Refused {
+                len_bytes: REFUSAL_BYTES_MAX + 1,
+            },
+        ] {
+            assert!(Answer::decode(&answer.encode()).is_err(), "{answer:?}");
+        }
     }
 }

@@ -332,6 +332,7 @@ mod tests {
                 cache: None,
                 probe: None,
                 device: None,
+                nccl: None,
             },
             handshake_timeout: Duration::from_secs(2),
             heartbeat: Duration::from_secs(1),

@@ -1,13 +1,13 @@
 //! What peers say to each other.
 
 use kvlane_core::{NamespaceId, Run};
-use kvlane_cuda::{CacheOffer, SharedAllocation};
+use kvlane_cuda::{CacheOffer, NcclVersion, SharedAllocation};
 use serde::{Deserialize, Serialize};
 
 use crate::key::{Prompt, TransferKey};
 
 /// Version of the protocol. Peers of another version are refused: both servers run the same wheel or none.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Longest text in a message other than a key.
 pub(super) const TEXT_BYTES_MAX: usize = 512;
@@ -185,9 +185,16 @@ pub struct Hello {
     pub probe: Option<Probe>,
     /// How to map the blocks from another process of the machine; only from a holder whose cache is on a CUDA device.
     pub device: Option<DeviceMemory>,
+    /// Version of NCCL, as its own number, where it is there and the cache is on a CUDA device.
+    pub nccl: Option<u32>,
 }
 
 impl Hello {
+    /// The version of NCCL as the rest of kvlane knows it.
+    pub fn nccl_version(&self) -> Option<NcclVersion> {
+        self.nccl.map(NcclVersion::from_code)
+    }
+
     /// The namespace as the rest of kvlane knows it.
     pub fn namespace_id(&self) -> NamespaceId {
         NamespaceId(self.namespace)

@@ -106,7 +106,7 @@ fn a_layout_outside_of_what_was_offered_closes_the_lane_before_a_byte_is_copied(
 
 #[test]
 fn a_stopped_peer_never_overruns_the_deadline_and_nothing_is_written_afterwards() {
-    for kind in [Kind::Cuda, Kind::TcpDevice] {
+    for kind in [Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
         let mut holder = holder_for(kind, SMALL, Place::Child);
         let local = kind.filled(SMALL, 2);
         let mut lane = holder.lane(kind, &local);
@@ -179,7 +179,7 @@ fn neighbours_in_a_process_of_their_own() {
 }
 
 /// Runs an ignored test in a process with other settings of the stand-in, and returns its answer.
-fn answer(test: &str, settings: &[(&str, &str)]) -> String {
+pub(crate) fn answer(test: &str, settings: &[(&str, &str)]) -> String {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", test, "--nocapture"])
         .envs(settings.iter().copied())

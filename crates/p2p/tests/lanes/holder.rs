@@ -7,14 +7,14 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvlane_core::{Device, PagedMemory, Run};
 use kvlane_cuda::{CacheOffer, DeviceCache, DeviceTensors, SharedAllocation, SharedCache};
 use kvlane_fs::HostCache;
 use kvlane_p2p::lanes::{
-    CudaLane, EpochTable, Lane, LocalCache, Pairing, PeerMemory, ProbeToken, RemoteCache, RemoteRegion,
-    ShmLane, TcpLane, serve,
+    CudaLane, EpochTable, Lane, LaneError, LocalCache, NcclLane, Pairing, PeerMemory, ProbeToken,
+    RemoteCache, RemoteRegion, ShmLane, TcpLane, serve,
 };
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
@@ -53,9 +53,10 @@ impl Layout {
         }
     }
 
-    /// A cache on the stand-in's device.
+    /// A cache on the stand-in's device, for lanes with NCCL's stand-in too.
     pub(crate) fn device_cache(self) -> Arc<DeviceCache> {
         let stand_in = kvlane_cuda_stand_in::load();
+        kvlane_nccl_stand_in::load();
         let bytes = self.blocks as usize * self.layer_bytes;
         let addresses: Vec<u64> = (0..self.layers).map(|_| stand_in.allocate(bytes)).collect();
         let map = map(
@@ -73,10 +74,13 @@ impl Layout {
 
 const STAGING_BUFFERS: usize = 4;
 
+/// Of a communicator: no multiple of anything.
+pub(crate) const STAGING_BYTES: usize = (3 << 20) + 11;
+
 /// For what a test waits for on a device.
 pub(crate) fn patient() -> kvlane_cuda::Patience<'static> {
     kvlane_cuda::Patience {
-        deadline: std::time::Instant::now() + Duration::from_secs(20),
+        deadline: Instant::now() + Duration::from_secs(20),
         cancelled: &|| false,
     }
 }
@@ -199,7 +203,7 @@ impl Holder {
     }
 
     /// A child of this program; `arguments` lead it to [`be_a_holder`].
-    pub(crate) fn child(layout: Layout, kind: Kind, arguments: &[&str]) -> Self {
+    pub(crate) fn child(layout: Layout, kind: Kind, arguments: &[&str], settings: &[(&str, &str)]) -> Self {
         let variable = format!(
             "{} {} {} {} {}",
             u8::from(layout.form == Form::KvOuter),
@@ -211,6 +215,7 @@ impl Holder {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(arguments)
             .env(CHILD_VARIABLE, variable)
+            .envs(settings.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -260,6 +265,9 @@ impl Holder {
         let tcp = || TcpLane::new(self.connect(), Arc::clone(&pairing)).unwrap();
         match (kind, local) {
             (Kind::Shm, _) => Box::new(ShmLane::open(self.hello.memory, pairing).unwrap()),
+            (Kind::Nccl, local) => {
+                Box::new(self.nccl_lane(&local, STAGING_BYTES, patient().deadline).unwrap())
+            }
             (Kind::Cuda, LocalCache::Device(local)) => {
                 let offer = self.hello.offer.as_ref().unwrap();
                 let peer = local.map_peer(offer, &patient()).unwrap();
@@ -267,6 +275,20 @@ impl Holder {
             }
             _ => Box::new(tcp()),
         }
+    }
+}
+
+impl Holder {
+    /// A lane to this holder over a communicator, or why there is none.
+    pub(crate) fn nccl_lane(
+        &self,
+        local: &LocalCache,
+        staging_bytes: usize,
+        deadline: Instant,
+    ) -> Result<NcclLane, LaneError> {
+        let pairing = Arc::new(Pairing::new(local, self.hello.cache.clone()).unwrap());
+        let line = TcpLane::new(self.connect(), pairing).unwrap();
+        NcclLane::open(line, staging_bytes, deadline, &AtomicBool::new(false))
     }
 }
 
@@ -287,13 +309,15 @@ pub(crate) enum Kind {
     Tcp,
     /// Between caches on the stand-in's device.
     Cuda,
+    /// Between caches on the stand-in's device, over a communicator of NCCL's stand-in.
+    Nccl,
     /// Between caches on the stand-in's device, over a connection.
     TcpDevice,
 }
 
 impl Kind {
     pub(crate) fn is_on_device(self) -> bool {
-        matches!(self, Kind::Cuda | Kind::TcpDevice)
+        matches!(self, Kind::Cuda | Kind::Nccl | Kind::TcpDevice)
     }
 
     /// A cache where the lane needs it.

@@ -12,6 +12,7 @@ mod device;
 mod fixture;
 mod holder;
 mod lying;
+mod nccl;
 mod serving;
 mod suite;
 mod times;
@@ -40,13 +41,15 @@ enum Place {
     Child,
 }
 
-const EVERYWHERE: [(Kind, Place); 7] = [
+const EVERYWHERE: [(Kind, Place); 9] = [
     (Kind::Shm, Place::Here),
     (Kind::Shm, Place::Child),
     (Kind::Tcp, Place::Here),
     (Kind::Tcp, Place::Child),
     // CUDA has no handles for the process that made them.
     (Kind::Cuda, Place::Child),
+    (Kind::Nccl, Place::Here),
+    (Kind::Nccl, Place::Child),
     (Kind::TcpDevice, Place::Here),
     (Kind::TcpDevice, Place::Child),
 ];
@@ -58,14 +61,20 @@ fn holder(layout: Layout, place: Place) -> Holder {
 
 /// A holder of blocks under [`LEASE`], where a lane needs them.
 fn holder_for(kind: Kind, layout: Layout, place: Place) -> Holder {
-    let mut holder = match place {
-        Place::Here => Holder::here(layout, kind),
-        Place::Child => Holder::child(
-            layout,
-            kind,
-            &["--exact", "the_holder_of_a_child_process", "--nocapture"],
-        ),
-    };
+    match place {
+        Place::Here => {
+            let mut holder = Holder::here(layout, kind);
+            holder.set(LEASE.slot, LEASE.epoch);
+            holder
+        }
+        Place::Child => holder_with(kind, layout, &[]),
+    }
+}
+
+/// A holder of blocks under [`LEASE`] in a child, which has these settings of the stand-ins.
+fn holder_with(kind: Kind, layout: Layout, settings: &[(&str, &str)]) -> Holder {
+    let arguments = ["--exact", "the_holder_of_a_child_process", "--nocapture"];
+    let mut holder = Holder::child(layout, kind, &arguments, settings);
     holder.set(LEASE.slot, LEASE.epoch);
     holder
 }

@@ -116,7 +116,7 @@ fn what_is_over_before_it_starts_copies_nothing_and_leaves_the_lane_open() {
 
 #[test]
 fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
-    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::TcpDevice] {
+    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
         let mut holder = holder_for(kind, SMALL, Place::Child);
         let mut lane = holder.lane(kind, kind.cache(SMALL));
         holder.signal(Signal::KILL);
@@ -139,7 +139,7 @@ fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
 
 #[test]
 fn a_peer_that_dies_in_the_middle_of_a_copy_ends_it() {
-    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::TcpDevice] {
+    for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
         let mut holder = holder_for(kind, LARGE, Place::Child);
         let mut lane = holder.lane(kind, kind.cache(LARGE));
         let (ended, since) = std::thread::scope(|scope| {
@@ -192,19 +192,24 @@ fn a_stopped_peer_is_read_over_shm_and_never_overruns_a_deadline_over_tcp() {
 
 #[test]
 fn a_peer_that_stops_in_the_middle_of_a_copy_never_overruns_the_deadline() {
-    let mut holder = holder(LARGE, Place::Child);
-    let mut lane = holder.lane(Kind::Tcp, LARGE.cache());
-    let lasts = Duration::from_millis(250);
-    let start = Instant::now();
-    let ended = std::thread::scope(|scope| {
-        let copying = scope.spawn(|| lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false)));
-        std::thread::sleep(Duration::from_millis(40));
-        holder.signal(Signal::STOP);
-        copying.join().unwrap()
-    });
-    let took = start.elapsed();
-    assert!(matches!(ended, Err(LaneError::TimedOut { .. })), "{ended:?}");
-    assert!(took >= lasts && took < lasts + SLACK, "{took:?}");
+    for kind in [Kind::Tcp, Kind::Nccl] {
+        let mut holder = holder_for(kind, LARGE, Place::Child);
+        let mut lane = holder.lane(kind, kind.cache(LARGE));
+        let lasts = Duration::from_millis(250);
+        let start = Instant::now();
+        let ended = std::thread::scope(|scope| {
+            let copying = scope.spawn(|| lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false)));
+            std::thread::sleep(Duration::from_millis(40));
+            holder.signal(Signal::STOP);
+            copying.join().unwrap()
+        });
+        let took = start.elapsed();
+        assert!(
+            matches!(ended, Err(LaneError::TimedOut { .. })),
+            "{kind:?}: {ended:?}"
+        );
+        assert!(took >= lasts && took < lasts + SLACK, "{kind:?}: {took:?}");
+    }
 }
 
 #[test]

@@ -255,6 +255,7 @@ fn link_config(role: Role, start: u64) -> LinkConfig {
             cache: None,
             probe: None,
             device: None,
+            nccl: None,
         },
         handshake_timeout: Duration::from_millis(300),
         heartbeat: Duration::from_millis(100),

@@ -49,6 +49,7 @@ fn config(options: PeerOptions, dial_role: Role) -> NetConfig {
         cache: None,
         probe: None,
         device: None,
+        nccl: None,
     };
     NetConfig {
         identity: Arc::new(Identity {
