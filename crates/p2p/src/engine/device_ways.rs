@@ -242,3 +242,92 @@ impl std::fmt::Debug for OfferedMemory {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{Channel, DeviceAllocation, DeviceMemory};
+
+    const THEIRS: u32 = 22_708;
+    const OURS: u32 = 22_907;
+
+    fn hello(has_memory: bool, nccl: Option<u32>) -> Hello {
+        let allocation = DeviceAllocation {
+            handle: [[0; 32]; 2],
+            address: 0x1000,
+            len_bytes: 0x1000,
+        };
+        Hello {
+            channel: Channel::Control,
+            namespace: [1; 32],
+            facts: Vec::new(),
+            block_tokens: 16,
+            cache: None,
+            probe: None,
+            device: has_memory.then(|| DeviceMemory {
+                allocations: vec![allocation],
+                token_address: 0x1000,
+                token: [0; 16],
+                host_id: [0; 16],
+            }),
+            nccl,
+        }
+    }
+
+    /// The name of the best way, or why there is none.
+    fn best(theirs: &Hello, ours: Option<u32>, choice: LaneChoice) -> Result<&'static str, String> {
+        let address = PeerAddress::new("prefill", 1).unwrap();
+        let ways = DeviceWays::new(&address, theirs, &hello(false, ours), choice)?;
+        Ok(ways.map_or("tcp", |ways| ways.name()))
+    }
+
+    #[test]
+    fn the_best_way_is_the_first_that_both_sides_have() {
+        for (theirs, ours, expected) in [
+            (hello(true, Some(OURS)), Some(OURS), "cuda"),
+            (hello(true, None), Some(OURS), "cuda"),
+            (hello(false, Some(OURS)), Some(OURS), "nccl"),
+            (hello(false, Some(OURS)), None, "tcp"),
+            (hello(false, None), Some(OURS), "tcp"),
+            (hello(false, Some(THEIRS)), Some(OURS), "tcp"),
+        ] {
+            let found = best(&theirs, ours, LaneChoice::Auto);
+            assert_eq!(found.as_deref(), Ok(expected), "{theirs:?} {ours:?}");
+        }
+        let all = hello(true, Some(OURS));
+        for (choice, expected) in [
+            (LaneChoice::Cuda, "cuda"),
+            (LaneChoice::Nccl, "nccl"),
+            (LaneChoice::Tcp, "tcp"),
+        ] {
+            assert_eq!(best(&all, Some(OURS), choice).as_deref(), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn a_forced_way_that_is_not_possible_is_refused_with_a_sentence_that_says_what_to_do() {
+        let refused = |theirs: &Hello, ours, choice| best(theirs, ours, choice).unwrap_err();
+        let other = refused(&hello(true, Some(THEIRS)), Some(OURS), LaneChoice::Nccl);
+        assert_eq!(
+            other,
+            "lane nccl is not possible: NCCL 2.27.8 on the prefill server and 2.29.7 on the decode server: install the same \
+             version of PyTorch, or of its package nvidia-nccl, on both"
+        );
+        let theirs = refused(&hello(true, None), Some(OURS), LaneChoice::Nccl);
+        assert!(theirs.contains("the prefill server has no NCCL"), "{theirs}");
+        let ours = refused(&hello(true, Some(OURS)), None, LaneChoice::Nccl);
+        assert!(ours.contains("this server has no NCCL"), "{ours}");
+        let memory = refused(&hello(false, Some(OURS)), Some(OURS), LaneChoice::Cuda);
+        assert!(memory.contains("it offers no device memory"), "{memory}");
+        let mut elsewhere = hello(true, Some(OURS));
+        elsewhere.device.as_mut().unwrap().host_id = [7; 16];
+        let another = refused(&elsewhere, Some(OURS), LaneChoice::Cuda);
+        assert!(another.contains("another machine"), "{another}");
+        assert_eq!(
+            best(&elsewhere, Some(OURS), LaneChoice::Auto).as_deref(),
+            Ok("nccl")
+        );
+        let shm = refused(&hello(true, Some(OURS)), Some(OURS), LaneChoice::Shm);
+        assert!(shm.contains("on a GPU"), "{shm}");
+    }
+}
