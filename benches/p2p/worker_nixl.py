@@ -1,5 +1,6 @@
-"""NIXL with UCX: the target reads, as in vLLM's connector: descriptor lists are prepared once, and each transfer is a
-fresh handle with indices into them. One pair of processes per lane: UCX_TLS is read once.
+"""NIXL with UCX, set up as by default: the target reads. As in vLLM's connector descriptor lists are prepared once, and
+each transfer is a fresh handle with indices into them; unlike there, the agent has no threads of its own (vLLM gives it
+four, which split a request). One pair of processes per lane: UCX_TLS is read once.
 """
 
 import base64

@@ -304,8 +304,9 @@ def _told(facts: identity.Facts, kv_caches: dict[str, Any]) -> identity.Facts:
         else:
             told.append((name, value if len(value) <= 120 else sha256(value.encode()).hexdigest()))
     told.append(("files", f"{len(files)}, sha256 {sha256(repr(files).encode()).hexdigest()}"))
-    name, tensor = next(iter(kv_caches.items()), ("", None))
-    if hasattr(tensor, "stride"):
+    for name, tensor in list(kv_caches.items())[:1]:
+        if not hasattr(tensor, "stride"):
+            continue  # layers with several tensors
         shape, strides = list(tensor.shape), list(tensor.stride())
         told.append(("tensors", f"{len(kv_caches)}, {name} of {tensor.dtype} {shape} with strides {strides}"[:400]))
     return told[:60]
