@@ -25,8 +25,8 @@ pub(super) const GROUP_MAX: Duration = Duration::from_secs(5);
 /// Longest time for making a communicator; NCCL looks for its ways, and the first time loads its kernels.
 pub(super) const JOIN_MAX: Duration = Duration::from_secs(20);
 
-/// Most bytes of staging that a peer may ask for.
-pub(super) const STAGING_BYTES_MAX: u64 = 256 << 20;
+/// Most bytes of staging that a peer may ask for; a decode server asks for as many.
+pub(super) const STAGING_BYTES_MAX: u64 = 64 << 20;
 
 /// Most parts that are handed to the device at a time.
 const LOT_PARTS: usize = 1 << 16;

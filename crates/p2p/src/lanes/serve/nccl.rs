@@ -66,7 +66,9 @@ impl<F: Fn(Lease) -> bool> Server<F> {
                 let head = Answer::Refused {
                     len_bytes: reason.len(),
                 };
-                self.send(&[head.encode().as_slice(), reason.as_bytes()].concat(), patience)
+                self.send(&[head.encode().as_slice(), reason.as_bytes()].concat(), patience)?;
+                // Decode has no more use for the connection, and whoever asks again must not fill the log.
+                Err(LaneError::Request(reason))
             }
         }
     }
