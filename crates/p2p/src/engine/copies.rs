@@ -217,7 +217,8 @@ fn done(job: &CopyJob, lane: &'static str, result: &Result<(), LaneError>, start
     let copied = match result {
         Ok(()) => Copied::Held,
         Err(LaneError::Lapsed { .. }) => Copied::Lapsed,
-        Err(LaneError::Cancelled { .. } | LaneError::TimedOut { .. }) => Copied::Failed,
+        Err(LaneError::TimedOut { .. }) => Copied::Late,
+        Err(LaneError::Cancelled { .. }) => Copied::Failed,
         Err(error) => {
             tracing::warn!(peer = %job.peer.address, lane, %error, "blocks did not arrive");
             Copied::Failed

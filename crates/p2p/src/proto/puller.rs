@@ -101,6 +101,8 @@ pub enum Copied {
     Lapsed,
     /// All bytes were copied; the lane cannot see the lease.
     Unchecked,
+    /// Not all bytes were copied before the deadline.
+    Late,
     /// Not all bytes were copied.
     Failed,
 }
@@ -361,6 +363,7 @@ impl Puller {
             Copied::Held => {}
             Copied::Unchecked => pull.unchecked = true,
             Copied::Lapsed => return self.fail(transfer, PullResult::Lapsed),
+            Copied::Late => return self.fail(transfer, PullResult::TimedOut),
             Copied::Failed => return self.fail(transfer, PullResult::Failed),
         }
         self.check_if_complete(transfer);

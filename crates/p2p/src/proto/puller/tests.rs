@@ -488,3 +488,12 @@ fn a_request_whose_lease_ended_is_released_should_it_come_again() {
         [PullerAction::Send(PEER, release), ended(PullResult::Lapsed)]
     );
 }
+
+#[test]
+fn a_copy_that_meets_the_deadline_first_ends_the_pull_as_timed_out() {
+    let mut puller = granted(Instant::now());
+    puller.receive(PEER, ready(&[50, 51, 52], 5, 5, 0)).unwrap();
+    assert_eq!(copies(&mut puller).len(), 1);
+    puller.copied(1, Copied::Late);
+    assert!(actions(&mut puller).contains(&ended(PullResult::TimedOut)));
+}
