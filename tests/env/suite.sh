@@ -17,6 +17,15 @@ if [ "$1" = --summary ]; then
   echo "kvlane: suites"
   cat "$logs"/*.result 2>/dev/null || echo "  none ran"
   awk '{ sum += $(NF - 1) } END { if (NR) printf "  %-41s %5d s\n", "all of them", sum }' "$logs"/*.result 2>/dev/null || true
+  # Who reads a long log reads its end: there it must say which tests failed, not only which suite.
+  for result in "$logs"/*.result; do
+    if grep -qs FAILED "$result"; then
+      name=$(basename "$result" .result)
+      echo "kvlane: failed in $name"
+      { grep -hE '^(FAILED|ERROR) |\.\.\. FAILED$|: FAILED \([0-9.]+ s\)$|^error(\[|: (test failed|could not))|^E   ' "$logs/$name.log" || true; } |
+        cut -c1-300 | head -n 40 | sed 's/^/  /'
+    fi
+  done
   # One line per statement, whatever the harness printed in front of it. Pytest prints a skip twice.
   grep -hoE 'NOT RUN: .*' "$logs"/*.log | sort -u >"$logs/not-run.txt" || true
   if [ -s "$logs/not-run.txt" ]; then
