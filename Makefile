@@ -40,7 +40,7 @@ ENV_SOURCES := tests/env/build.sh $(wildcard tests/env/*.txt)
 SUITE := tests/env/suite.sh
 
 .PHONY: help demo test lint bench bench-fs bench-p2p wheel soak clean test-rust test-python test-vllm test-wheel test-fuzz \
-  test-gpu test-gpu-stand-in test-gpu-bundle bench-gpu gpu-bundle FORCE \
+  kernels test-gpu test-gpu-stand-in test-gpu-bundle bench-gpu gpu-bundle FORCE \
   test-scheduler-main test-scheduler-old test-e2e-main test-e2e-old \
   $(addprefix preflight-,demo test lint wheel bench)
 
@@ -139,14 +139,18 @@ test-wheel: $(VENV)/.kvlane-wheel
 # The interpreter of the machine, which has PyTorch where there is a GPU; the environments here have vLLM for CPUs.
 GPU_PYTHON ?= python3
 STAND_IN := target/debug/libkvlane_cuda_stand_in.so
+NCCL_STAND_IN := target/debug/libkvlane_nccl_stand_in.so
 
-# Cargo knows best whether it is new enough.
+# Cargo knows best whether they are new enough.
 $(STAND_IN): FORCE
-	@cargo build --quiet --locked --package kvlane-cuda-stand-in --target-dir target
+	@cargo build --quiet --locked --package kvlane-cuda-stand-in --package kvlane-nccl-stand-in --target-dir target
 FORCE:
 
+kernels: $(VENV)/.kvlane-ready ## compile crates/cuda/kernels
+	$(VENV)/bin/python crates/cuda/kernels/compile.py
+
 test-gpu-stand-in: target/make/wheel $(STAND_IN)
-	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN)
+	@OUT=target/test PYTHON=$(VENV)/bin/python $(SUITE) gpu-stand-in tests/gpu/run.sh test --stand-in $(STAND_IN):$(NCCL_STAND_IN)
 
 test-gpu-bundle: $(VENV)/.kvlane-wheel $(STAND_IN)
 	@$(SUITE) gpu-bundle $(VENV)/bin/python -m pytest tests/python/gpu

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from driver import Stream, driver
 from layouts import LAYOUTS, Image, Layout, difference, image, moved
 from peer import Peer
-from side import LANES, Side
+from side import Side, lanes
 
 #: The row of the floor that the others are divided by.
 DEVICE_COPY = "device copy"
@@ -121,7 +121,7 @@ def measure(case: Case) -> Samples:
     samples, places = Samples(case), random.Random(SEED)
     images = {seed: image(case.shape, seed) for seed in (COMPUTED, OLD)}
     prefill = Peer(True, case.layout, **case.sizes)
-    decodes = {lane: Side(False, case.layout, lane, **case.sizes) for lane in LANES}
+    decodes = {lane: Side(False, case.layout, lane, **case.sizes) for lane in lanes()}
     floor = DeviceCopy(case.size_bytes)
     try:
         prefill.tell("fill", COMPUTED)

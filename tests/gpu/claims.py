@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from driver import driver
 from layouts import LAYOUTS, difference, image, moved
 from peer import Peer
-from side import Side
+from side import Cache, Side
 
 LAYOUT = "K and V outermost"
 #: Seeds: what prefill computed, what decode's cache held before, and what others write later.
@@ -50,6 +50,12 @@ class Claims(unittest.TestCase):
         side.fill(seed)
         return side
 
+    def meet(self, prefill: Peer, decode: Side, lane: str) -> None:
+        """A first pull, so that what a lane takes to begin is behind it: with NCCL seconds."""
+        prefill.tell("hold", f"first {lane}", [0])
+        self.assert_arrives(decode, decode.pull(f"first {lane}", prefill.port, [0]), lane)
+        decode.fill(OLD)
+
     # ---- what ends in time
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
@@ -83,7 +89,7 @@ class Claims(unittest.TestCase):
 
     def assert_holds(
         self,
-        decode: Side,
+        decode: Cache,
         sources: Sequence[int] = (),
         targets: Sequence[int] = (),
         *,
@@ -97,7 +103,7 @@ class Claims(unittest.TestCase):
         self.assert_holds_all(decode, [(there, here, seed) for there, here in pairs], before=before, layout=layout)
 
     def assert_holds_all(
-        self, decode: Side, blocks: Iterable[tuple[int, int, int]], before: int = OLD, layout: str | None = None
+        self, decode: Cache, blocks: Iterable[tuple[int, int, int]], before: int = OLD, layout: str | None = None
     ) -> None:
         """As `assert_holds`, of (source, target, seed)."""
         own = decode.layout

@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes: memory of a device, copies, streams and events, as a program beside kvlane has them.
 
-Every call but those in OPTIONAL is one that kvlane makes itself, so the stand-in for the driver has it too and the same
-tests run on both. Nothing here waits without a deadline.
+The stand-in for the driver has every call but those in OPTIONAL, so the same tests run on both. Nothing here waits
+without a deadline.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ STAND_IN_VARIABLE = "KVLANE_GPU_STAND_IN"
 LIBRARY = "libcuda.so.1"
 WAIT_S = 60.0
 NOT_READY = 600
+#: The mode of a capture in which other threads may call least; PyTorch's own graphs are captured so.
+GLOBAL_CAPTURE = 0
 #: Streams that do not wait for the default one; PyTorch's own are such.
 NON_BLOCKING = 1
 STAGING_BYTES = 4 << 20
@@ -41,8 +43,10 @@ CALLS = {
     "cuMemcpyDtoHAsync_v2": [_place, _address, _size, _handle],
     "cuMemcpyHtoDAsync_v2": [_address, _place, _size, _handle],
     "cuMemcpyDtoDAsync_v2": [_address, _address, _size, _handle],
+    "cuStreamBeginCapture_v2": [_handle, ctypes.c_uint],
+    "cuStreamEndCapture": [_handle, _place],
 }
-#: Only on a real driver.
+#: Needed on a real driver only.
 OPTIONAL = {
     "cuMemGetInfo_v2": [_place, _place],
     "cuModuleLoadData": [_place, _place],

@@ -6,6 +6,8 @@ what it is told line by line:
     python side.py OPTIONS      both ways lines of JSON: ["method", [arguments]] -> {"value": ...} or {"error": ...}
 """
 
+import ctypes
+import functools
 import json
 import logging
 import os
@@ -14,15 +16,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from driver import Event, driver
+from driver import GLOBAL_CAPTURE, Event, driver
 from kvlane import _native
 from layouts import ELEMENT_BYTES, LAYOUTS, Image, Layout, image
 from slow_work import slow_work
 
 HOST = "127.0.0.1"
 LEASE_MS, PEER_TIMEOUT_MS = 60_000, 5000
-#: The lanes that a cache on a device has. All claims are made of each, and each is timed.
-LANES = ("cuda", "tcp")
+NCCL = "libnccl.so.2"
+#: NCCL refuses two ends on one GPU, unless they say that they are on two machines. It then moves bytes over sockets.
+NCCL_HOST_VARIABLE = "NCCL_HOSTID"
 #: What PyTorch takes of the driver has at least this size: no two of its pieces share what CUDA IPC shares.
 PIECE_BYTES = 2 << 20
 DIGEST = b"\7" * 32
@@ -39,6 +42,18 @@ def torch_with_cuda() -> Any:
     except ImportError:
         return None
     return torch if torch.cuda.is_available() else None
+
+
+@functools.cache
+def lanes() -> tuple[str, ...]:
+    """The lanes that a cache on a device has here. All claims are made of each, and each is timed."""
+    torch_with_cuda()  # whose NCCL is found by its name from then on
+    try:
+        ctypes.CDLL(NCCL)
+    except OSError as error:
+        print(f"kvlane: lane nccl is left out: there is no NCCL here ({error})", file=sys.stderr, flush=True)
+        return ("cuda", "tcp")
+    return ("cuda", "nccl", "tcp")
 
 
 class Tensors:
@@ -90,41 +105,22 @@ class Tensors:
         self._tensors, self.addresses = [], []
 
 
-class Side:
-    """See above. Methods whose arguments and results are plain values can be told to a process."""
+class Cache:
+    """A cache on the device, and a compute stream that writes it."""
 
-    def __init__(self, can_offer: bool, layout: str, lane: str = "auto", port: int = 0, **sizes: int) -> None:
+    def __init__(self, layout: str, **sizes: int) -> None:
         self.driver = driver()
         self.layout = Layout(**vars(LAYOUTS[layout]) | sizes)
         self.tensors = Tensors(self.layout)
         self.stream = self.driver.stream()
         self._sources: dict[int, list[int]] = {}
         self._last: Event | None = None
-        options = {
-            "can_offer": can_offer,
-            "can_pull": not can_offer,
-            "host": HOST,
-            "port": port,
-            "rank": 0,
-            "engine_id": "prefill" if can_offer else "decode",
-            "secret": None,
-            "allowed_peers": [],
-            "lane": lane,
-            "lease_ms": LEASE_MS,
-            "transfer_timeout_ms": LEASE_MS,
-            "peer_timeout_ms": PEER_TIMEOUT_MS,
-            "connections": 2,
-            "max_leased_blocks": self.layout.blocks,
-            "readers": 1,
-            "facts": [],
-        }
-        namespace = _native.namespace_id([("test", "gpu"), ("attention", self.layout.attention)])
-        described = self.tensors.described()
-        native_layout = _native.Layout(described, self.layout.blocks, self.layout.block_dim)
-        self.worker = _native.P2pWorker(native_layout, self.tensors, namespace, self.layout.block_tokens, options)
 
-    def facts(self) -> dict[str, Any]:
-        return {"port": self.worker.port, "pid": os.getpid(), "place": self.driver.place}
+    def native_layout(self) -> Any:
+        return _native.Layout(self.tensors.described(), self.layout.blocks, self.layout.block_dim)
+
+    def namespace(self) -> bytes:
+        return _native.namespace_id([("test", "gpu"), ("attention", self.layout.attention)])
 
     # ---- the compute stream
 
@@ -173,6 +169,59 @@ class Side:
 
     def content(self) -> Image:
         return [self.driver.read(address, self.layout.allocation_bytes) for address in self.tensors.addresses]
+
+    def free(self) -> None:
+        """Nobody uses it any more."""
+        self.stream.wait()
+        self.tensors.free()
+        for addresses in self._sources.values():
+            for address in addresses:
+                self.driver.free(address)
+        self._sources.clear()
+
+
+class Side(Cache):
+    """See above. Methods whose arguments and results are plain values can be told to a process."""
+
+    def __init__(self, can_offer: bool, layout: str, lane: str = "auto", port: int = 0, **sizes: int) -> None:
+        os.environ[NCCL_HOST_VARIABLE] = f"kvlane {os.getpid()}"
+        super().__init__(layout, **sizes)
+        options = {
+            "can_offer": can_offer,
+            "can_pull": not can_offer,
+            "host": HOST,
+            "port": port,
+            "rank": 0,
+            "engine_id": "prefill" if can_offer else "decode",
+            "secret": None,
+            "allowed_peers": [],
+            "lane": lane,
+            "lease_ms": LEASE_MS,
+            "transfer_timeout_ms": LEASE_MS,
+            "peer_timeout_ms": PEER_TIMEOUT_MS,
+            "connections": 2,
+            "max_leased_blocks": self.layout.blocks,
+            "readers": 1,
+            "facts": [],
+        }
+        self.worker = _native.P2pWorker(
+            self.native_layout(), self.tensors, self.namespace(), self.layout.block_tokens, options
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {"port": self.worker.port, "pid": os.getpid(), "place": self.driver.place}
+
+    # ---- a graph
+
+    def begin_capture(self) -> None:
+        """Captures what this thread gives to a stream of its own, in the mode that forbids other threads the most."""
+        self._captured = self.driver.stream()
+        self.driver.call("cuStreamBeginCapture_v2", self._captured.handle, GLOBAL_CAPTURE)
+
+    def end_capture(self) -> None:
+        """Raises if the graph was spoilt."""
+        graph = ctypes.c_void_p()
+        self.driver.call("cuStreamEndCapture", self._captured.handle, ctypes.byref(graph))
 
     # ---- prefill
 
@@ -245,12 +294,7 @@ class Side:
         """Ends the worker and gives its memory back. What was offered from it may still be mapped elsewhere: who offers
         ends as a process instead."""
         self.worker.close()
-        self.stream.wait()
-        self.tensors.free()
-        for addresses in self._sources.values():
-            for address in addresses:
-                self.driver.free(address)
-        self._sources.clear()
+        self.free()
 
 
 def main() -> None:

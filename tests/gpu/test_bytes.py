@@ -6,7 +6,7 @@ import unittest
 from claims import COMPUTED, Claims
 from layouts import LAYOUTS
 from peer import Peer
-from side import LANES, Side
+from side import Side, lanes
 
 ADJACENT = list(range(8, 20))
 ORDERS = {
@@ -34,19 +34,19 @@ class Bytes(Claims):
     def test_whole_prompts_and_tails_have_prefills_bytes_in_every_layout(self) -> None:
         for layout in LAYOUTS:
             prefill = self.prefill(layout)
-            for lane in LANES:
+            for lane in lanes():
                 self.check(prefill, self.decode(lane, layout), lane)
 
     def test_sides_that_cut_their_blocks_into_different_runs_give_right_bytes(self) -> None:
         one_piece, two_pieces = "blocks outermost", "K and V outermost"
         for theirs, own in ((one_piece, two_pieces), (two_pieces, one_piece)):
             prefill = self.prefill(theirs)
-            for lane in LANES:
+            for lane in lanes():
                 self.check(prefill, self.decode(lane, own), lane, layout=theirs)
 
     def test_many_pulls_at_once_do_not_meet(self) -> None:
         places, prefill = random.Random(3), self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             decode = self.decode(lane)
             sources, targets = places.sample(range(64), 60), places.sample(range(64), 60)
             of = {number: slice(number * 5, number * 5 + 5) for number in range(12)}

@@ -7,7 +7,7 @@ import unittest
 from claims import BUSY_MS, COMPUTED, LATER, OLD, Claims
 from driver import driver
 from peer import Peer
-from side import LANES, Side
+from side import Side, lanes
 
 SOURCES, TARGETS = list(range(20, 36)), list(reversed(range(40, 56)))
 #: Ends of pulls that are not the test's wish. What is "done" had a deadline to come.
@@ -26,7 +26,7 @@ class Ends(Claims):
 
     def test_a_pull_that_waits_for_prefills_stream_ends_when_it_is_cancelled(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 decode = self.decode(lane)
                 prefill.tell("compute", COMPUTED, BUSY_MS)
@@ -40,7 +40,7 @@ class Ends(Claims):
 
     def test_a_pull_that_waits_for_decodes_stream_ends_when_it_is_cancelled_or_late(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 decode = self.decode(lane)
                 prefill.tell("hold", lane, SOURCES)
@@ -58,7 +58,7 @@ class Ends(Claims):
 
     def test_a_pull_ends_at_its_deadline(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 decode = self.decode(lane)
                 prefill.tell("compute", COMPUTED, BUSY_MS)
@@ -70,8 +70,9 @@ class Ends(Claims):
 
     def test_pulls_that_are_cancelled_or_late_in_the_middle_write_nothing_afterwards(self) -> None:
         seeded, prefill = random.Random(4), self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             decode = self.decode(lane)
+            self.meet(prefill, decode, lane)
             ends = []
             for number in range(ROUNDS):
                 with self.subTest(lane=lane, number=number):
@@ -87,8 +88,10 @@ class Ends(Claims):
                         time.sleep(end_ms / 1000)
                         decode.worker.cancel(job)
                     ends.append(self.outcome(decode, job))
-                    # A copy that meets the deadline itself may be told of as lost.
-                    self.assertIn(ends[-1], ("timeout", "lost", "done") if number % 2 else ("cancelled", "done"))
+                    # A copy that meets the deadline itself may be told of as lost. With NCCL any end in the middle aborts
+                    # the communicator, so the next pull may be lost before it is cancelled.
+                    allowed = {"timeout", "lost", "done"} if number % 2 else {"cancelled", "done"}
+                    self.assertIn(ends[-1], allowed | {"lost"} if lane == "nccl" else allowed)
                     self.assert_nothing_is_written_any_more(prefill, decode)
                     prefill.tell("revoke", key)
             self.assertIn("cancelled", ends, "none ended in the middle: no test")
@@ -97,7 +100,7 @@ class Ends(Claims):
     def test_a_prompt_that_prefill_took_back_never_counts(self) -> None:
         prefill = self.prefill()
         prefill.tell("prepare", LATER)
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 prefill.tell("fill", OLD)
                 decode = self.decode(lane)
@@ -122,10 +125,10 @@ class Ends(Claims):
     def test_a_prompt_that_is_taken_back_while_it_is_read_counts_only_with_its_own_bytes(self) -> None:
         seeded, prefill = random.Random(5), self.prefill()
         prefill.tell("prepare", LATER)
-        for lane in LANES:
+        for lane in lanes():
             # The stand-in takes a step that overwrites what prefill still sends for misuse. It is none, since decode
-            # asks afterwards whether the bytes counted; so there nothing is overwritten on that lane.
-            is_overwritten = lane != "tcp" or not driver().is_stand_in
+            # asks afterwards whether the bytes counted; so there nothing is overwritten on such lanes.
+            is_overwritten = lane == "cuda" or not driver().is_stand_in
             decode = self.decode(lane)
             prefill.tell("fill", COMPUTED)
             prefill.tell("hold", f"{lane} first", SOURCES)
@@ -154,7 +157,7 @@ class Ends(Claims):
 
     def test_a_prefill_that_stands_still_ends_a_pull_at_its_deadline_and_writes_nothing_later(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 decode = self.decode(lane)
                 prefill.tell("hold", f"{lane} first", SOURCES)

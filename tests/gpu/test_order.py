@@ -5,7 +5,7 @@ import unittest
 
 from claims import BUSY_MS, COMPUTED, LATER, OLD, Claims
 from driver import driver
-from side import LANES
+from side import lanes
 from slow_work import chain_of_copies, slow_work
 
 SOURCES, TARGETS = [3, 40, 4, 17, 18, 60], [7, 1, 2, 33, 32, 31]
@@ -14,7 +14,7 @@ SOURCES, TARGETS = [3, 40, 4, 17, 18, 60], [7, 1, 2, 33, 32, 31]
 class Order(Claims):
     def test_blocks_that_prefill_still_computes_are_not_read_however_soon_decode_asks(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 prefill.tell("fill", OLD)
                 decode = self.decode(lane)
@@ -28,7 +28,7 @@ class Order(Claims):
 
     def test_blocks_that_decodes_stream_still_writes_are_not_filled_before_it_is_done(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 decode = self.decode(lane)
                 prefill.tell("hold", lane, SOURCES)
@@ -43,7 +43,7 @@ class Order(Claims):
 
     def test_both_streams_late_at_once(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             for prefill_ms, decode_ms in ((BUSY_MS / 2, BUSY_MS), (BUSY_MS, BUSY_MS / 2)):
                 with self.subTest(lane=lane, prefill_ms=prefill_ms):
                     prefill.tell("fill", OLD)
@@ -59,7 +59,7 @@ class Order(Claims):
 
     def test_layers_arrive_wave_by_wave_while_prefill_computes_chunk_after_chunk(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 prefill.tell("fill", OLD)
                 decode = self.decode(lane)
@@ -76,10 +76,11 @@ class Order(Claims):
 
     def test_layers_move_before_the_last_one_is_computed(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 prefill.tell("fill", OLD)
                 decode = self.decode(lane)
+                self.meet(prefill, decode, lane)
                 prefill.tell("offer", lane, SOURCES)
                 prefill.tell("compute_layers", lane, COMPUTED, 0, SOURCES, BUSY_MS / 2)
                 job = decode.pull(lane, prefill.port, TARGETS)

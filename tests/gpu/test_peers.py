@@ -6,7 +6,7 @@ import unittest
 from claims import BUSY_MS, COMPUTED, LAYOUT, Claims, LogLines
 from driver import driver
 from peer import Peer
-from side import LANES, Side
+from side import Side, lanes
 
 SOURCES, TARGETS = [3, 40, 4, 17], [7, 1, 2, 33]
 #: Blocks of a cache that is large beside whatever else a device does meanwhile: 512 MiB on a GPU.
@@ -15,9 +15,10 @@ LARGE_BLOCKS = 8192
 
 class Death(Claims):
     def test_prefill_killed_in_the_middle_ends_the_pull_and_the_next_prefill_of_its_address_serves(self) -> None:
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 prefill, decode = self.prefill(), self.decode(lane)
+                self.meet(prefill, decode, lane)
                 prefill.tell("offer", "request", SOURCES)
                 prefill.tell("compute_layers", "request", COMPUTED, 0, SOURCES, BUSY_MS / 2)
                 job = decode.pull("request", prefill.port, TARGETS)
@@ -40,7 +41,7 @@ class Death(Claims):
         self.until(arrives, "decode does not find the new prefill")
 
     def test_decode_with_two_prefills_loses_only_what_was_on_the_one_that_dies(self) -> None:
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 dies, stays, decode = self.prefill(), self.prefill(), self.decode(lane)
                 for prefill in (dies, stays):
@@ -55,7 +56,7 @@ class Death(Claims):
 
     def test_decode_killed_in_the_middle_leaves_prefill_at_work_for_others(self) -> None:
         prefill = self.prefill()
-        for lane in LANES:
+        for lane in lanes():
             with self.subTest(lane=lane):
                 dies, stays = Peer(False, LAYOUT, lane), self.decode(lane)
                 self.addCleanup(self._end, dies)

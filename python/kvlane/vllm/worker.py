@@ -440,7 +440,7 @@ def compute_stream(kv_caches: Mapping[str, Any]) -> Callable[[], tuple[int, ...]
         return no_stream
     import torch
 
-    logger.warning("kvlane: the KV cache is on %s; copying from and to a GPU has not been run on a GPU yet", device)
+    logger.warning("kvlane: the KV cache is on %s; kvlane was tested on a GPU, but not yet under vLLM on one", device)
     return lambda: (int(torch.cuda.current_stream(device).cuda_stream),)
 
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::raw::SharedFile;
+use crate::streams::Part;
 
 /// What a range is.
 #[derive(Debug)]
@@ -121,6 +122,17 @@ impl Memory {
     pub(crate) fn around(&self, address: usize) -> Option<(usize, &Range)> {
         let (&start, range) = self.live.range(..=address).next_back()?;
         (address < start + range.len).then_some((start, range))
+    }
+
+    /// Whether an address is memory of the host.
+    pub(crate) fn is_pinned(&self, address: usize) -> bool {
+        matches!(self.around(address), Some((_, range)) if matches!(range.kind, Kind::Pinned))
+    }
+
+    /// As [`check`](Self::check), for both ends of a copy.
+    pub(crate) fn check_part(&self, part: &Part) -> Result<(), String> {
+        self.check(part.from, part.len, part.from_pinned)?;
+        self.check(part.to, part.len, part.to_pinned)
     }
 
     /// Says what is wrong with `len` bytes at an address, where `pinned` memory or device memory should be.

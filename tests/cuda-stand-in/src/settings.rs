@@ -1,6 +1,6 @@
 //! What the environment says.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::Duration;
 
 /// How the stand-in behaves.
@@ -11,8 +11,6 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     /// Calls that fail: how often they work before, and the code.
     pub(crate) failing: HashMap<String, (u64, u32)>,
-    /// Calls that are not there.
-    pub(crate) without: HashSet<String>,
 }
 
 impl Settings {
@@ -50,7 +48,6 @@ impl Settings {
             delay_most: Duration::from_micros(number("DELAY_US", 200)),
             seed: number("SEED", 1),
             failing: list("FAIL").into_iter().map(failure).collect(),
-            without: list("WITHOUT").into_iter().collect(),
         }
     }
 }
@@ -63,15 +60,13 @@ mod tests {
     fn the_environment_is_read_and_nothing_is_the_default() {
         let settings = Settings::from(|_| None);
         assert_eq!((settings.device_count, settings.seed), (1, 1));
-        assert!(settings.failing.is_empty() && settings.without.is_empty());
+        assert!(settings.failing.is_empty());
         let settings = Settings::from(|name| match name {
             "FAIL" => Some("cuA:2:700,cuB:0:1".to_owned()),
-            "WITHOUT" => Some("cuC".to_owned()),
             _ => None,
         });
         assert_eq!(settings.failing["cuA"], (2, 700));
         assert_eq!(settings.failing["cuB"], (0, 1));
-        assert!(settings.without.contains("cuC"));
     }
 
     #[test]

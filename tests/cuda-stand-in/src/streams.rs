@@ -20,9 +20,22 @@ pub(crate) struct Part {
     pub(crate) to_pinned: bool,
 }
 
+/// What a launch reads: numbers that must stay as they are until it has run.
+pub(crate) struct List {
+    pub(crate) address: usize,
+    pub(crate) words: Vec<u64>,
+}
+
+impl List {
+    fn has_changed(&self) -> bool {
+        raw::words(self.address, self.words.len()) != self.words
+    }
+}
+
 pub(crate) enum Work {
-    /// Copies without an order among them.
-    Copy(Vec<Part>),
+    Copy(Part),
+    /// The host twin of kvlane's kernel: copies without an order among them.
+    Twin(List, Vec<Part>),
     /// Takes a while and then writes.
     Kernel {
         address: usize,
@@ -120,17 +133,11 @@ fn carry_out(stream: usize, order: u64, work: Work, random: &mut Random) {
         world.lose(&what);
     }
     match work {
-        Work::Copy(parts) => {
-            for part in parts {
-                // Held meanwhile, so that nothing is freed under the copy.
-                let memory = world.memory();
-                let checked = memory
-                    .check(part.from, part.len, part.from_pinned)
-                    .and_then(|()| memory.check(part.to, part.len, part.to_pinned));
-                match checked {
-                    Ok(()) => raw::copy(part.from, part.to, part.len),
-                    Err(what) => world.lose(&format!("a copy came to {what}")),
-                }
+        Work::Copy(part) => copy(&part),
+        Work::Twin(list, parts) => {
+            parts.iter().for_each(copy);
+            if list.has_changed() {
+                world.lose("the list of a kernel was changed before it had run");
             }
         }
         Work::Kernel { address, bytes, .. } => {
@@ -163,6 +170,16 @@ fn carry_out(stream: usize, order: u64, work: Work, random: &mut Random) {
     lock(&world.pending).end(stream, order);
 }
 
+fn copy(part: &Part) {
+    let world = World::get();
+    // Held meanwhile, so that nothing is freed under the copy.
+    let memory = world.memory();
+    match memory.check_part(part) {
+        Ok(()) => raw::copy(part.from, part.to, part.len),
+        Err(what) => world.lose(&format!("a copy came to {what}")),
+    }
+}
+
 /// What unfinished operations read and write, by stream, in order.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
@@ -189,16 +206,18 @@ impl Pending {
     fn begin(&mut self, stream: usize, work: &Work) -> u64 {
         self.last += 1;
         let access = |start, len, writes| Access { start, len, writes };
+        let ends = |part: &Part| {
+            [
+                access(part.from, part.len, false),
+                access(part.to, part.len, true),
+            ]
+        };
         let accesses = match work {
-            Work::Copy(parts) => parts
-                .iter()
-                .flat_map(|part| {
-                    [
-                        access(part.from, part.len, false),
-                        access(part.to, part.len, true),
-                    ]
-                })
-                .collect(),
+            Work::Copy(part) => ends(part).to_vec(),
+            Work::Twin(list, parts) => {
+                let list = access(list.address, list.words.len() * size_of::<u64>(), false);
+                parts.iter().flat_map(ends).chain([list]).collect()
+            }
             Work::Kernel { address, bytes, .. } => vec![access(*address, bytes.len(), true)],
             Work::Foreign(foreign) => {
                 let reads = foreign
@@ -287,13 +306,13 @@ mod tests {
     use super::*;
 
     fn copy(from: usize, to: usize) -> Work {
-        Work::Copy(vec![Part {
+        Work::Copy(Part {
             from,
             to,
             len: 10,
             from_pinned: false,
             to_pinned: false,
-        }])
+        })
     }
 
     #[test]

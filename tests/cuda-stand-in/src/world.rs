@@ -19,6 +19,8 @@ pub(crate) const INVALID_HANDLE: u32 = 400;
 pub(crate) const NOT_FOUND: u32 = 500;
 pub(crate) const NOT_READY: u32 = 600;
 pub(crate) const ILLEGAL_ADDRESS: u32 = 700;
+pub(crate) const CAPTURE_UNSUPPORTED: u32 = 900;
+pub(crate) const CAPTURE_INVALIDATED: u32 = 901;
 
 /// The state of the stand-in; one for each process.
 pub(crate) struct World {
@@ -26,6 +28,8 @@ pub(crate) struct World {
     pub(crate) streams: Mutex<HashMap<usize, Arc<Stream>>>,
     pub(crate) events: Mutex<HashMap<usize, Arc<Event>>>,
     pub(crate) pending: Mutex<Pending>,
+    /// Streams of which a graph is captured, and whether it is whole so far.
+    pub(crate) captures: Mutex<HashMap<usize, bool>>,
     /// How often each device's context was retained.
     pub(crate) retained: Vec<AtomicUsize>,
     pub(crate) delay_most_us: AtomicU64,
@@ -49,6 +53,7 @@ impl World {
                 streams: Mutex::default(),
                 events: Mutex::default(),
                 pending: Mutex::default(),
+                captures: Mutex::default(),
                 retained: (0..settings.device_count).map(|_| AtomicUsize::new(0)).collect(),
                 delay_most_us: AtomicU64::new(settings.delay_most.as_micros() as u64),
                 is_initialized: AtomicU32::new(0),

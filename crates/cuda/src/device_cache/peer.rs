@@ -9,15 +9,14 @@ use super::{DeviceCache, Patience, Pause};
 use crate::communicator::{Communicator, CommunicatorPlace, Rank};
 use crate::error::{CudaError, Result};
 use crate::nccl::CommunicatorId;
-use crate::raw::{Flown, PeerMapping, Pieces, TokenMemory};
+use crate::raw::{Flown, PeerMapping, PieceList, Pieces, TokenMemory};
 use crate::share::CacheOffer;
 use crate::spans::RunPart;
 
-/// Most bytes, and most copies, that are started before the caller's patience is looked at again. At most two such windows
-/// are on their way: that is what a caller waits for beyond its deadline, since a copy on a device cannot be called off. Each
-/// takes a tenth of a millisecond over NVLink, one or two over PCIe.
-const WINDOW_BYTES: usize = 32 << 20;
-const WINDOW_PIECES: usize = 512;
+/// Most bytes that are started before the caller's patience is looked at again. At most two such windows are on their way:
+/// that is what a caller waits for beyond its deadline, since a copy on a device cannot be called off. Each takes a tenth of a
+/// millisecond over NVLink, one or two over PCIe.
+const WINDOW_BYTES: usize = PieceList::BYTES_MAX;
 const WINDOWS_MAX: usize = 2;
 
 /// Short copies take a few microseconds, less than any sleep.
@@ -179,7 +178,7 @@ impl DeviceCache {
         loop {
             while failure.is_none() && !pieces.is_done() && flying.len() < WINDOWS_MAX {
                 match patience.check("copies into the cache") {
-                    Ok(()) => flying.push_back(pieces.start_next(WINDOW_BYTES, WINDOW_PIECES)),
+                    Ok(()) => flying.push_back(pieces.start_next(WINDOW_BYTES)),
                     Err(error) => failure = Some(error),
                 }
             }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclDataType_t, ncclUniqueId};
 
 use super::device::{Device, Event, OwnStream};
+use super::kernel::PieceList;
 use super::memory::DeviceMemory;
 use super::nccl::{IN_PROGRESS, Nccl, SUCCESS};
 use super::peer::{Pieces, groups};
@@ -297,6 +298,8 @@ pub(crate) struct CommunicatorEnd {
     stream: ManuallyDrop<OwnStream>,
     staging: ManuallyDrop<Arc<DeviceBuffer>>,
     memory: ManuallyDrop<Arc<DeviceMemory>>,
+    /// What the latest gathering reads.
+    list: ManuallyDrop<Option<PieceList>>,
     phase: Phase,
 }
 
@@ -318,6 +321,7 @@ impl CommunicatorEnd {
             stream: ManuallyDrop::new(stream),
             staging: ManuallyDrop::new(staging),
             memory: ManuallyDrop::new(Arc::clone(memory)),
+            list: ManuallyDrop::new(memory.take_list()),
             phase: Phase::Idle,
         })
     }
@@ -362,8 +366,8 @@ impl CommunicatorEnd {
                     })
                     .collect();
                 // SAFETY: the sources were found in runs of the cache by `SendPlan::new`, the targets lie in the staging, as
-                // was just checked; both are kept until an event behind the copies is over, or for ever.
-                unsafe { self.stream.start_between(&pieces)? };
+                // was just checked; both and the list are kept until an event behind the copies is over, or for ever.
+                unsafe { self.stream.start_between(&pieces, self.list.as_mut())? };
                 gathered = [(staging, *len_bytes)];
                 gathered.as_slice()
             }
@@ -488,8 +492,12 @@ impl CommunicatorEnd {
             stream,
             staging,
             memory,
+            list,
             ..
         } = self;
+        if let Some(list) = ManuallyDrop::into_inner(list) {
+            memory.give_list(list);
+        }
         drop(ManuallyDrop::into_inner(stream));
         drop(ManuallyDrop::into_inner(staging));
         drop(ManuallyDrop::into_inner(memory));

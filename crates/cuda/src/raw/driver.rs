@@ -3,7 +3,9 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUstream};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcMemHandle, CUmodule, CUstream,
+};
 use libloading::Library;
 
 use super::table::table;
@@ -17,7 +19,7 @@ pub(super) const OUT_OF_MEMORY: u32 = 2;
 pub(super) const NOT_READY: u32 = 600;
 
 table! {
-    /// The functions that this crate needs. All of them exist since CUDA 4, or 11 where the name ends in `_v2`.
+    /// The functions that this crate needs. All of them exist since CUDA 4, 10.1 or, where the name ends in `_v2`, 11.
     Calls {
         cuInit(c_uint);
         cuDriverGetVersion(*mut c_int);
@@ -47,50 +49,29 @@ table! {
         cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
         cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
         cuIpcCloseMemHandle(CUdeviceptr);
+        cuModuleLoadData(*mut CUmodule, *const c_void);
+        cuModuleUnload(CUmodule);
+        cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+        cuLaunchKernel(
+            CUfunction,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            CUstream,
+            *mut *mut c_void,
+            *mut *mut c_void
+        );
+        cuThreadExchangeStreamCaptureMode(*mut c_uint);
     }
 }
-
-/// What all copies of a batch have in common: the driver's `CUmemcpyAttributes`.
-#[repr(C)]
-pub(super) struct BatchAttributes {
-    source_access_order: u32,
-    /// Kind and number of a place, twice; zeroes: no hint.
-    location_hints: [u32; 4],
-    flags: u32,
-}
-
-impl BatchAttributes {
-    /// Sources are read when the stream comes to the batch.
-    pub(super) const IN_STREAM_ORDER: Self = Self {
-        source_access_order: 1,
-        location_hints: [0; 4],
-        flags: 0,
-    };
-}
-
-/// `cuMemcpyBatchAsync` as CUDA 12.8 has it: targets, sources, lengths and their number; attributes, the first copy that
-/// each is for and their number; place for the number of a copy that failed; stream.
-pub(super) type BatchCopy = unsafe extern "C" fn(
-    *const CUdeviceptr,
-    *const CUdeviceptr,
-    *const usize,
-    usize,
-    *const BatchAttributes,
-    *const usize,
-    usize,
-    *mut usize,
-    CUstream,
-) -> u32;
-
-/// The version of the driver's interface whose form [`BatchCopy`] has. Newer drivers have the function in this form too,
-/// under another name, and give out the one that is asked for.
-const BATCH_COPY_VERSION: c_int = 12_080;
 
 /// A loaded CUDA driver.
 pub(crate) struct Driver {
     pub(super) calls: Calls,
-    /// Where the driver is new enough.
-    pub(super) batch_copy: Option<BatchCopy>,
     library: String,
 }
 
@@ -117,7 +98,6 @@ impl Driver {
     pub(super) fn stand_in(calls: Calls) -> Self {
         Self {
             calls,
-            batch_copy: None,
             library: "stand-in".to_owned(),
         }
     }
@@ -131,8 +111,6 @@ impl Driver {
                 Ok(library) => {
                     // SAFETY: as above; the driver's interface is stable under these names.
                     let calls = unsafe { Calls::resolve(&library) };
-                    // SAFETY: as above.
-                    let batch_copy = unsafe { find_batch_copy(&library) };
                     // Never unloaded: the driver has threads, and the functions must stay.
                     std::mem::forget(library);
                     let calls = calls.map_err(|missing| CudaError::SymbolMissing {
@@ -142,7 +120,6 @@ impl Driver {
                     })?;
                     return Ok(Self {
                         calls,
-                        batch_copy,
                         library: name.to_owned(),
                     });
                 }
@@ -225,31 +202,6 @@ impl Driver {
             context,
         }
     }
-}
-
-/// # Safety
-/// `library` is the CUDA driver.
-unsafe fn find_batch_copy(library: &Library) -> Option<BatchCopy> {
-    type Find = unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64, *mut u32) -> u32;
-    // SAFETY: the driver has the function in this form since 12.0; an older one lacks the name.
-    let find = unsafe { library.get::<Find>("cuGetProcAddress_v2") }.ok()?;
-    let mut found = std::ptr::null_mut();
-    let mut status = 0;
-    // SAFETY: a text that ends with a zero, and places for one pointer and one number. It may be called before `cuInit`.
-    let code = unsafe {
-        find(
-            c"cuMemcpyBatchAsync".as_ptr(),
-            &raw mut found,
-            BATCH_COPY_VERSION,
-            0,
-            &raw mut status,
-        )
-    };
-    if code != SUCCESS || status != 0 || found.is_null() {
-        return None;
-    }
-    // SAFETY: not null, and the function of that name in the form of the version that was asked for.
-    Some(unsafe { std::mem::transmute::<*mut c_void, BatchCopy>(found) })
 }
 
 impl std::fmt::Debug for Driver {

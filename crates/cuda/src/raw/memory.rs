@@ -2,12 +2,13 @@
 
 use std::any::Any;
 use std::mem::ManuallyDrop;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvlane_core::BlockMap;
 
 use super::device::{Device, Direction, Event, Staging};
 use super::driver::Driver;
+use super::kernel::PieceList;
 use super::peer::PeerMapping;
 use crate::error::{CudaError, Result};
 use crate::spans::{RunPart, Span, merge, part_bytes, spans};
@@ -71,10 +72,15 @@ impl std::fmt::Debug for DeviceTensors {
     }
 }
 
+/// Lists that are pinned from the start, since pinning stalls the device. There are as many as launches on their way at most.
+const LISTS: usize = 4;
+
 /// Device memory by raw addresses, and the device.
 pub(crate) struct DeviceMemory {
     device: Arc<Device>,
     map: BlockMap,
+    /// Lists that no launch is using.
+    lists: Mutex<Vec<PieceList>>,
     /// Keeps the memory valid.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -83,9 +89,14 @@ impl DeviceMemory {
     pub(crate) fn open(tensors: DeviceTensors) -> Result<Arc<Self>> {
         let ordinal = tensors.ordinal()?;
         let device = Device::open((tensors.driver)()?, ordinal)?;
+        let count = if device.takes_lists() { LISTS } else { 0 };
+        let lists = (0..count)
+            .map(|_| PieceList::allocate(&device))
+            .collect::<Result<_>>()?;
         Ok(Arc::new(Self {
             device,
             map: tensors.map,
+            lists: Mutex::new(lists),
             _owner: tensors.owner,
         }))
     }
@@ -96,6 +107,28 @@ impl DeviceMemory {
 
     pub(crate) fn map(&self) -> &BlockMap {
         &self.map
+    }
+
+    /// A list for one launch, if there are launches. Who has no use for it any more [gives it back](Self::give_list).
+    pub(super) fn take_list(&self) -> Option<PieceList> {
+        if !self.device.takes_lists() {
+            return None;
+        }
+        let free = self.lists().pop();
+        free.or_else(|| {
+            let new = PieceList::allocate(&self.device);
+            new.inspect_err(|error| tracing::warn!(%error, "no list for copies of many pieces at once"))
+                .ok()
+        })
+    }
+
+    /// Takes a list back that no launch is using.
+    pub(super) fn give_list(&self, list: PieceList) {
+        self.lists().push(list);
+    }
+
+    fn lists(&self) -> MutexGuard<'_, Vec<PieceList>> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts copying one block of `layers`, which lie one after the other in the buffer.
@@ -184,31 +217,24 @@ impl DeviceMemory {
                 };
             }
         };
-        // From here on the buffer may be in use by the device: it is freed only by `poll`.
+        let mut list = (spans.len() > 1).then(|| self.take_list()).flatten();
+        // From here on the buffer and the list may be in use by the device: they are free again only in `poll`.
         let staging = ManuallyDrop::new(staging);
-        let mut failure = None;
-        for span in spans {
-            let (offset, len) = (span.offset_bytes, span.len_bytes);
-            // SAFETY: the caller vouches for the spans. `InFlight` keeps their owners, and the buffer to itself, until the
-            // event behind the copies is over.
-            let started = unsafe {
-                match direction {
-                    Direction::Out => self.device.start_out(span.address, &staging, offset, len),
-                    Direction::In => self.device.start_in(span.address, &staging, offset, len),
-                }
-            };
-            if let Err(error) = started {
-                // What was started before still runs, so the end is waited for all the same.
-                failure = Some(error);
-                break;
-            }
-        }
+        // SAFETY: the caller vouches for the spans. `InFlight` keeps their owners, and buffer and list to itself, until the event
+        // behind the copies is over. After an error what was started before still runs, so the end is waited for all the same.
+        let started = unsafe {
+            self.device
+                .start_spans(direction, &spans, &staging, list.as_mut())
+        };
+        let list = list.map(ManuallyDrop::new);
+        let failure = started.err();
         match self.device.record(&event, direction) {
             Ok(()) => Progress::Running(InFlight {
                 staging,
+                list,
                 event,
                 failure,
-                _memory: Arc::clone(self),
+                memory: Arc::clone(self),
                 peer: peer.map(ManuallyDrop::new),
             }),
             // A context that cannot record an event runs nothing any more. When the buffer is free, nobody can say.
@@ -222,9 +248,10 @@ impl DeviceMemory {
 #[derive(Debug)]
 pub(crate) struct InFlight {
     staging: ManuallyDrop<Staging>,
+    list: Option<ManuallyDrop<PieceList>>,
     event: Event,
     failure: Option<CudaError>,
-    _memory: Arc<DeviceMemory>,
+    memory: Arc<DeviceMemory>,
     peer: Option<ManuallyDrop<Arc<PeerMapping>>>,
 }
 
@@ -252,6 +279,9 @@ impl InFlight {
             Ok(true) => {
                 // No copy is reading the peer's memory any more, so its mapping may go.
                 drop(self.peer.map(ManuallyDrop::into_inner));
+                if let Some(list) = self.list {
+                    self.memory.give_list(ManuallyDrop::into_inner(list));
+                }
                 Progress::Ended {
                     staging: ManuallyDrop::into_inner(self.staging),
                     result: self.failure.map_or(Ok(()), Err),

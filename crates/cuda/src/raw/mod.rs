@@ -6,6 +6,7 @@
 mod communicator;
 mod device;
 mod driver;
+mod kernel;
 mod memory;
 mod nccl;
 mod peer;
@@ -18,6 +19,7 @@ pub(crate) use communicator::{CommunicatorEnd, DeviceBuffer};
 pub use device::StreamHandle;
 pub(crate) use device::{Direction, Event, Staging};
 pub(crate) use driver::Driver;
+pub(crate) use kernel::PieceList;
 pub use memory::DeviceTensors;
 pub(crate) use memory::{DeviceMemory, InFlight, Progress};
 pub(crate) use nccl::Nccl;

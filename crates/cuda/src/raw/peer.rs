@@ -5,6 +5,7 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use super::device::{Device, Direction, Event, Staging};
+use super::kernel::PieceList;
 use super::memory::{DeviceMemory, Progress};
 use crate::error::{CudaError, Result};
 use crate::share::{ALLOCATIONS_MAX, CacheOffer, SharedAllocation};
@@ -231,6 +232,9 @@ fn span(address: u64, len_bytes: usize) -> Span {
     }
 }
 
+/// Most copies that are started at once where each is a call: those take the driver 3 ms.
+const COPIES_MAX: usize = 512;
+
 /// Copies out of other memory that were found to be inside of it and of local runs, as few as possible.
 #[derive(Debug)]
 pub(crate) struct Pieces {
@@ -265,8 +269,13 @@ impl Pieces {
         self.next == self.pieces.len()
     }
 
-    /// Starts the next copies, of so many bytes and in so many pieces at most.
-    pub(crate) fn start_next(&mut self, most_bytes: usize, most_pieces: usize) -> Flown {
+    /// Starts the next copies, of so many bytes at most.
+    pub(crate) fn start_next(&mut self, most_bytes: usize) -> Flown {
+        let most_pieces = if self.memory.device().takes_lists() {
+            PieceList::PIECES_MAX
+        } else {
+            COPIES_MAX
+        };
         let mut rest = &self.pieces[self.next..];
         let window = take_window(&mut rest, &mut self.taken_bytes, most_bytes, most_pieces);
         self.next = self.pieces.len() - rest.len();
@@ -280,14 +289,17 @@ impl Pieces {
                 };
             }
         };
+        let mut list = (window.len() > 1).then(|| self.memory.take_list()).flatten();
         // SAFETY: who made this value has found the sources in memory that `source` keeps and the targets in runs of the
-        // cache; `Flight` keeps both until the event behind the copies is over.
-        let started = unsafe { device.start_between(&window) };
+        // cache; `Flight` keeps both, and the list, until the event behind the copies is over.
+        let started = unsafe { device.start_between(&window, list.as_mut()) };
+        let list = list.map(ManuallyDrop::new);
         match device.record(&event, Direction::In) {
             Ok(()) => Flown::Running(Flight {
                 event,
                 bytes: window.iter().map(|piece| piece.len_bytes as u64).sum(),
                 failure: started.err(),
+                list,
                 memory: ManuallyDrop::new(Arc::clone(&self.memory)),
                 source: ManuallyDrop::new(Arc::clone(&self.source)),
             }),
@@ -306,6 +318,7 @@ pub(crate) struct Flight {
     event: Event,
     bytes: u64,
     failure: Option<CudaError>,
+    list: Option<ManuallyDrop<PieceList>>,
     memory: ManuallyDrop<Arc<DeviceMemory>>,
     source: ManuallyDrop<Arc<dyn Any + Send + Sync>>,
 }
@@ -332,6 +345,9 @@ impl Flight {
         match self.event.is_over() {
             Ok(false) => Flown::Running(self),
             Ok(true) => {
+                if let Some(list) = self.list {
+                    self.memory.give_list(ManuallyDrop::into_inner(list));
+                }
                 drop(ManuallyDrop::into_inner(self.memory));
                 drop(ManuallyDrop::into_inner(self.source));
                 Flown::Ended {

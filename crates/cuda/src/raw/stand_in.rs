@@ -9,8 +9,8 @@
 //! - Copies outside of device memory and pinned memory, pinned memory that is freed under a copy, and calls without a
 //!   current context are remembered: see [`StandIn::violations`].
 //!
-//! Every [`StandIn`] is a device of its own, so tests do not meet. Sharing memory between processes is not supported here:
-//! for that there is a library of its own, `tests/cuda-stand-in`.
+//! Every [`StandIn`] is a device of its own, so tests do not meet. Sharing memory between processes and kernels are not supported
+//! here: for that there is a library of its own, `tests/cuda-stand-in`.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -21,7 +21,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUstream};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcMemHandle, CUmodule, CUstream,
+};
 use kvlane_core::BlockMap;
 
 use super::driver::{Calls, Driver, NOT_READY, OUT_OF_MEMORY, SUCCESS};
@@ -430,6 +432,11 @@ fn driver() -> &'static Driver {
             cuIpcGetMemHandle: calls::no_handle,
             cuIpcOpenMemHandle_v2: calls::no_mapping,
             cuIpcCloseMemHandle: calls::no_address,
+            cuModuleLoadData: calls::no_module,
+            cuModuleUnload: calls::no_unloading,
+            cuModuleGetFunction: calls::no_function,
+            cuLaunchKernel: calls::no_launch,
+            cuThreadExchangeStreamCaptureMode: calls::exchange_capture_mode,
         })
     })
 }

@@ -127,6 +127,9 @@ impl SharedNcclLane {
             // NCCL may wait for a way that there is not. One transfer may have had little time.
             Err(LaneError::TimedOut { .. }) if way.late.fetch_add(1, Ordering::Relaxed) + 1 >= LATE_MAX => {
                 let reason = format!("{LATE_MAX} times a communicator was not made in time");
+                if !way.is_forced() {
+                    tracing::warn!(peer = %self.peer.address, reason, "lane tcp instead of nccl, as long as this connection lasts");
+                }
                 let _ = way.failure.set(reason);
             }
             // The peer or the transfer, not NCCL.

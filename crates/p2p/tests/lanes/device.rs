@@ -158,7 +158,7 @@ fn neighbours_in_a_process_of_their_own() {
     let holder = holder_for(Kind::Cuda, layout, Place::Child);
     let local = layout.device_cache();
     let mut lane = holder.lane(Kind::Cuda, LocalCache::from(Arc::clone(&local)));
-    let counts = || ["cuMemcpyDtoDAsync_v2", "cuMemcpyBatchAsync"].map(|call| stand_in.calls(call));
+    let counts = || ["cuMemcpyDtoDAsync_v2", "cuLaunchKernel"].map(|call| stand_in.calls(call));
     let before = counts();
     copy(lane.as_mut(), &span(0..1, &[4, 5, 6, 7], &[9, 10, 11, 12])).unwrap();
     let one = counts();
@@ -196,13 +196,13 @@ pub(crate) fn answer(test: &str, settings: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn neighbours_on_both_sides_are_one_copy_and_others_one_call_where_the_driver_has_batches() {
+fn neighbours_on_both_sides_are_one_copy_and_others_one_launch_where_the_driver_takes_the_kernel() {
     let test = "device::neighbours_in_a_process_of_their_own";
     assert_eq!(answer(test, &[]), "1 0 0 1");
-    let old = ("KVLANE_CUDA_STAND_IN_WITHOUT", "cuMemcpyBatchAsync");
+    let old = ("KVLANE_CUDA_STAND_IN_FAIL", "cuModuleLoadData:0:222");
     assert_eq!(answer(test, &[old]), "1 0 3 0");
-    // A driver that has the call and refuses it: copied all the same.
-    let refusing = ("KVLANE_CUDA_STAND_IN_FAIL", "cuMemcpyBatchAsync:0:801");
+    // A driver that takes the kernel and does not launch it: copied all the same.
+    let refusing = ("KVLANE_CUDA_STAND_IN_FAIL", "cuLaunchKernel:0:801");
     assert_eq!(answer(test, &[refusing]), "1 0 3 1");
 }
 
@@ -215,7 +215,7 @@ fn a_failing_device_in_a_process_of_its_own() {
     let local = Kind::Cuda.filled(SMALL, 2);
     let mut lane = holder.lane(Kind::Cuda, &local);
     // The second copy of a span cannot be started; the first is waited for.
-    stand_in.fail("cuMemcpyBatchAsync", 0, 801);
+    stand_in.fail("cuLaunchKernel", 0, 801);
     stand_in.fail("cuMemcpyDtoDAsync_v2", 1, 700);
     let failed = copy(lane.as_mut(), &span(0..3, &[1, 3], &[5, 7])).unwrap_err();
     assert!(

@@ -1,10 +1,11 @@
 //! The driver's functions. Their pointers are valid: the callers are kvlane's driver module and this crate's.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{SharedFile, fill, open_shared, pinned};
+use crate::captures;
 use crate::control::NOT_YET;
 use crate::memory::{Handle, Kind, Range};
 use crate::streams::{Event, Part, Stream, Work};
@@ -33,6 +34,17 @@ macro_rules! begin_on_device {
             Err(code) => return code,
         }
     };
+}
+
+/// For what fails while a graph is captured elsewhere, and spoils it, unless the thread has said that it knows.
+macro_rules! begin_outside_of_captures {
+    ($call:literal) => {{
+        let world = begin_on_device!($call);
+        if captures::forbid(world) {
+            return CAPTURE_UNSUPPORTED;
+        }
+        world
+    }};
 }
 
 #[unsafe(no_mangle)]
@@ -69,6 +81,8 @@ extern "C" fn cuGetErrorName(code: u32, name: *mut *const c_char) -> u32 {
         NOT_FOUND => c"CUDA_ERROR_NOT_FOUND",
         ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
         801 => c"CUDA_ERROR_NOT_SUPPORTED",
+        CAPTURE_UNSUPPORTED => c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        CAPTURE_INVALIDATED => c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
         _ => return INVALID_VALUE,
     };
     give(name, text.as_ptr());
@@ -203,7 +217,7 @@ extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventQuery(event: *mut c_void) -> u32 {
-    let world = begin_on_device!("cuEventQuery");
+    let world = begin_outside_of_captures!("cuEventQuery");
     match world.event(event.addr()) {
         Some(event) if event.is_over() => SUCCESS,
         Some(_) => NOT_READY,
@@ -222,7 +236,7 @@ extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostAlloc(pointer: *mut *mut c_void, len: usize, _flags: c_uint) -> u32 {
-    let world = begin_on_device!("cuMemHostAlloc");
+    let world = begin_outside_of_captures!("cuMemHostAlloc");
     let start = pinned(len);
     let kind = Kind::Pinned;
     world.memory_mut().add(start, Range { len, kind });
@@ -232,13 +246,13 @@ extern "C" fn cuMemHostAlloc(pointer: *mut *mut c_void, len: usize, _flags: c_ui
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFreeHost(pointer: *mut c_void) -> u32 {
-    begin_on_device!("cuMemFreeHost");
+    begin_outside_of_captures!("cuMemFreeHost");
     free(pointer.addr(), true)
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(address: *mut u64, len: usize) -> u32 {
-    let world = begin_on_device!("cuMemAlloc_v2");
+    let world = begin_outside_of_captures!("cuMemAlloc_v2");
     if len == 0 {
         return INVALID_VALUE;
     }
@@ -253,7 +267,7 @@ extern "C" fn cuMemAlloc_v2(address: *mut u64, len: usize) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFree_v2(address: u64) -> u32 {
-    begin_on_device!("cuMemFree_v2");
+    begin_outside_of_captures!("cuMemFree_v2");
     free(address as usize, false)
 }
 
@@ -283,7 +297,7 @@ extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, len: *mut usize, address: 
 
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcGetMemHandle(handle: *mut [u8; 64], address: u64) -> u32 {
-    let world = begin_on_device!("cuIpcGetMemHandle");
+    let world = begin_outside_of_captures!("cuIpcGetMemHandle");
     let memory = world.memory();
     let Some((
         _,
@@ -313,7 +327,7 @@ struct IpcHandle([u8; 64]);
 
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcOpenMemHandle_v2(address: *mut u64, handle: IpcHandle, flags: c_uint) -> u32 {
-    let world = begin_on_device!("cuIpcOpenMemHandle_v2");
+    let world = begin_outside_of_captures!("cuIpcOpenMemHandle_v2");
     // The one flag that there is must be set.
     let Some(handle) = Handle::decode(&handle.0).filter(|_| flags == 1) else {
         return INVALID_VALUE;
@@ -339,7 +353,7 @@ extern "C" fn cuIpcOpenMemHandle_v2(address: *mut u64, handle: IpcHandle, flags:
 
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcCloseMemHandle(address: u64) -> u32 {
-    let world = begin_on_device!("cuIpcCloseMemHandle");
+    let world = begin_outside_of_captures!("cuIpcCloseMemHandle");
     let start = address as usize;
     let len = world.memory().around(start).map_or(1, |(_, range)| range.len);
     if world.memory_mut().close(start).is_none() {
@@ -361,7 +375,7 @@ extern "C" fn cuMemcpyDtoHAsync_v2(target: *mut c_void, source: u64, len: usize,
         from_pinned: false,
         to_pinned: true,
     };
-    copy_later(vec![part], stream)
+    copy_later(part, stream)
 }
 
 #[unsafe(no_mangle)]
@@ -379,55 +393,13 @@ extern "C" fn cuMemcpyHtoDAsync_v2(
         from_pinned: true,
         to_pinned: false,
     };
-    copy_later(vec![part], stream)
+    copy_later(part, stream)
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoDAsync_v2(target: u64, source: u64, len: usize, stream: *mut c_void) -> u32 {
     begin_on_device!("cuMemcpyDtoDAsync_v2");
-    copy_later(vec![between_devices(source, target, len)], stream)
-}
-
-/// Not exported: found through `cuGetProcAddress_v2` only, like every function that is newer than the driver's first
-/// version with a name.
-extern "C" fn batch_copy(
-    targets: *const u64,
-    sources: *const u64,
-    lens: *const usize,
-    count: usize,
-    attributes: *const c_void,
-    attribute_indexes: *const usize,
-    attribute_count: usize,
-    failed: *mut usize,
-    stream: *mut c_void,
-) -> u32 {
-    let world = begin_on_device!("cuMemcpyBatchAsync");
-    if count == 0 || attribute_count != 1 || attributes.is_null() || stream.addr() <= 2 {
-        return world.violated(
-            "a batch without copies or attributes, or on a default stream",
-            INVALID_VALUE,
-        );
-    }
-    // SAFETY: the caller passes lists of as many items, and one index.
-    let (targets, sources, lens, first) = unsafe {
-        (
-            std::slice::from_raw_parts(targets, count),
-            std::slice::from_raw_parts(sources, count),
-            std::slice::from_raw_parts(lens, count),
-            *attribute_indexes,
-        )
-    };
-    give(failed, usize::MAX);
-    // SAFETY: the attributes begin with the order of access.
-    let order = unsafe { *attributes.cast::<u32>() };
-    if first != 0 || order != 1 {
-        return world.violated(
-            "a batch whose sources are not read in the stream's order",
-            INVALID_VALUE,
-        );
-    }
-    let parts = (0..count).map(|index| between_devices(sources[index], targets[index], lens[index]));
-    copy_later(parts.collect(), stream)
+    copy_later(between_devices(source, target, len), stream)
 }
 
 fn between_devices(source: u64, target: u64, len: usize) -> Part {
@@ -440,49 +412,17 @@ fn between_devices(source: u64, target: u64, len: usize) -> Part {
     }
 }
 
-fn copy_later(parts: Vec<Part>, stream: *mut c_void) -> u32 {
+fn copy_later(part: Part, stream: *mut c_void) -> u32 {
     let world = World::get();
     let Some(stream) = world.stream(stream.addr()) else {
         return world.violated("a copy on a stream that is none", INVALID_HANDLE);
     };
-    for part in &parts {
-        let memory = world.memory();
-        let checked = memory
-            .check(part.from, part.len, part.from_pinned)
-            .and_then(|()| memory.check(part.to, part.len, part.to_pinned));
-        if let Err(what) = checked {
-            return world.violated(&format!("a copy of {what}"), INVALID_VALUE);
-        }
-        if part.to_pinned {
-            fill(part.to, NOT_YET, part.len);
-        }
+    if let Err(what) = world.memory().check_part(&part) {
+        return world.violated(&format!("a copy of {what}"), INVALID_VALUE);
     }
-    stream.push(Work::Copy(parts));
+    if part.to_pinned {
+        fill(part.to, NOT_YET, part.len);
+    }
+    stream.push(Work::Copy(part));
     SUCCESS
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn cuGetProcAddress_v2(
-    symbol: *const c_char,
-    function: *mut *mut c_void,
-    version: c_int,
-    _flags: u64,
-    status: *mut u32,
-) -> u32 {
-    // May be called before `cuInit`.
-    let world = World::get();
-    // SAFETY: the caller passes a text that ends with a zero.
-    let name = unsafe { CStr::from_ptr(symbol) }.to_string_lossy();
-    let is_there = name == "cuMemcpyBatchAsync" && !world.settings.without.contains(&*name);
-    // 1: not found, 2: the version asked for is too old.
-    let (found, answer) = match (is_there, version >= 12_080) {
-        (true, true) => (batch_copy as *mut c_void, 0),
-        (true, false) => (std::ptr::null_mut(), 2),
-        _ => (std::ptr::null_mut(), 1),
-    };
-    give(function, found);
-    if !status.is_null() {
-        give(status, answer);
-    }
-    if answer == 0 { SUCCESS } else { NOT_FOUND }
 }

@@ -92,3 +92,12 @@ pub(crate) fn fill(address: usize, byte: u8, len: usize) {
     // SAFETY: as for `copy`.
     unsafe { start.write_bytes(byte, len) };
 }
+
+/// Numbers that lie one after the other.
+pub(crate) fn words(address: usize, count: usize) -> Vec<u64> {
+    let start: *const u64 = std::ptr::with_exposed_provenance(address);
+    // SAFETY: as for `copy`; read wherever they lie.
+    (0..count)
+        .map(|index| unsafe { start.add(index).read_unaligned() })
+        .collect()
+}

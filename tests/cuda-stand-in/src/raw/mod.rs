@@ -5,6 +5,7 @@ mod calls;
 mod client;
 mod exported;
 mod files;
+mod kernels;
 
 pub(crate) use client::Client;
-pub(crate) use files::{SharedFile, copy, fill, open_shared, pinned};
+pub(crate) use files::{SharedFile, copy, fill, open_shared, pinned, words};

@@ -276,3 +276,40 @@ pub(super) unsafe extern "C" fn no_mapping(
 ) -> u32 {
     NOT_SUPPORTED
 }
+
+pub(super) unsafe extern "C" fn no_module(_module: *mut CUmodule, _image: *const c_void) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_unloading(_module: CUmodule) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_function(
+    _function: *mut CUfunction,
+    _module: CUmodule,
+    _name: *const c_char,
+) -> u32 {
+    NOT_SUPPORTED
+}
+
+pub(super) unsafe extern "C" fn no_launch(
+    _function: CUfunction,
+    _grid_x: c_uint,
+    _grid_y: c_uint,
+    _grid_z: c_uint,
+    _block_x: c_uint,
+    _block_y: c_uint,
+    _block_z: c_uint,
+    _shared_bytes: c_uint,
+    _stream: CUstream,
+    _arguments: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> u32 {
+    NOT_SUPPORTED
+}
+
+/// Nobody captures graphs here.
+pub(super) unsafe extern "C" fn exchange_capture_mode(_mode: *mut c_uint) -> u32 {
+    SUCCESS
+}
