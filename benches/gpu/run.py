@@ -30,8 +30,8 @@ METHOD = (
     "anew in each round. request: 48 layers x 64 runs of 32 KiB; pages: the same bytes as 64 runs; block: one "
     "run of 32 KiB. us: the median of all rounds, from the order of a pull to its end, called and timed from Python, "
     "both streams idle. device copy: one copy of as many bytes between two buffers of the device, timed before each "
-    "pull. of_device_copy: its us divided by the us of the row. nccl: NCCL takes the two ends for two machines (it refuses "
-    "them on one GPU else), so its bytes go over sockets."
+    "pull. of_device_copy: its us divided by the us of the row. nccl: NCCL takes the two ends for two machines, since "
+    "it refuses them on one GPU else, so its bytes go over sockets."
 )
 
 

@@ -88,8 +88,8 @@ class Ends(Claims):
                         time.sleep(end_ms / 1000)
                         decode.worker.cancel(job)
                     ends.append(self.outcome(decode, job))
-                    # A copy that meets the deadline itself may be told of as lost. With NCCL any end in the middle aborts
-                    # the communicator, so the next pull may be lost before it is cancelled.
+                    # A copy that meets the deadline itself may be told of as lost. With NCCL an end in the middle
+                    # aborts the communicator, so the next pull may be lost before it is cancelled.
                     allowed = {"timeout", "lost", "done"} if number % 2 else {"cancelled", "done"}
                     self.assertIn(ends[-1], allowed | {"lost"} if lane == "nccl" else allowed)
                     self.assert_nothing_is_written_any_more(prefill, decode)
