@@ -58,8 +58,13 @@ class EngineHost:
             self._engine.add_request(request["id"], prompt, _sampling(request))
         steps = 0
         while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
+            outputs = self._engine.step()
+            for output in outputs:
                 progress[output.request_id].take(output, time.perf_counter() - started)
+            if not outputs:
+                # As vLLM's own loop does it. Without it a loop that waits for KV starves everything else: beside two
+                # ranks, whose workers answer each step, all other processes of two cores stood still for 30 s.
+                time.sleep(0.001)
             steps += 1
             self._lowest_free_blocks = min(self._lowest_free_blocks, self.free_blocks())
             ending = [p.id for p in progress.values() if p.wants_abort(steps)]
