@@ -125,8 +125,8 @@ class Driver:
         library, *others = libraries
         try:
             self.library = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-            # Loaded once, they are found by their names.
-            self._others = [ctypes.CDLL(other) for other in others]
+            #: Loaded once, they are found by their names.
+            self.others = [ctypes.CDLL(other) for other in others]
         except OSError as error:
             raise DriverMissing(f"there is no CUDA driver here: {error}") from None
         for name, arguments in {**CALLS, **OPTIONAL}.items():

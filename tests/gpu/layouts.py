@@ -116,6 +116,9 @@ LAYOUTS = {
         Layout("heads before tokens", "KBHTD", "KBTHD"),
         Layout("MLA", "BTC", "BTC"),
         Layout("all layers of a block in one page", "BLKTHD", "BKTHD"),
+        # Runs that are no multiple of what a kernel copies at a time, and begin elsewhere in it than their targets.
+        Layout("odd and short", "KBTHD", "KBTHD", layers=2, heads=1, head_numbers=7, block_tokens=3),
+        Layout("odd and long", "BKTHD", "BKTHD", layers=2, heads=3, head_numbers=601, block_tokens=5),
     )
 }
 

@@ -47,6 +47,8 @@ def torch_with_cuda() -> Any:
 @functools.cache
 def lanes() -> tuple[str, ...]:
     """The lanes that a cache on a device has here. All claims are made of each, and each is timed."""
+    if driver().is_stand_in and not driver().others:
+        return ("cuda", "tcp")  # NCCL itself does not know that stand-in
     torch_with_cuda()  # whose NCCL is found by its name from then on
     try:
         ctypes.CDLL(NCCL)

@@ -2,12 +2,16 @@
 
 import random
 import unittest
+from functools import partial
 
 from claims import COMPUTED, Claims
+from driver import driver
 from layouts import LAYOUTS
 from peer import Peer
 from side import Side, lanes
 
+#: So many of them need more memory than there was at first, if one gave nothing back.
+PULLS = 40
 ADJACENT = list(range(8, 20))
 ORDERS = {
     "adjacent": (ADJACENT, list(range(30, 42))),
@@ -57,6 +61,23 @@ class Bytes(Claims):
                 self.assert_arrives(decode, job)
             self.assertEqual(decode.lanes(), [lane])
             self.assert_holds(decode, sources, targets)
+
+    def test_scattered_blocks_are_launches_and_further_ones_pin_no_further_memory(self) -> None:
+        if not driver().is_stand_in:
+            self.skipTest("only the stand-in counts calls")
+        (sources, targets), prefill = ORDERS["scattered"], self.prefill()
+        for lane in lanes():
+            with self.subTest(lane=lane):
+                decode = self.decode(lane)
+                self.meet(prefill, decode, lane)
+                sides = [decode.count_of] if lane == "cuda" else [decode.count_of, partial(prefill.tell, "count_of")]
+                before = [(count("cuLaunchKernel"), count("cuMemHostAlloc")) for count in sides]
+                for number in range(PULLS):
+                    prefill.tell("hold", f"{lane} {number}", sources)
+                    self.assert_arrives(decode, decode.pull(f"{lane} {number}", prefill.port, targets), lane)
+                for count, (launches, pinned) in zip(sides, before, strict=True):
+                    self.assertGreaterEqual(count("cuLaunchKernel"), launches + PULLS)
+                    self.assertEqual(count("cuMemHostAlloc"), pinned)
 
     def test_what_decode_expects_is_of_this_seed_and_no_other(self) -> None:
         """The check itself can fail."""

@@ -82,9 +82,10 @@ impl DeviceCache {
     /// # Errors
     /// No driver, no such device, no memory, or tensors that are elsewhere.
     pub fn open(tensors: DeviceTensors, buffer_count: usize) -> Result<Self> {
-        let memory = DeviceMemory::open(tensors)?;
+        let buffer_count = buffer_count.max(1);
+        let memory = DeviceMemory::open(tensors, buffer_count)?;
         let buffer_bytes = memory.map().block_bytes().next_multiple_of(PAGE_BYTES);
-        let buffers = (0..buffer_count.max(1))
+        let buffers = (0..buffer_count)
             .map(|_| memory.device().allocate(buffer_bytes))
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {

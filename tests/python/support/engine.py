@@ -45,7 +45,7 @@ class Engine:
         environment = vllm_environment(self._cpus)
         # The engine loop must be ours: aborts and preemptions are placed by step, not by luck.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        environment["PYTHONPATH"] = str(HERE.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE.parent, HERE / "startup")))
         environment["TMPDIR"] = str(self._temporary)
         read_end, write_end = os.pipe()
         with open(self._log_path, "a") as log:

@@ -15,8 +15,8 @@ use crate::spans::RunPart;
 
 /// Most bytes that are started before the caller's patience is looked at again. At most two such windows are on their way:
 /// that is what a caller waits for beyond its deadline, since a copy on a device cannot be called off. Each takes a tenth of a
-/// millisecond over NVLink, one or two over PCIe.
-const WINDOW_BYTES: usize = PieceList::BYTES_MAX;
+/// millisecond over NVLink and one or two over PCIe, once the device has room for it: the stream's priority sees to that.
+const WINDOW_BYTES: usize = PieceList::WINDOW_BYTES;
 const WINDOWS_MAX: usize = 2;
 
 /// Short copies take a few microseconds, less than any sleep.

@@ -16,6 +16,7 @@ use super::kernel::PieceList;
 use super::memory::DeviceMemory;
 use super::nccl::{IN_PROGRESS, Nccl, SUCCESS};
 use super::peer::{Pieces, groups};
+use crate::communicator::Rank;
 use crate::error::{CudaError, Result};
 use crate::nccl::CommunicatorId;
 use crate::spans::{Piece, RunPart, in_order, join};
@@ -112,6 +113,8 @@ enum Sends {
 impl SendPlan {
     /// Most sends of a group.
     pub const SENDS_MAX: usize = 64;
+    /// Most parts of a group that are gathered by one launch.
+    pub const PARTS_MAX: usize = 1 << 14;
 
     /// # Panics
     /// If the cache has no such part.
@@ -313,6 +316,10 @@ impl CommunicatorEnd {
     ) -> Result<Self> {
         let device = memory.device();
         let staging = DeviceBuffer::allocate(device, staging_bytes)?;
+        // Who receives gathers nothing. Pinned here, where NCCL takes seconds anyway.
+        let list = (rank == Rank::Sender as u32 && device.takes_lists())
+            .then(|| PieceList::allocate(device, SendPlan::PARTS_MAX, staging_bytes))
+            .transpose()?;
         let stream = device.stream()?;
         let handle = Handle::begin(device, id, rank)?;
         Ok(Self {
@@ -321,7 +328,7 @@ impl CommunicatorEnd {
             stream: ManuallyDrop::new(stream),
             staging: ManuallyDrop::new(staging),
             memory: ManuallyDrop::new(Arc::clone(memory)),
-            list: ManuallyDrop::new(memory.take_list()),
+            list: ManuallyDrop::new(list),
             phase: Phase::Idle,
         })
     }
@@ -495,9 +502,7 @@ impl CommunicatorEnd {
             list,
             ..
         } = self;
-        if let Some(list) = ManuallyDrop::into_inner(list) {
-            memory.give_list(list);
-        }
+        drop(ManuallyDrop::into_inner(list));
         drop(ManuallyDrop::into_inner(stream));
         drop(ManuallyDrop::into_inner(staging));
         drop(ManuallyDrop::into_inner(memory));

@@ -1,6 +1,6 @@
 //! One device: its primary context, a stream for the copies of each direction, events, pinned memory.
 
-use std::ffi::{c_char, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -40,8 +40,12 @@ pub(crate) enum Direction {
 
 /// From how many pieces on one launch takes less time than as many copies of the driver. On an H100 a launch took 14 us, a copy
 /// between devices 10 us alone and 6 us among many, one to or from the host 3.5 us among many.
-const LAUNCHED_BETWEEN_DEVICES_MIN: usize = 3;
-const LAUNCHED_WITH_HOST_MIN: usize = 4;
+pub(super) const LAUNCHED_BETWEEN_DEVICES_MIN: usize = 3;
+pub(super) const LAUNCHED_WITH_HOST_MIN: usize = 4;
+
+/// The highest that there is: the driver takes the next possible. A launch that copies has a few thousand threads for some
+/// microseconds; behind a model's kernels, which fill the device, it would wait, and whoever waits for it.
+const PRIORITY: c_int = -100;
 
 /// A thread in this mode may call what a graph cannot have in it while another thread captures one.
 const CAPTURE_RELAXED: c_uint = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as c_uint;
@@ -195,9 +199,9 @@ impl Device {
         let mut stream = ptr::null_mut();
         let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: writes one handle; the context is current.
-        let code = unsafe { (entered.calls().cuStreamCreate)(&raw mut stream, flags) };
+        let code = unsafe { (entered.calls().cuStreamCreateWithPriority)(&raw mut stream, flags, PRIORITY) };
         self.driver
-            .check(code, "cuStreamCreate", "making a copy stream")?;
+            .check(code, "cuStreamCreateWithPriority", "making a copy stream")?;
         Ok(stream)
     }
 
@@ -331,7 +335,8 @@ impl Device {
     /// Copies pieces in one launch, on a stream of ours. `false`: that is not possible, and nothing was started.
     ///
     /// # Safety
-    /// As for [`start_between`](Self::start_between).
+    /// Sources and targets are memory that this device can reach, and the list keeps still, until an event that was recorded
+    /// behind the copies is over.
     unsafe fn launch(
         &self,
         stream: CUstream,
@@ -343,6 +348,7 @@ impl Device {
             return false;
         };
         let Some(count) = list.write(pieces) else {
+            tracing::warn!("more pieces than a list has room for: each is a copy of its own");
             return false;
         };
         let launched = self.enter().and_then(|_entered| {

@@ -19,7 +19,7 @@ pub(super) const OUT_OF_MEMORY: u32 = 2;
 pub(super) const NOT_READY: u32 = 600;
 
 table! {
-    /// The functions that this crate needs. All of them exist since CUDA 4, 10.1 or, where the name ends in `_v2`, 11.
+    /// The functions that this crate needs. All of them exist since CUDA 4, 5.5, 10.1 or, where the name ends in `_v2`, 11.
     Calls {
         cuInit(c_uint);
         cuDriverGetVersion(*mut c_int);
@@ -31,7 +31,7 @@ table! {
         cuDevicePrimaryCtxRelease_v2(CUdevice);
         cuCtxPushCurrent_v2(CUcontext);
         cuCtxPopCurrent_v2(*mut CUcontext);
-        cuStreamCreate(*mut CUstream, c_uint);
+        cuStreamCreateWithPriority(*mut CUstream, c_uint, c_int);
         cuStreamDestroy_v2(CUstream);
         cuStreamWaitEvent(CUstream, CUevent, c_uint);
         cuEventCreate(*mut CUevent, c_uint);

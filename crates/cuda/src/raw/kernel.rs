@@ -25,9 +25,6 @@ const NAME: &CStr = c"kvlane_copy_pieces";
 const THREADS: c_uint = 512;
 /// Most bytes of an entry. Longer pieces are several, so that all blocks have work.
 const ENTRY_BYTES: u64 = 32 << 10;
-/// Most entries of a list.
-const ENTRIES_MAX: usize = 9 << 10;
-
 /// Blocks of a launch that stays on devices: two for each of an H100's 132 multiprocessors. There 96 MiB in pieces of 32 KiB
 /// took 86 us with 264 blocks, 118 us with 64, and 76 us as one copy of the driver.
 pub(super) const BLOCKS_BETWEEN_DEVICES: c_uint = 264;
@@ -121,33 +118,99 @@ pub(crate) struct PieceList {
 }
 
 impl PieceList {
-    /// Most pieces of a launch, if together they have no more than [`BYTES_MAX`](Self::BYTES_MAX).
-    pub(crate) const PIECES_MAX: usize = 8 << 10;
-    /// Most bytes of a launch of so many pieces.
-    pub(crate) const BYTES_MAX: usize = (ENTRIES_MAX - Self::PIECES_MAX) * ENTRY_BYTES as usize;
+    /// Most pieces of a window, if together they have no more than [`WINDOW_BYTES`](Self::WINDOW_BYTES).
+    pub(crate) const WINDOW_PIECES: usize = 8 << 10;
+    /// Most bytes of a window.
+    pub(crate) const WINDOW_BYTES: usize = 32 << 20;
 
-    pub(super) fn allocate(device: &Arc<Device>) -> Result<Self> {
-        let staging = device.allocate(ENTRIES_MAX * size_of::<Entry>())?;
+    /// With room for a window, and for what a buffer of so many bytes is scattered to.
+    pub(super) fn for_window(device: &Arc<Device>) -> Result<Self> {
+        Self::allocate(device, Self::WINDOW_PIECES, Self::WINDOW_BYTES)
+    }
+
+    /// With room for so many pieces of so many bytes together.
+    pub(super) fn allocate(device: &Arc<Device>, pieces: usize, bytes: usize) -> Result<Self> {
+        let staging = device.allocate(entries_max(pieces, bytes) * size_of::<Entry>())?;
         Ok(Self { staging })
     }
 
     /// Writes the list, and returns how many entries it has. `None`: there are too many.
     pub(super) fn write(&mut self, pieces: impl Iterator<Item = Piece>) -> Option<u32> {
-        let mut places = self.staging.chunks_exact_mut(size_of::<Entry>());
-        let mut count = 0;
-        for piece in pieces {
-            let mut done_bytes = 0;
-            while done_bytes < piece.len_bytes as u64 {
-                let entry = Entry {
-                    from: piece.from + done_bytes,
-                    to: piece.to + done_bytes,
-                    len_bytes: (piece.len_bytes as u64 - done_bytes).min(ENTRY_BYTES),
-                };
-                places.next()?.copy_from_slice(bytemuck::bytes_of(&entry));
-                done_bytes += entry.len_bytes;
-                count += 1;
-            }
+        write(&mut self.staging, pieces)
+    }
+}
+
+/// Each piece has one entry that is not full.
+fn entries_max(pieces: usize, bytes: usize) -> usize {
+    pieces + bytes / ENTRY_BYTES as usize
+}
+
+fn write(list: &mut [u8], pieces: impl Iterator<Item = Piece>) -> Option<u32> {
+    let mut places = list.chunks_exact_mut(size_of::<Entry>());
+    let mut count = 0;
+    for piece in pieces {
+        let mut done_bytes = 0;
+        while done_bytes < piece.len_bytes as u64 {
+            let entry = Entry {
+                from: piece.from + done_bytes,
+                to: piece.to + done_bytes,
+                len_bytes: (piece.len_bytes as u64 - done_bytes).min(ENTRY_BYTES),
+            };
+            places.next()?.copy_from_slice(bytemuck::bytes_of(&entry));
+            done_bytes += entry.len_bytes;
+            count += 1;
         }
-        Some(count)
+    }
+    Some(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(from: u64, to: u64, len_bytes: usize) -> Piece {
+        Piece {
+            from,
+            to,
+            len_bytes,
+            groups: (0, 0),
+        }
+    }
+
+    #[test]
+    fn long_pieces_are_several_entries_and_every_byte_is_in_one() {
+        let full = ENTRY_BYTES as usize;
+        let mut list = vec![0; 6 * size_of::<Entry>()];
+        let pieces = [
+            piece(1000, 5, 2 * full + 7),
+            piece(8, 1 << 40, 1),
+            piece(0, 9, full),
+        ];
+        assert_eq!(write(&mut list, pieces.into_iter()), Some(5));
+        let entries: Vec<[u64; 3]> = list
+            .chunks_exact(size_of::<Entry>())
+            .take(5)
+            .map(|bytes| bytemuck::pod_read_unaligned(bytes))
+            .collect();
+        let expected = [
+            [1000, 5, ENTRY_BYTES],
+            [1000 + ENTRY_BYTES, 5 + ENTRY_BYTES, ENTRY_BYTES],
+            [1000 + 2 * ENTRY_BYTES, 5 + 2 * ENTRY_BYTES, 7],
+            [8, 1 << 40, 1],
+            [0, 9, ENTRY_BYTES],
+        ];
+        assert_eq!(entries, expected);
+    }
+
+    #[test]
+    fn a_list_takes_the_worst_that_it_has_room_for_and_not_one_entry_more() {
+        // Every piece one byte longer than whole entries.
+        let (pieces, full) = (6, ENTRY_BYTES as usize);
+        let worst = || (0..pieces).map(|_| piece(0, 0, full + 1));
+        let entries = entries_max(pieces, pieces * (full + 1));
+        let mut list = vec![0; entries * size_of::<Entry>()];
+        assert_eq!(write(&mut list, worst()), Some(entries as u32));
+        list.truncate(list.len() - 1);
+        assert_eq!(write(&mut list, worst()), None);
     }
 }

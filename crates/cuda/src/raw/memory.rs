@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvlane_core::BlockMap;
 
-use super::device::{Device, Direction, Event, Staging};
+use super::device::{Device, Direction, Event, LAUNCHED_WITH_HOST_MIN, Staging};
 use super::driver::Driver;
 use super::kernel::PieceList;
 use super::peer::PeerMapping;
@@ -72,8 +72,8 @@ impl std::fmt::Debug for DeviceTensors {
     }
 }
 
-/// Lists that are pinned from the start, since pinning stalls the device. There are as many as launches on their way at most.
-const LISTS: usize = 4;
+/// Lists for copies between devices; beside those each staging buffer may need one.
+const LISTS_BETWEEN_DEVICES: usize = 4;
 
 /// Device memory by raw addresses, and the device.
 pub(crate) struct DeviceMemory {
@@ -86,19 +86,21 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    pub(crate) fn open(tensors: DeviceTensors) -> Result<Arc<Self>> {
+    /// Copies of so many staging buffers may be on their way at once. Lists for them are pinned now, since that stalls the
+    /// device.
+    pub(crate) fn open(tensors: DeviceTensors, buffer_count: usize) -> Result<Arc<Self>> {
         let ordinal = tensors.ordinal()?;
         let device = Device::open((tensors.driver)()?, ordinal)?;
-        let count = if device.takes_lists() { LISTS } else { 0 };
-        let lists = (0..count)
-            .map(|_| PieceList::allocate(&device))
-            .collect::<Result<_>>()?;
-        Ok(Arc::new(Self {
+        let memory = Arc::new(Self {
             device,
             map: tensors.map,
-            lists: Mutex::new(lists),
+            lists: Mutex::default(),
             _owner: tensors.owner,
-        }))
+        });
+        let lists = (0..buffer_count + LISTS_BETWEEN_DEVICES).map_while(|_| memory.take_list());
+        let lists: Vec<PieceList> = lists.collect();
+        lists.into_iter().for_each(|list| memory.give_list(list));
+        Ok(memory)
     }
 
     pub(crate) fn device(&self) -> &Arc<Device> {
@@ -116,7 +118,7 @@ impl DeviceMemory {
         }
         let free = self.lists().pop();
         free.or_else(|| {
-            let new = PieceList::allocate(&self.device);
+            let new = PieceList::for_window(&self.device);
             new.inspect_err(|error| tracing::warn!(%error, "no list for copies of many pieces at once"))
                 .ok()
         })
@@ -217,16 +219,16 @@ impl DeviceMemory {
                 };
             }
         };
-        let mut list = (spans.len() > 1).then(|| self.take_list()).flatten();
+        let is_long = spans.len() >= LAUNCHED_WITH_HOST_MIN;
+        let mut list = is_long.then(|| self.take_list()).flatten().map(ManuallyDrop::new);
         // From here on the buffer and the list may be in use by the device: they are free again only in `poll`.
         let staging = ManuallyDrop::new(staging);
         // SAFETY: the caller vouches for the spans. `InFlight` keeps their owners, and buffer and list to itself, until the event
         // behind the copies is over. After an error what was started before still runs, so the end is waited for all the same.
         let started = unsafe {
             self.device
-                .start_spans(direction, &spans, &staging, list.as_mut())
+                .start_spans(direction, &spans, &staging, list.as_deref_mut())
         };
-        let list = list.map(ManuallyDrop::new);
         let failure = started.err();
         match self.device.record(&event, direction) {
             Ok(()) => Progress::Running(InFlight {
@@ -234,24 +236,27 @@ impl DeviceMemory {
                 list,
                 event,
                 failure,
-                memory: Arc::clone(self),
+                memory: ManuallyDrop::new(Arc::clone(self)),
                 peer: peer.map(ManuallyDrop::new),
             }),
             // A context that cannot record an event runs nothing any more. When the buffer is free, nobody can say.
-            Err(error) => Progress::Lost(failure.unwrap_or(error)),
+            Err(error) => {
+                std::mem::forget((Arc::clone(self), peer));
+                Progress::Lost(failure.unwrap_or(error))
+            }
         }
     }
 }
 
-/// Copies on their way. Dropping this value gives the buffer up for good, and a peer's mapping with it, since the device may
-/// still be using them.
+/// Copies on their way. Dropping this value gives the buffer up for good, and the cache's memory and a peer's mapping with it,
+/// since the device may still be using them.
 #[derive(Debug)]
 pub(crate) struct InFlight {
     staging: ManuallyDrop<Staging>,
     list: Option<ManuallyDrop<PieceList>>,
     event: Event,
     failure: Option<CudaError>,
-    memory: Arc<DeviceMemory>,
+    memory: ManuallyDrop<Arc<DeviceMemory>>,
     peer: Option<ManuallyDrop<Arc<PeerMapping>>>,
 }
 
@@ -282,6 +287,7 @@ impl InFlight {
                 if let Some(list) = self.list {
                     self.memory.give_list(ManuallyDrop::into_inner(list));
                 }
+                drop(ManuallyDrop::into_inner(self.memory));
                 Progress::Ended {
                     staging: ManuallyDrop::into_inner(self.staging),
                     result: self.failure.map_or(Ok(()), Err),

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-use super::device::{Device, Direction, Event, Staging};
+use super::device::{Device, Direction, Event, LAUNCHED_BETWEEN_DEVICES_MIN, Staging};
 use super::kernel::PieceList;
 use super::memory::{DeviceMemory, Progress};
 use crate::error::{CudaError, Result};
@@ -271,10 +271,14 @@ impl Pieces {
 
     /// Starts the next copies, of so many bytes at most.
     pub(crate) fn start_next(&mut self, most_bytes: usize) -> Flown {
-        let most_pieces = if self.memory.device().takes_lists() {
-            PieceList::PIECES_MAX
-        } else {
-            COPIES_MAX
+        let is_long = self.pieces.len() - self.next >= LAUNCHED_BETWEEN_DEVICES_MIN;
+        let mut list = is_long
+            .then(|| self.memory.take_list())
+            .flatten()
+            .map(ManuallyDrop::new);
+        let most_pieces = match list {
+            Some(_) => PieceList::WINDOW_PIECES,
+            None => COPIES_MAX,
         };
         let mut rest = &self.pieces[self.next..];
         let window = take_window(&mut rest, &mut self.taken_bytes, most_bytes, most_pieces);
@@ -283,17 +287,18 @@ impl Pieces {
         let event = match device.event() {
             Ok(event) => event,
             Err(error) => {
+                if let Some(list) = list {
+                    self.memory.give_list(ManuallyDrop::into_inner(list));
+                }
                 return Flown::Ended {
                     bytes: 0,
                     result: Err(error),
                 };
             }
         };
-        let mut list = (window.len() > 1).then(|| self.memory.take_list()).flatten();
         // SAFETY: who made this value has found the sources in memory that `source` keeps and the targets in runs of the
         // cache; `Flight` keeps both, and the list, until the event behind the copies is over.
-        let started = unsafe { device.start_between(&window, list.as_mut()) };
-        let list = list.map(ManuallyDrop::new);
+        let started = unsafe { device.start_between(&window, list.as_deref_mut()) };
         match device.record(&event, Direction::In) {
             Ok(()) => Flown::Running(Flight {
                 event,

@@ -414,7 +414,7 @@ fn driver() -> &'static Driver {
             cuDevicePrimaryCtxRelease_v2: calls::context_release,
             cuCtxPushCurrent_v2: calls::context_push,
             cuCtxPopCurrent_v2: calls::context_pop,
-            cuStreamCreate: calls::stream_create,
+            cuStreamCreateWithPriority: calls::stream_create,
             cuStreamDestroy_v2: calls::stream_destroy,
             cuStreamWaitEvent: calls::stream_wait_event,
             cuEventCreate: calls::event_create,

@@ -177,6 +177,12 @@ extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> u32 {
     SUCCESS
 }
 
+/// Priorities mean nothing here.
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamCreateWithPriority(stream: *mut *mut c_void, flags: c_uint, _priority: c_int) -> u32 {
+    cuStreamCreate(stream, flags)
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> u32 {
     let world = begin_on_device!("cuStreamDestroy_v2");

@@ -82,8 +82,12 @@ pub(super) unsafe extern "C" fn context_pop(context: *mut CUcontext) -> u32 {
     }
 }
 
-pub(super) unsafe extern "C" fn stream_create(stream: *mut CUstream, _flags: c_uint) -> u32 {
-    on_current("cuStreamCreate", |device| {
+pub(super) unsafe extern "C" fn stream_create(
+    stream: *mut CUstream,
+    _flags: c_uint,
+    _priority: c_int,
+) -> u32 {
+    on_current("cuStreamCreateWithPriority", |device| {
         let number = world().add_stream(Stream::start(device));
         give(stream, std::ptr::without_provenance_mut(number));
         SUCCESS

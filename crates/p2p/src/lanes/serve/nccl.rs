@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvlane_cuda::{
-    Communicator, CommunicatorId, CudaError, NcclInfo, NcclVersion, Patience as DevicePatience, Rank, RunPart,
+    Communicator, CommunicatorId, CudaError, NcclInfo, NcclVersion, Patience as DevicePatience, Rank,
+    RunPart, SendPlan,
 };
 
 use super::super::nccl::{GROUP_MAX, JOIN_MAX, STAGING_BYTES_MAX, other_version};
@@ -17,9 +18,6 @@ use super::super::watch::is_hung_up;
 use super::super::wire::{Answer, REFUSAL_BYTES_MAX};
 use super::super::{LaneError, Lease, LocalCache};
 use super::Server;
-
-/// Most parts of runs of one group: each may be a copy of its own.
-const PARTS_MAX: usize = 1 << 14;
 
 /// Why there is no communicator.
 enum Failure {
@@ -199,7 +197,7 @@ impl<F: Fn(Lease) -> bool> Server<F> {
 fn take_parts(walk: &mut Walk<'_>, most_bytes: usize, parts: &mut Vec<RunPart>) {
     parts.clear();
     let mut len_bytes = 0;
-    while parts.len() < PARTS_MAX
+    while parts.len() < SendPlan::PARTS_MAX
         && let Some(part) = walk.next(most_bytes - len_bytes)
     {
         len_bytes += part.len;
