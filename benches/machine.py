@@ -20,7 +20,8 @@ def facts(cores: list[int], folders: dict[str, str] | None = None) -> dict:
         "load": [round(load, 2) for load in os.getloadavg()],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()},
-        "command": shlex.join(["python", *sys.argv]),
+        # The script by its place in the repository, wherever that lies.
+        "command": shlex.join(["python", str(Path(*Path(sys.argv[0]).parts[-3:])), *sys.argv[1:]]),
     }
     if folders:
         found["filesystems"] = {medium: filesystem_of(folder) for medium, folder in folders.items()}
