@@ -190,7 +190,7 @@ mod tests {
         let entries: Vec<[u64; 3]> = list
             .chunks_exact(size_of::<Entry>())
             .take(5)
-            .map(|bytes| bytemuck::pod_read_unaligned(bytes))
+            .map(bytemuck::pod_read_unaligned)
             .collect();
         let expected = [
             [1000, 5, ENTRY_BYTES],
