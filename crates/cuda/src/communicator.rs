@@ -271,7 +271,7 @@ fn own(
         stop,
         place,
     } = setup;
-    let mut end = match CommunicatorEnd::begin(&memory, &id, rank as u32, staging_bytes) {
+    let mut end = match CommunicatorEnd::begin(&memory, &id, rank, staging_bytes) {
         Ok(end) => end,
         Err(error) => {
             let _ = ready.send(Err(error));

@@ -74,6 +74,18 @@ pub(crate) struct Piece {
     pub(crate) groups: (u32, u32),
 }
 
+impl Piece {
+    /// Where allocations do not matter: all are one.
+    pub(crate) const fn new(from: u64, to: u64, len_bytes: usize) -> Self {
+        Self {
+            from,
+            to,
+            len_bytes,
+            groups: (0, 0),
+        }
+    }
+}
+
 /// The sources of pieces, in the order given; what is adjacent and of one allocation is one.
 pub(crate) fn in_order(pieces: &[Piece]) -> Vec<(u64, usize)> {
     let mut runs: Vec<(u64, usize)> = Vec::new();
@@ -219,38 +231,29 @@ mod tests {
             }
         }
     }
-    fn piece(from: u64, to: u64, len_bytes: usize) -> Piece {
-        Piece {
-            from,
-            to,
-            len_bytes,
-            groups: (0, 0),
-        }
-    }
-
     #[test]
     fn pieces_that_touch_on_both_sides_are_one_copy_in_whatever_order_they_came() {
         let found = join(vec![
-            piece(300, 1300, 100),
-            piece(100, 1100, 100),
-            piece(200, 1200, 100),
-            piece(400, 1500, 100),
+            Piece::new(300, 1300, 100),
+            Piece::new(100, 1100, 100),
+            Piece::new(200, 1200, 100),
+            Piece::new(400, 1500, 100),
         ]);
-        assert_eq!(found, [piece(100, 1100, 300), piece(400, 1500, 100)]);
+        assert_eq!(found, [Piece::new(100, 1100, 300), Piece::new(400, 1500, 100)]);
     }
 
     #[test]
     fn sources_keep_their_order_and_are_one_only_where_they_follow_each_other_in_one_allocation() {
         let other = Piece {
             groups: (1, 0),
-            ..piece(250, 0, 50)
+            ..Piece::new(250, 0, 50)
         };
         let found = in_order(&[
-            piece(100, 0, 100),
-            piece(200, 0, 50),
+            Piece::new(100, 0, 100),
+            Piece::new(200, 0, 50),
             other,
-            piece(50, 0, 50),
-            piece(400, 0, 10),
+            Piece::new(50, 0, 50),
+            Piece::new(400, 0, 10),
         ]);
         assert_eq!(found, [(100, 150), (250, 50), (50, 50), (400, 10)]);
         assert_eq!(in_order(&[]), []);
@@ -261,24 +264,28 @@ mod tests {
         for groups in [(1, 0), (0, 1)] {
             let other = Piece {
                 groups,
-                ..piece(200, 1200, 100)
+                ..Piece::new(200, 1200, 100)
             };
-            assert_eq!(join(vec![piece(100, 1100, 100), other]).len(), 2);
+            assert_eq!(join(vec![Piece::new(100, 1100, 100), other]).len(), 2);
         }
     }
 
     #[test]
     fn windows_are_bounded_and_together_every_byte_once() {
-        let all = [piece(0, 1000, 70), piece(100, 2000, 10), piece(200, 3000, 45)];
+        let all = [
+            Piece::new(0, 1000, 70),
+            Piece::new(100, 2000, 10),
+            Piece::new(200, 3000, 45),
+        ];
         let (mut rest, mut taken) = (&all[..], 0);
         let mut windows = Vec::new();
         while !rest.is_empty() {
             windows.push(take_window(&mut rest, &mut taken, 50, 2));
         }
         let expected = [
-            vec![piece(0, 1000, 50)],
-            vec![piece(50, 1050, 20), piece(100, 2000, 10)],
-            vec![piece(200, 3000, 45)],
+            vec![Piece::new(0, 1000, 50)],
+            vec![Piece::new(50, 1050, 20), Piece::new(100, 2000, 10)],
+            vec![Piece::new(200, 3000, 45)],
         ];
         assert_eq!(windows, expected);
     }

@@ -15,7 +15,7 @@ use crate::spans::RunPart;
 
 /// Most bytes that are started before the caller's patience is looked at again. At most two such windows are on their way:
 /// that is what a caller waits for beyond its deadline, since a copy on a device cannot be called off. Each takes a tenth of a
-/// millisecond over NVLink and one or two over PCIe, once the device has room for it: the stream's priority sees to that.
+/// millisecond over NVLink and one or two over PCIe, once the device has room for it; the stream has the highest priority.
 const WINDOW_BYTES: usize = PieceList::WINDOW_BYTES;
 const WINDOWS_MAX: usize = 2;
 

@@ -311,16 +311,17 @@ impl CommunicatorEnd {
     pub(crate) fn begin(
         memory: &Arc<DeviceMemory>,
         id: &CommunicatorId,
-        rank: u32,
+        rank: Rank,
         staging_bytes: usize,
     ) -> Result<Self> {
         let device = memory.device();
         let staging = DeviceBuffer::allocate(device, staging_bytes)?;
         // Who receives gathers nothing. Pinned here, where NCCL takes seconds anyway.
-        let list = (rank == Rank::Sender as u32 && device.takes_lists())
+        let list = (rank == Rank::Sender && device.takes_lists())
             .then(|| PieceList::allocate(device, SendPlan::PARTS_MAX, staging_bytes))
             .transpose()?;
         let stream = device.stream()?;
+        let rank = rank as u32;
         let handle = Handle::begin(device, id, rank)?;
         Ok(Self {
             handle: Some(handle),

@@ -42,8 +42,8 @@ pub(crate) enum Direction {
     In = 1,
 }
 
-/// The highest that there is: the driver takes the next possible. A launch that copies has a few thousand threads for some
-/// microseconds; behind a model's kernels, which fill the device, it would wait, and whoever waits for it.
+/// The highest that there is: the driver takes the next possible. A launch that copies is short; behind a model's kernels, which
+/// fill the device, it would wait, and so would whoever waits for it.
 const PRIORITY: c_int = -100;
 
 /// A thread in this mode may call what a graph cannot have in it while another thread captures one.

@@ -168,23 +168,14 @@ fn write(list: &mut [u8], pieces: impl Iterator<Item = Piece>) -> Option<u32> {
 mod tests {
     use super::*;
 
-    fn piece(from: u64, to: u64, len_bytes: usize) -> Piece {
-        Piece {
-            from,
-            to,
-            len_bytes,
-            groups: (0, 0),
-        }
-    }
-
     #[test]
     fn long_pieces_are_several_entries_and_every_byte_is_in_one() {
         let full = ENTRY_BYTES as usize;
         let mut list = vec![0; 6 * size_of::<Entry>()];
         let pieces = [
-            piece(1000, 5, 2 * full + 7),
-            piece(8, 1 << 40, 1),
-            piece(0, 9, full),
+            Piece::new(1000, 5, 2 * full + 7),
+            Piece::new(8, 1 << 40, 1),
+            Piece::new(0, 9, full),
         ];
         assert_eq!(write(&mut list, pieces.into_iter()), Some(5));
         let entries: Vec<[u64; 3]> = list
@@ -206,7 +197,7 @@ mod tests {
     fn a_list_takes_the_worst_that_it_has_room_for_and_not_one_entry_more() {
         // Every piece one byte longer than whole entries.
         let (pieces, full) = (6, ENTRY_BYTES as usize);
-        let worst = || (0..pieces).map(|_| piece(0, 0, full + 1));
+        let worst = || (0..pieces).map(|_| Piece::new(0, 0, full + 1));
         let entries = entries_max(pieces, pieces * (full + 1));
         let mut list = vec![0; entries * size_of::<Entry>()];
         assert_eq!(write(&mut list, worst()), Some(entries as u32));

@@ -4,48 +4,11 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{SharedFile, fill, open_shared, pinned};
-use crate::captures;
+use super::{SharedFile, fill, give, open_shared, pinned};
 use crate::control::NOT_YET;
 use crate::memory::{Handle, Kind, Range};
 use crate::streams::{Event, Part, Stream, Work};
 use crate::world::*;
-
-/// Writes a result where the caller wants it.
-fn give<T>(place: *mut T, value: T) {
-    // SAFETY: the callers pass places of their own, see above.
-    unsafe { place.write(value) };
-}
-
-/// Ends a function with the error that it was told, or found.
-macro_rules! begin {
-    ($call:literal) => {
-        match World::get().begin($call) {
-            Ok(()) => World::get(),
-            Err(code) => return code,
-        }
-    };
-}
-
-macro_rules! begin_on_device {
-    ($call:literal) => {
-        match World::get().begin_on_device($call) {
-            Ok(_) => World::get(),
-            Err(code) => return code,
-        }
-    };
-}
-
-/// For what fails while a graph is captured elsewhere, and spoils it, unless the thread has said that it knows.
-macro_rules! begin_outside_of_captures {
-    ($call:literal) => {{
-        let world = begin_on_device!($call);
-        if captures::forbid(world) {
-            return CAPTURE_UNSUPPORTED;
-        }
-        world
-    }};
-}
 
 #[unsafe(no_mangle)]
 extern "C" fn cuInit(_flags: c_uint) -> u32 {

@@ -4,7 +4,7 @@
 use std::ffi::{CStr, c_char, c_uint, c_void};
 use std::ptr;
 
-use super::{fill, words};
+use super::{fill, give, words};
 use crate::captures;
 use crate::control::NOT_YET;
 use crate::streams::{List, Part, Work};
@@ -19,20 +19,9 @@ const FUNCTION: usize = 0x11;
 /// What a list's entry has: two addresses and a length.
 const ENTRY_WORDS: usize = 3;
 
-fn give<T>(place: *mut T, value: T) {
-    // SAFETY: the callers pass places of their own, see `calls`.
-    unsafe { place.write(value) };
-}
-
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) -> u32 {
-    let world = match World::get().begin_on_device("cuModuleLoadData") {
-        Ok(_) => World::get(),
-        Err(code) => return code,
-    };
-    if captures::forbid(world) {
-        return CAPTURE_UNSUPPORTED;
-    }
+    let world = begin_outside_of_captures!("cuModuleLoadData");
     // SAFETY: the caller passes a text that ends with a zero, the only form of a module that is known here.
     let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
     let entry = format!(".entry {}(", COPY_PIECES.to_string_lossy());
@@ -58,10 +47,7 @@ unsafe extern "C" fn cuModuleGetFunction(
     module: *mut c_void,
     name: *const c_char,
 ) -> u32 {
-    let world = match World::get().begin_on_device("cuModuleGetFunction") {
-        Ok(_) => World::get(),
-        Err(code) => return code,
-    };
+    let world = begin_on_device!("cuModuleGetFunction");
     // SAFETY: the caller passes a text that ends with a zero.
     if module.addr() != MODULE || unsafe { CStr::from_ptr(name) } != COPY_PIECES {
         return world.violated("a kernel that is none", NOT_FOUND);
@@ -84,10 +70,7 @@ unsafe extern "C" fn cuLaunchKernel(
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> u32 {
-    let world = match World::get().begin_on_device("cuLaunchKernel") {
-        Ok(_) => World::get(),
-        Err(code) => return code,
-    };
+    let world = begin_on_device!("cuLaunchKernel");
     let Some(stream) = world
         .stream(stream.addr())
         .filter(|_| function.addr() == FUNCTION)
@@ -156,10 +139,7 @@ unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut c_uint) -> u32
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamBeginCapture_v2(stream: *mut c_void, mode: c_uint) -> u32 {
-    let world = match World::get().begin_on_device("cuStreamBeginCapture_v2") {
-        Ok(_) => World::get(),
-        Err(code) => return code,
-    };
+    let world = begin_on_device!("cuStreamBeginCapture_v2");
     if world.stream(stream.addr()).is_none() || mode != captures::GLOBAL {
         return world.violated(
             "a capture of no stream, or of a kind that has no model here",
@@ -172,10 +152,7 @@ extern "C" fn cuStreamBeginCapture_v2(stream: *mut c_void, mode: c_uint) -> u32 
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamEndCapture(stream: *mut c_void, graph: *mut *mut c_void) -> u32 {
-    let world = match World::get().begin_on_device("cuStreamEndCapture") {
-        Ok(_) => World::get(),
-        Err(code) => return code,
-    };
+    let world = begin_on_device!("cuStreamEndCapture");
     give(graph, ptr::null_mut());
     match captures::end(world, stream.addr()) {
         Some(true) => SUCCESS,

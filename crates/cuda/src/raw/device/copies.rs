@@ -119,12 +119,7 @@ impl Device {
                 Direction::Out => (span.address, host),
                 Direction::In => (host, span.address),
             };
-            Piece {
-                from,
-                to,
-                len_bytes: span.len_bytes,
-                groups: (0, 0),
-            }
+            Piece::new(from, to, span.len_bytes)
         };
         let stream = self.streams[direction as usize];
         if spans.len() >= LAUNCHED_WITH_HOST_MIN
