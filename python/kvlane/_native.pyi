@@ -152,6 +152,8 @@ class P2pAsker:
     def ask(self, key: str, host: str, port: int, tokens: int, digest: bytes, timeout_ms: int) -> str:
         """'pending', 'started', 'ready', or a reason: 'none', 'mismatch', 'unreachable', 'refused', 'timeout', 'busy'.
         The first call sends the question, later ones (every step) read the answer: one lock, no system call."""
+    def tensor_ranks(self, host: str, port: int) -> int | None:
+        """How many workers of a prefill server share out its KV heads; None if it was never reached or does not say."""
     def forget(self, key: str) -> None: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
@@ -163,7 +165,8 @@ class P2pWorker:
     def __new__(
         cls, layout: Layout, owner: object, namespace: bytes, block_tokens: int, options: dict[str, Any]
     ) -> P2pWorker:
-        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves)."""
+        """``owner`` is kept alive as long as the worker can touch the tensors (pass the tensors themselves). Option
+        ``shape``: what the blocks hold, as ``kvlane.vllm.p2p_shape.Shape`` says; None: not known."""
     @property
     def port(self) -> int:
         """The bound port, 0 if it does not listen."""
@@ -191,10 +194,13 @@ class P2pWorker:
         block_ids: list[int],
         timeout_ms: int,
         stream: int | None = None,
+        *,
+        readers: int = 1,
     ) -> int:
-        """``stream``: the compute stream whose steps may still write the blocks, for tensors on a CUDA device."""
-    def release(self, key: str, host: str, port: int, digest: bytes) -> None:
-        """Tells prefill that this rank needs nothing (a full local hit)."""
+        """``stream``: the compute stream whose steps may still write the blocks, for tensors on a CUDA device.
+        ``readers``: ranks of this engine that pull from that rank, or release what it holds."""
+    def release(self, key: str, host: str, port: int, digest: bytes, *, readers: int = 1) -> None:
+        """Tells prefill that this rank needs nothing (a full local hit). ``readers`` as for ``pull``."""
     def cancel(self, job: int) -> None: ...
     def poll(self) -> list[tuple[int, list[int], str]]:
         """Completions not delivered yet: (job, bad positions, reason). One atomic load when idle."""

@@ -55,10 +55,28 @@ pub struct Region {
     pub block_stride_bytes: usize,
     /// The byte ranges of a block: ascending, not touching.
     pub runs: Vec<Run>,
+    /// How the elements of a block are counted, outermost first: what the runs are made of.
+    pub digits: Vec<Digit>,
+    /// The dimension of the tensor that counts blocks.
+    pub block_dim: usize,
+    /// Bytes of one element.
+    pub element_bytes: usize,
     /// Number of blocks.
     pub block_count: u32,
     /// Bytes from the first element to the end of the last one.
     pub extent_bytes: usize,
+}
+
+/// One digit of an element's position in a block: a dimension of the tensor, or a part of the one that counts blocks. Those
+/// of size one are left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Digit {
+    /// The dimension of the tensor. None: it counts the kernel's blocks inside a block of the block manager.
+    pub dim: Option<usize>,
+    /// How many there are, at least two.
+    pub size: usize,
+    /// Distance between neighbours.
+    pub stride_bytes: usize,
 }
 
 impl Region {
@@ -95,6 +113,17 @@ const FINGERPRINT_CONTEXT: &str = "kvlane 2026-11 payload order";
 
 /// Label of the digit that counts kernel blocks inside a block; real dimensions have small numbers.
 const SPLIT: u32 = u32::MAX;
+
+/// A digit while the map is made.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// In elements.
+    stride: u64,
+    size: u64,
+    /// For the fingerprint.
+    label: u32,
+    dim: Option<usize>,
+}
 
 impl BlockMap {
     /// Derives the map. `block_count` is the number of blocks that the engine's block manager counts; a tensor may have
@@ -219,16 +248,8 @@ impl BlockMap {
     }
 }
 
-/// One digit of an element's position: a dimension, or a part of the one that counts blocks.
-#[derive(Clone, Copy, Debug)]
-struct Digit {
-    stride: u64,
-    size: u64,
-    label: u32,
-}
-
 /// Returns the region of a tensor, without names, and the digits of a block's payload, outermost first.
-fn derive(view: &TensorView, block_count: u32, hint: Option<usize>) -> Result<(Region, Vec<Digit>)> {
+fn derive(view: &TensorView, block_count: u32, hint: Option<usize>) -> Result<(Region, Vec<Place>)> {
     check_form(view)?;
     let blocks = u64::from(block_count);
     let block_dim = block_dim(view, blocks, hint)?;
@@ -236,20 +257,22 @@ fn derive(view: &TensorView, block_count: u32, hint: Option<usize>) -> Result<(R
     // Signs were checked; a dimension of size one has no step that matters.
     let stride = |dim: usize| view.strides[dim].unsigned_abs();
 
-    let mut digits: Vec<Digit> = (0..view.shape.len())
+    let mut digits: Vec<Place> = (0..view.shape.len())
         .filter(|&dim| dim != block_dim && view.shape[dim] > 1)
         .enumerate()
-        .map(|(label, dim)| Digit {
+        .map(|(label, dim)| Place {
             stride: stride(dim),
             size: view.shape[dim],
             label: label as u32,
+            dim: Some(dim),
         })
         .collect();
     if split > 1 {
-        digits.push(Digit {
+        digits.push(Place {
             stride: stride(block_dim),
             size: split,
             label: SPLIT,
+            dim: None,
         });
     }
 
@@ -288,6 +311,16 @@ fn derive(view: &TensorView, block_count: u32, hint: Option<usize>) -> Result<(R
         device: view.device,
         block_stride_bytes,
         runs,
+        digits: digits
+            .iter()
+            .map(|place| Digit {
+                dim: place.dim,
+                size: place.size as usize,
+                stride_bytes: place.stride as usize * element_bytes,
+            })
+            .collect(),
+        block_dim,
+        element_bytes,
         block_count,
         extent_bytes,
     };
@@ -402,7 +435,7 @@ fn check_overlap(view: &TensorView, block_dim: usize) -> Result<()> {
 }
 
 /// The runs of a block whose digits are sorted by stride; `None` if there are more than [`MAX_RUNS`].
-fn runs(digits: &[Digit], element_bytes: usize) -> Option<Vec<Run>> {
+fn runs(digits: &[Place], element_bytes: usize) -> Option<Vec<Run>> {
     let mut run = 1u64;
     let mut inner = 0;
     while inner < digits.len() && digits[inner].stride == run {

@@ -25,7 +25,7 @@ pub mod recent;
 pub mod reference;
 pub mod transfer;
 
-pub use block_map::{BlockMap, Region, Run, TensorView};
+pub use block_map::{BlockMap, Digit, Region, Run, TensorView};
 pub use chain::{BlockKey, Chain, ChainRoot, ChainRootId, Keys};
 pub use error::{Error, Result};
 pub use memory::{Device, PagedMemory};

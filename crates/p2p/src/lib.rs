@@ -17,6 +17,7 @@ pub mod proto;
     reason = "the one place where addresses and system calls on them are handled"
 )]
 mod raw;
+pub mod shape;
 
 pub use engine::{
     Asked, AskerOptions, Ended, LaneChoice, P2pAsker, P2pWorker, PeerAddress, PeerOptions, PullOrder,

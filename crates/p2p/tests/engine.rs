@@ -151,6 +151,7 @@ impl Pair {
             prompt: prompt(count),
             first_block,
             targets: targets.to_vec(),
+            readers: 1,
             timeout: PATIENCE,
         }
     }
@@ -396,7 +397,7 @@ fn a_full_local_hit_releases_the_hold() {
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
     pair.prefill.progress(&[("r", done(2))]).expect("accepted");
     pair.prefill.finish(&"r".into()).expect("accepted");
-    pair.decode.release(&pair.address, key("a"), prompt(2));
+    pair.decode.release(&pair.address, key("a"), prompt(2), 1);
     assert_eq!(pair.ended(), [("r".into(), EndReason::Released)]);
 }
 

@@ -1,5 +1,6 @@
 //! `P2pAsker` and `P2pWorker`: the two roles of the P2P backend.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use kvlane_cuda::{DeviceCache, DeviceTensors, StreamHandle};
 use kvlane_fs::HostCache;
 use kvlane_p2p::lanes::LocalCache;
 use kvlane_p2p::proto::{DenyReason, EndReason, Offer, Progress, PullResult};
+use kvlane_p2p::shape::{Axes, CacheShape};
 use kvlane_p2p::{
     Asked, AskerOptions, LaneChoice, PeerAddress, PeerOptions, Prompt, PullOrder, TransferKey, WorkerOptions,
     WorkerStats,
@@ -69,6 +71,15 @@ impl P2pAsker {
         })
     }
 
+    /// How many workers of a prefill server share out its KV heads; None if it was never reached or does not say.
+    fn tensor_ranks(&self, py: Python<'_>, host: &str, port: u16) -> PyResult<Option<u32>> {
+        guard(py, || {
+            let asker = self.asker(py)?;
+            let address = PeerAddress::new(host, port).ok();
+            Ok(address.and_then(|address| asker.tensor_ranks(&address)))
+        })
+    }
+
     fn forget(&self, py: Python<'_>, key: &str) -> PyResult<()> {
         guard(py, || {
             let key = TransferKey::new(key).map_err(|error| p2p_error(py, &error))?;
@@ -112,7 +123,7 @@ impl P2pAsker {
 pub(crate) struct P2pWorker {
     inner: Mutex<Option<Arc<kvlane_p2p::P2pWorker>>>,
     /// Blocks of each pull, until it has ended.
-    counts: Mutex<std::collections::HashMap<u64, usize>>,
+    counts: Mutex<HashMap<u64, usize>>,
     /// Totals at the last call of `stats`.
     reported: Mutex<WorkerStats>,
     port: u16,
@@ -137,7 +148,8 @@ impl P2pWorker {
                     format!("a namespace has {} bytes, allowed: 32", namespace.len()),
                 )
             })?;
-            let settings = P2pOptions::parse(options)?.worker(block_tokens);
+            let mut settings = P2pOptions::parse(options)?.worker(block_tokens);
+            settings.shape = shape_of(layout.map(), block_tokens, options)?;
             let cache = cache_of(py, layout.map(), owner, &settings)?;
             let worker = py
                 .detach(|| kvlane_p2p::P2pWorker::open(cache, namespace, settings))
@@ -232,7 +244,7 @@ impl P2pWorker {
 
     /// `stream`: the compute stream whose steps may still write the blocks; for tensors on a CUDA device.
     #[allow(clippy::too_many_arguments, reason = "a pull has so many parts")]
-    #[pyo3(signature = (key, host, port, tokens, digest, first_block, block_ids, timeout_ms, stream = None))]
+    #[pyo3(signature = (key, host, port, tokens, digest, first_block, block_ids, timeout_ms, stream = None, *, readers = 1))]
     fn pull(
         &self,
         py: Python<'_>,
@@ -245,6 +257,7 @@ impl P2pWorker {
         block_ids: &Bound<'_, PyAny>,
         timeout_ms: u64,
         stream: Option<u64>,
+        readers: u32,
     ) -> PyResult<u64> {
         let targets = u32_items(block_ids, 0)?;
         let count = targets.len();
@@ -255,6 +268,7 @@ impl P2pWorker {
                 prompt: prompt_of(tokens, digest)?,
                 first_block,
                 targets,
+                readers,
                 timeout: millis(timeout_ms),
             };
             match stream_of(stream) {
@@ -266,10 +280,19 @@ impl P2pWorker {
         Ok(job)
     }
 
-    fn release(&self, py: Python<'_>, key: &str, host: &str, port: u16, digest: &[u8]) -> PyResult<()> {
+    #[pyo3(signature = (key, host, port, digest, *, readers = 1))]
+    fn release(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        host: &str,
+        port: u16,
+        digest: &[u8],
+        readers: u32,
+    ) -> PyResult<()> {
         self.call(py, |worker| {
             let address = PeerAddress::new(host, port)?;
-            worker.release(&address, TransferKey::new(key)?, prompt_of(0, digest)?);
+            worker.release(&address, TransferKey::new(key)?, prompt_of(0, digest)?, readers);
             Ok(())
         })
     }
@@ -474,6 +497,36 @@ impl P2pOptions {
         options.facts = self.facts;
         options
     }
+}
+
+/// What is in the blocks: (first KV head, heads, workers that share out the heads, for each layer's name the dimensions that
+/// count tokens and heads). None or missing: not known.
+type Shape = (u32, u32, u32, HashMap<String, (usize, Option<usize>)>);
+
+fn shape_of(map: &BlockMap, block_tokens: u32, options: &Bound<'_, PyDict>) -> PyResult<Option<CacheShape>> {
+    let given: Option<Shape> = match options.get_item("shape")? {
+        Some(given) => given.extract()?,
+        None => None,
+    };
+    let Some((first_head, head_count, tensor_ranks, axes)) = given else {
+        return Ok(None);
+    };
+    let py = options.py();
+    let axes: Option<Vec<Axes>> = map
+        .layer_names()
+        .map(|name| axes.get(name).map(|&(tokens, heads)| Axes { tokens, heads }))
+        .collect();
+    let axes =
+        axes.ok_or_else(|| config_error(py, "a layer's dimensions are missing in 'shape'".to_owned()))?;
+    let heads = first_head..first_head.saturating_add(head_count);
+    CacheShape::of(map, block_tokens, heads, tensor_ranks, &axes)
+        .map(Some)
+        .map_err(|what| {
+            config_error(
+                py,
+                format!("the KV tensors do not have the shape that was said: {what}"),
+            )
+        })
 }
 
 /// Pinned buffers of a block each, in addition to one for each copying thread: for data connections of lane tcp that are

@@ -250,12 +250,14 @@ class AdapterIdentities:
 _RECENT_CHAINS = RecentChains()
 
 
-def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool) -> Chain | None:
+def request_chain(
+    request: Any, block_tokens: int, adapters: AdapterIdentities, images_are_named: bool, is_vllms_block: bool = True
+) -> Chain | None:
     """The chain of a request's prompt, or None if its KV cannot be named by its content.
 
     That is so for prompts given as embeddings, for pooling requests (their attention may look ahead), and for images
     whose identifier is the request's or the client's and not the image's. A prompt that continues a recent one is
-    hashed from there on.
+    hashed from there on, where `block_tokens` is the size of vLLM's own blocks (`is_vllms_block`).
     """
     tokens = request.prompt_token_ids
     if tokens is None or getattr(request, "prompt_embeds", None) is not None:
@@ -268,13 +270,13 @@ def request_chain(request: Any, block_tokens: int, adapters: AdapterIdentities, 
         if lora is None:
             return None
     features = getattr(request, "mm_features", None)
-    if not features:
+    if not features and is_vllms_block:
         # vLLM has hashed every prompt before it asks a connector.
         hashes, num_tokens = getattr(request, "block_hashes", None), getattr(request, "num_tokens", len(tokens))
         return _RECENT_CHAINS.chain(tokens, hashes, num_tokens, block_tokens, cache_salt=request.cache_salt, lora=lora)
     # vLLM's hashes do not count images as kvlane does.
     chain = Chain(block_tokens, cache_salt=request.cache_salt, lora=lora)
-    for feature in features:
+    for feature in features or ():
         if not images_are_named or not _IMAGE_HASH.fullmatch(feature.identifier or ""):
             return None
         place = feature.mm_position

@@ -16,6 +16,7 @@ from kvlane.vllm.metrics import P2pPromMetrics
 from kvlane.vllm.p2p_key import ids_are_random
 from kvlane.vllm.p2p_options import P2pOptions, obsolete_options, parse_p2p_options
 from kvlane.vllm.p2p_scheduler import P2pSchedulerHalf, P2pSettings
+from kvlane.vllm.p2p_shape import shape_of, total_kv_heads
 from kvlane.vllm.p2p_steps import IDLE, P2pHandshake, P2pStep
 from kvlane.vllm.p2p_worker import P2pWorkerHalf, P2pWorkerSettings
 from kvlane.vllm.probes import (
@@ -30,6 +31,9 @@ from kvlane.vllm.worker import compute_stream
 
 # vLLM gives handlers to loggers below its own name only.
 logger = init_logger("vllm.kvlane")
+
+#: Where it is known what the blocks hold, these may differ between two servers.
+_FACTS_OF_SHAPE = ("block tokens", "tensor rank", "layout")
 
 _ANY_HOSTS = ("0.0.0.0", "::")
 
@@ -54,8 +58,12 @@ class KvlaneP2pConnector(KvlaneConnector):
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config, transfer)
         else:
+            (pp_rank, _), (tp_rank, tp_size) = ranks(vllm_config.parallel_config)
             settings = P2pWorkerSettings(
-                rank=_rank(vllm_config.parallel_config),
+                pp_rank=pp_rank,
+                tp_rank=tp_rank,
+                tp_size=tp_size,
+                kv_heads=total_kv_heads(vllm_config),
                 whole_layers=layers_are_whole(vllm_config),
                 holds_aborted_loads=holds_aborted_loads(),
             )
@@ -131,6 +139,13 @@ class KvlaneP2pConnector(KvlaneConnector):
         assert worker is not None
         worker.close()  # after sleep mode the tensors are others
         layout, facts = self._name_caches(kv_caches)
+        config = self._vllm_config
+        _, tp = ranks(config.parallel_config)
+        backend = identity.attention_backends(config)
+        shape = shape_of(kv_caches, self._kv_cache_config, total_kv_heads(config), tp, backend)
+        if shape is not None:
+            # What follows from these two servers agree on when they meet.
+            facts = [(name, value) for name, value in facts if name not in _FACTS_OF_SHAPE]
         rank = _rank(self._vllm_config.parallel_config)
         namespace = identity.namespace_of(facts)
         can_offer = bool(self._kv_transfer_config.is_kv_producer)
@@ -140,7 +155,7 @@ class KvlaneP2pConnector(KvlaneConnector):
             list(kv_caches.values()),
             namespace,
             self._vllm_config.cache_config.block_size,
-            self._native_options(port, rank, can_offer, _told(facts, kv_caches)),
+            self._native_options(port, rank, can_offer, _told(facts, kv_caches)) | {"shape": shape},
         )
         worker.open(native, layout, compute_stream(kv_caches))
         self._handshake = P2pHandshake(rank, native.port)

@@ -31,6 +31,10 @@ BEGUN = ("started", "ready")
 #: With these there is nothing at the prefill server that a word could set free, or nobody to tell.
 _NOTHING_TO_RELEASE = ("none", "mismatch", "unreachable", "refused")
 
+#: Prompts are named by the hash of a chain of blocks of this size, whatever size those of the two servers have. Large
+#: ones hash fastest.
+DIGEST_BLOCK_TOKENS = 1024
+
 #: vLLM's states of a request that ended without an answer.
 _FAILED_STATES = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
 
@@ -41,6 +45,7 @@ class Asker(Protocol):
     """What the scheduler half needs of `kvlane._native.P2pAsker`."""
 
     def ask(self, key: str, host: str, port: int, tokens: int, digest: bytes, timeout_ms: int) -> str: ...
+    def tensor_ranks(self, host: str, port: int) -> int | None: ...
     def forget(self, key: str) -> None: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
@@ -222,7 +227,7 @@ class P2pSchedulerHalf:
         # The blocks in front are shared with other requests: they are never written.
         targets = list(block_ids()[first:end])
         what = (state.key, place.host, place.port, state.prompt_tokens, state.digest)
-        self._pulls.append(Pull(request.request_id, *what, first, targets))
+        self._pulls.append(Pull(request.request_id, *what, first, targets, self._tensor_ranks(place)))
         state.is_pulled = True
         state.loading = set(targets)
         self._loading[request.request_id] = state
@@ -239,8 +244,12 @@ class P2pSchedulerHalf:
         if state.is_released or state.miss_reason in _NOTHING_TO_RELEASE:
             return
         state.is_released = True
-        self._orders.append(Release(state.key, place.host, place.port, state.digest))
+        self._orders.append(Release(state.key, place.host, place.port, state.digest, self._tensor_ranks(place)))
         self._forget(state)
+
+    def _tensor_ranks(self, place: Address) -> int | None:
+        """How many ranks of a prefill server share out its KV heads, None if it was never reached."""
+        return self._asker.tensor_ranks(place.host, place.port) if self._asker is not None else None
 
     def _forget(self, state: _Request) -> None:
         if state.asked and self._asker is not None:
@@ -379,7 +388,8 @@ class P2pSchedulerHalf:
         role = self._role(handover, request)
         if role is None:
             return
-        chain = request_chain(request, self._settings.block_tokens, self._adapters, self._settings.images_are_named)
+        named = self._settings.images_are_named
+        chain = request_chain(request, DIGEST_BLOCK_TOKENS, self._adapters, named, is_vllms_block=False)
         if chain is None or chain.token_count < 2:
             return  # the last token is computed by decode in any case
         state.prompt_tokens, state.digest = chain.token_count, prompt_digest(chain)

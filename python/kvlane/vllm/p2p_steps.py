@@ -47,6 +47,8 @@ class Release:
     host: str
     port: int
     digest: bytes
+    #: Workers that share out the KV heads of the server there, None if that is not known: as many as here, then.
+    tensor_ranks: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Pull:
     digest: bytes
     first_block: int
     block_ids: list[int]
+    #: As in `Release`.
+    tensor_ranks: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

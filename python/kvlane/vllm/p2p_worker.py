@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from kvlane._native import Layout
 from kvlane.vllm.p2p_options import P2pOptions
+from kvlane.vllm.p2p_ranks import Source, sources
 from kvlane.vllm.p2p_steps import IDLE, Abort, Extend, Finish, Offer, Order, P2pStep, Progress, Pull, Release, Revoke
 from kvlane.vllm.worker import ABORT_WAIT_MS, log_once, no_stream
 
@@ -42,8 +43,10 @@ class Transfer(Protocol):
         block_ids: list[int],
         timeout_ms: int,
         stream: int | None = None,
+        *,
+        readers: int = 1,
     ) -> int: ...
-    def release(self, key: str, host: str, port: int, digest: bytes) -> None: ...
+    def release(self, key: str, host: str, port: int, digest: bytes, *, readers: int = 1) -> None: ...
     def cancel(self, job: int) -> None: ...
     def poll(self) -> list[tuple[int, list[int], str]]: ...
     def wait(self, job: int, timeout_ms: int) -> tuple[list[int], str] | None: ...
@@ -55,8 +58,12 @@ class Transfer(Protocol):
 class P2pWorkerSettings:
     """Facts about the engine that the worker half depends on."""
 
-    #: This worker's rank in its engine. The worker of equal rank of the other server has its bytes.
-    rank: int = 0
+    #: This worker's pipeline stage. The same stage of the other server has its layers.
+    pp_rank: int = 0
+    #: Its rank in its stage, of how many, and the model's KV heads that those share out (None: MLA).
+    tp_rank: int = 0
+    tp_size: int = 1
+    kv_heads: int | None = None
     #: Layer hooks run once per layer and step, with all of the step's tokens.
     whole_layers: bool = True
     #: vLLM keeps the blocks of a request that is aborted while it loads (0.16 and newer).
@@ -65,9 +72,16 @@ class P2pWorkerSettings:
 
 @dataclasses.dataclass
 class _Running:
+    """A request that is being pulled, from one rank of prefill or from several."""
+
     request_id: str
     block_ids: list[int]
     aborted: bool = False
+    #: Pulls that have not ended.
+    jobs: set[int] = dataclasses.field(default_factory=set)
+    #: Positions that are bad in one of them, and why in the first.
+    bad: set[int] = dataclasses.field(default_factory=set)
+    reason: str = "done"
 
 
 class P2pWorkerHalf:
@@ -92,7 +106,7 @@ class P2pWorkerHalf:
         #: Ended requests whose blocks are held, by key.
         self._held: dict[str, str] = {}
         self._running: dict[int, _Running] = {}
-        self._job_of_request: dict[str, int] = {}
+        self._of_request: dict[str, _Running] = {}
         self._received: set[str] = set()
         self._sent: set[str] = set()
         self._bad_blocks: set[int] = set()
@@ -140,16 +154,15 @@ class P2pWorkerHalf:
             return
         self._step = dataclasses.replace(self._step, pulls=[])  # a second call in a step starts nothing
         for pull in pulls:
-            running = _Running(pull.request_id, pull.block_ids)
+            running = self._of_request[pull.request_id] = _Running(pull.request_id, pull.block_ids)
             try:
-                job = self._pull(pull)
+                self._pull(pull, running)
             except Exception as error:
                 # vLLM waits for every load, so this one must end.
                 log_once("start of a pull", error)
-                self._ended(running, range(len(pull.block_ids)), "refused")
-            else:
-                self._running[job] = running
-                self._job_of_request[pull.request_id] = job
+                self._fail(running, range(len(pull.block_ids)), "refused")
+            if not running.jobs:
+                self._ended(running)
 
     def layer_saved(self, name: str) -> None:
         """A layer's KV of this step is complete, so it can leave while the next layers compute."""
@@ -188,9 +201,7 @@ class P2pWorkerHalf:
                         self._sent.add(request_id)
             if self._running:
                 for job, positions, reason in self._try("poll", native.poll) or ():
-                    running = self._running.pop(job, None)
-                    if running is not None:
-                        self._ended(running, positions, reason)
+                    self._job_ended(job, positions, reason)
         if not (self._sent or self._received):
             return None, None
         sent, self._sent = self._sent, set()
@@ -232,9 +243,11 @@ class P2pWorkerHalf:
             return
         native.close()
         # Nobody hears of its jobs and leases any more.
-        for running in self._running.values():
-            self._ended(running, range(len(running.block_ids)), "closed")
         self._running.clear()
+        for running in list(self._of_request.values()):
+            running.jobs.clear()
+            self._fail(running, range(len(running.block_ids)), "closed")
+            self._ended(running)
         self._sent.update(self._held.values())
         self._held.clear()
         self.step_progress = []
@@ -261,22 +274,62 @@ class P2pWorkerHalf:
                 self._sent.add(held)
             native.revoke(order.key)
         elif isinstance(order, Release):
-            native.release(order.key, order.host, order.port + self._settings.rank, order.digest)
+            for source, port in self._sources(order):
+                native.release(order.key, order.host, port, order.digest, readers=source.readers)
 
-    def _pull(self, pull: Pull) -> int:
-        if self._native is None:
+    def _sources(self, order: Pull | Release) -> list[tuple[Source, int]]:
+        """The ranks of prefill that this one talks to, and their ports: those of a server follow each other."""
+        settings = self._settings
+        peer_size = order.tensor_ranks or settings.tp_size
+        first_port = order.port + settings.pp_rank * peer_size
+        found = sources(settings.kv_heads, settings.tp_rank, settings.tp_size, peer_size)
+        return [(source, first_port + source.rank) for source in found]
+
+    def _pull(self, pull: Pull, running: _Running) -> None:
+        native = self._native
+        if native is None:
             raise RuntimeError("the KV caches are not registered")
-        return self._native.pull(
-            pull.key,
-            pull.host,
-            pull.port + self._settings.rank,
-            pull.tokens,
-            pull.digest,
-            pull.first_block,
-            pull.block_ids,
-            self._options.transfer_timeout_ms,
-            *self._stream(),
-        )
+        for source, port in self._sources(pull):
+            if not source.is_read:
+                native.release(pull.key, pull.host, port, pull.digest, readers=source.readers)
+                continue
+            job = native.pull(
+                pull.key,
+                pull.host,
+                port,
+                pull.tokens,
+                pull.digest,
+                pull.first_block,
+                pull.block_ids,
+                self._options.transfer_timeout_ms,
+                *self._stream(),
+                readers=source.readers,
+            )
+            running.jobs.add(job)
+            self._running[job] = running
+
+    def _job_ended(self, job: int, positions: Sequence[int], reason: str) -> None:
+        running = self._running.pop(job, None)
+        if running is None:
+            return
+        running.jobs.discard(job)
+        self._fail(running, positions, reason)
+        if not running.jobs:
+            self._ended(running)
+
+    def _fail(self, running: _Running, positions: Sequence[int], reason: str) -> None:
+        """Some blocks are bad: what is still coming for the request is of no use."""
+        if not positions:
+            return
+        if not running.bad:
+            running.reason = reason
+        running.bad.update(positions)
+        self._cancel(running)
+
+    def _cancel(self, running: _Running) -> None:
+        for job in running.jobs:
+            if self._native is not None:
+                self._try("cancel", self._native.cancel, job)
 
     def _cancel_all(self, orders: Sequence[Order]) -> None:
         """Cancels what a step aborts, before any of it is waited for: all of them have one wait together."""
@@ -285,9 +338,9 @@ class P2pWorkerHalf:
             return
         self._abort_end_s = self._clock() + ABORT_WAIT_MS / 1000
         for abort in aborts:
-            job = self._job_of_request.get(abort.request_id)
-            if job is not None and self._native is not None:
-                self._try("cancel", self._native.cancel, job)
+            running = self._of_request.get(abort.request_id)
+            if running is not None:
+                self._cancel(running)
 
     def _tell_progress(self, progressed: list[tuple[str, int, int, int]]) -> None:
         assert self._native is not None
@@ -295,24 +348,26 @@ class P2pWorkerHalf:
             self._try("progress", self._native.progress, progressed, *self._stream())
 
     def _abort(self, request_id: str) -> None:
-        job = self._job_of_request.get(request_id)
-        if job is None or self._native is None:
+        running = self._of_request.get(request_id)
+        if running is None or self._native is None:
             # It was reported already. vLLM 0.15 waits for a word that the blocks are free; newer versions must not
             # hear of the request again.
             if not self._settings.holds_aborted_loads:
                 self._sent.add(request_id)
             return
-        running = self._running[job]
         running.aborted = True
         if not self._settings.holds_aborted_loads:
-            remaining_ms = max(int((self._abort_end_s - self._clock()) * 1000), 0)
-            ended = self._try("wait", self._native.wait, job, remaining_ms)
-            if ended is not None:
-                del self._running[job]
-                self._ended(running, *ended)
+            for job in sorted(running.jobs):
+                remaining_ms = max(int((self._abort_end_s - self._clock()) * 1000), 0)
+                ended = self._try("wait", self._native.wait, job, remaining_ms)
+                if ended is not None:
+                    self._job_ended(job, *ended)
 
-    def _ended(self, running: _Running, positions: Sequence[int], reason: str) -> None:
-        self._job_of_request.pop(running.request_id, None)
+    def _ended(self, running: _Running) -> None:
+        """All pulls of a request have ended."""
+        if self._of_request.get(running.request_id) is running:
+            del self._of_request[running.request_id]
+        positions, reason = sorted(running.bad), running.reason
         self._next_stats_s = 0.0  # an engine without requests makes no steps, so its last figures must be told now
         if positions and not running.aborted:
             self._bad_blocks.update(running.block_ids[position] for position in positions)

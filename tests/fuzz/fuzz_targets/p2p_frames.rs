@@ -114,6 +114,7 @@ fn puller(now: Instant) -> Puller {
     let mut puller = Puller::new(PullerLimits {
         pulls: 4,
         layers: LAYERS,
+        block_tokens: 4,
         block_count_max: BLOCKS,
         parts: 2,
         part_pieces_min: 1,
@@ -126,6 +127,7 @@ fn puller(now: Instant) -> Puller {
             prompt: prompt(),
             first_block: 0,
             targets: vec![7, 8, 9],
+            readers: 1,
             deadline: now + Duration::from_secs(1),
         },
         None,

@@ -73,3 +73,39 @@ def test_two_tensor_parallel_ranks_each_pull_from_the_prefill_rank_with_their_he
     assert external_tokens == expected_whole(requests)
     for request, other in zip(requests, named, strict=True):
         assert_same(answers[other["id"]], first[request["id"]], second[request["id"]], what=request["id"])
+
+
+@newest_only
+@pytest.mark.parametrize(("prefill_ranks", "decode_ranks", "lane"), [(2, 1, "shm"), (1, 2, "tcp")])
+def test_servers_of_another_tensor_parallel_size_find_their_heads(
+    processes, model, prompts, prefill_ranks, decode_ranks, lane
+):
+    prefill, decode, single = processes
+    every_cpu = sorted(os.sched_getaffinity(0))
+    requests = [ask(f"{count}", prompts.tokens(count)) for count in (20, 4 * BLOCK_TOKENS + 1, 1003)]
+    kv_port = free_port_row(2)
+    named = [{**request, "id": proxys_id(kv_port)} for request in requests]
+
+    def settings(ranks):
+        # Other block sizes too, where there is one rank.
+        return engine_settings(model, chunked=True, **(TWO_RANKS if ranks == 2 else {"block_size": 2 * BLOCK_TOKENS}))
+
+    single.open(settings(decode_ranks), None, every_cpu)
+    first, second = single.run(requests), single.run(requests)
+    single.close()
+    options = {**PATIENT, "host": "127.0.0.1", "lane": lane}
+    prefill.open(settings(prefill_ranks), p2p_config("producer", kv_port, **options), every_cpu)
+    decode.open(settings(decode_ranks), p2p_config("consumer", kv_port, **options), every_cpu)
+    try:
+        prefill.run([{**request, "max_tokens": 1} for request in named])
+        answers = decode.run(named)
+        external_tokens = decode.counters()[EXTERNAL_HITS]
+        # Every rank of prefill has heard that all is done: nothing waits for the end of a lease.
+        assert prefill.settled_free_blocks() == prefill.free_blocks_at_start
+    finally:
+        decode.close()
+        prefill.close()
+
+    assert external_tokens == expected_whole(requests)
+    for request, other in zip(requests, named, strict=True):
+        assert_same(answers[other["id"]], first[request["id"]], second[request["id"]], what=request["id"])

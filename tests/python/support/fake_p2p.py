@@ -141,13 +141,13 @@ class FakeWorker:
 
     # ---- decode
 
-    def pull(self, key, host, port, tokens, digest, first_block, block_ids, timeout_ms):
+    def pull(self, key, host, port, tokens, digest, first_block, block_ids, timeout_ms, readers=1):
         assert first_block + len(block_ids) == self.blocks(tokens), "a pull ends with the prompt"
         number, self._next_job = self._next_job, self._next_job + 1
         self.jobs[number] = Job(key, port, tokens, digest, first_block, list(block_ids))
         return number
 
-    def release(self, key, host, port, digest):
+    def release(self, key, host, port, digest, readers=1):
         peer = self.hub.workers.get(port)
         if peer is not None and key in peer.leases and peer.leases[key].digest == digest:
             peer.end(key)
@@ -240,6 +240,9 @@ class FakeAsker:
         if (lease.tokens, lease.digest) != (tokens, digest):
             return "mismatch"
         return "ready" if lease.done_blocks == peer.blocks(tokens) else "started"
+
+    def tensor_ranks(self, host, port):
+        return None
 
     def forget(self, key):
         self.hub.forgotten.append(key)

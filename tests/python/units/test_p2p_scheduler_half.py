@@ -17,13 +17,16 @@ ABORTED = types.SimpleNamespace(name="FINISHED_ABORTED")
 
 class Asker:
     def __init__(self):
-        self.answer, self.asked, self.forgotten = "pending", [], []
+        self.answer, self.asked, self.forgotten, self.ranks = "pending", [], [], None
 
     def ask(self, key, host, port, tokens, digest, timeout_ms):
         self.asked.append((key, host, port, tokens))
         if self.answer == "raise":
             raise OSError("closed")
         return self.answer
+
+    def tensor_ranks(self, host, port):
+        return self.ranks
 
     def forget(self, key):
         self.forgotten.append(key)

@@ -1,6 +1,7 @@
 """Risk: blocks are said to be complete too early, held blocks are never given back, or a request is reported twice."""
 
 import contextlib
+import dataclasses
 
 import pytest
 
@@ -23,8 +24,8 @@ class Native:
         self.waited = None
 
     def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append((name, *arguments))
+        def call(*arguments, readers=1):
+            self.calls.append((name, *arguments, *([f"{readers} readers"] if readers > 1 else [])))
             if name in self.refuses:
                 raise OSError(name)
             if name == "pull":
@@ -92,7 +93,7 @@ def pull(request_id="r", blocks=(4, 5, 6)):
 
 
 def test_orders_are_carried_out_once_in_their_order_before_the_step():
-    half, native = make(rank=2)
+    half, native = make(tp_rank=2, tp_size=4)
     orders = [
         Revoke("old"), Offer("k", 40, DIGEST, [1, 2]), Extend("k", [3]), Finish("done", "r"),
         Release("x", "10.0.0.1", 14579, DIGEST),
@@ -178,7 +179,7 @@ def test_an_idle_step_costs_no_call():
 
 
 def test_a_pull_goes_to_the_worker_of_the_same_rank_and_starts_once():
-    half, native = make(rank=1)
+    half, native = make(tp_rank=1, tp_size=2)
     step = P2pStep(pulls=[pull()])
     half.begin_step(step)
     half.start_loads()
@@ -269,3 +270,94 @@ def test_figures_are_asked_for_now_and_then():
     assert half.take_counters() == {}
     half._clock.now_s += 1
     assert half.take_counters() == {"received_bytes": 5}
+
+
+# ---- servers of another tensor-parallel size
+
+
+def spread(ranks, request_id="r", blocks=(4, 5, 6)):
+    return dataclasses.replace(pull(request_id, blocks), tensor_ranks=ranks)
+
+
+def test_one_rank_pulls_from_all_ranks_of_prefill_that_have_its_heads_and_is_done_when_all_are():
+    half, native = make(kv_heads=4)
+    run(half, P2pStep(pulls=[spread(2)]))
+    assert [call[3] for call in native.named("pull")] == [14579, 14580]
+    first, second = (native.calls.index(call) + 1 for call in native.named("pull"))
+    native.ended = [(second, [], "done")]
+    assert half.finished() == (None, None)
+    native.ended = [(first, [], "done")]
+    assert half.finished() == (None, {"r"})
+    assert half.bad_blocks() == set()
+
+
+def test_two_ranks_tell_the_one_rank_of_prefill_that_there_are_two_of_them():
+    for rank in (0, 1):
+        half, native = make(tp_rank=rank, tp_size=2, kv_heads=4)
+        run(half, P2pStep([Release("x", "10.0.0.1", 14579, DIGEST, 1)], pulls=[spread(1)]))
+        assert native.named("release") == [("release", "x", "10.0.0.1", 14579, DIGEST, "2 readers")]
+        assert [(call[3], call[-1]) for call in native.named("pull")] == [(14579, "2 readers")]
+
+
+def test_ranks_of_prefill_that_have_nothing_new_are_told_so():
+    half, native = make(kv_heads=None)
+    run(half, P2pStep(pulls=[spread(2)]))
+    assert [call[3] for call in native.named("pull")] == [14579]
+    assert [call[3] for call in native.named("release")] == [14580]
+
+
+def test_pipeline_stages_find_the_ranks_of_their_stage():
+    half, native = make(pp_rank=1, tp_rank=0, tp_size=1, kv_heads=4)
+    run(half, P2pStep(pulls=[spread(2)]))
+    assert [call[3] for call in native.named("pull")] == [14581, 14582]
+
+
+def test_a_pull_of_which_one_part_fails_fails_whole_once_the_others_have_ended():
+    half, native = make(kv_heads=4)
+    run(half, P2pStep(pulls=[spread(2)]))
+    first, second = (native.calls.index(call) + 1 for call in native.named("pull"))
+    native.ended = [(first, [0, 1, 2], "lapsed")]
+    assert half.finished() == (None, None), "the other part may still write the blocks"
+    assert native.named("cancel") == [("cancel", second)]
+    native.ended = [(second, [0, 1, 2], "cancelled")]
+    assert half.finished() == (None, {"r"})
+    assert half.bad_blocks() == {4, 5, 6}
+    assert half.take_counters()["failed_lapsed"] == 1
+
+
+def test_a_part_that_cannot_be_begun_ends_those_that_were():
+    half, native = make(kv_heads=4)
+    begin = native.pull
+
+    def pull_from_the_first_only(*arguments, readers):
+        if arguments[2] != 14579:
+            raise OSError("no more threads")
+        return begin(*arguments, readers=readers)
+
+    native.pull = pull_from_the_first_only
+    run(half, P2pStep(pulls=[spread(2)]))
+    (cancelled,) = native.named("cancel")
+    assert half.finished() == (None, None)
+    native.ended = [(cancelled[1], [0, 1, 2], "cancelled")]
+    assert half.finished() == (None, {"r"})
+    assert half.bad_blocks() == {4, 5, 6}
+
+
+def test_heads_that_cannot_be_shared_out_evenly_cost_a_recompute():
+    half, native = make(kv_heads=6)
+    found, bad = run(half, P2pStep(pulls=[spread(4)]))
+    assert (found, bad) == ((None, {"r"}), {4, 5, 6})
+    assert native.named("pull") == []
+
+
+def test_an_abort_ends_all_parts():
+    half, native = make(kv_heads=4)
+    run(half, P2pStep(pulls=[spread(2)]))
+    half.carry_out(P2pStep([Abort("r")]))
+    assert len(native.named("cancel")) == 2
+    half, native = make(kv_heads=4, holds_aborted_loads=False)
+    run(half, P2pStep(pulls=[spread(2)]))
+    native.waited = ([0, 1, 2], "cancelled")
+    half.carry_out(P2pStep([Abort("r")]))
+    assert len(native.named("wait")) == 2
+    assert half.finished() == ({"r"}, None)

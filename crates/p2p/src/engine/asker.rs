@@ -1,7 +1,10 @@
 //! The asker: what decode's scheduler half talks to.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use lru::LruCache;
 
 use super::address::PeerAddress;
 use super::dial::random_bytes;
@@ -39,13 +42,20 @@ pub enum Asked {
     Busy,
 }
 
+/// Prefill servers of which is known how many workers they have.
+const KNOWN_MAX: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
 /// Asks prefill servers for prompts.
 pub struct P2pAsker {
     net: Net<Questions>,
     options: AskerOptions,
 }
 
-struct Questions(Asker);
+struct Questions {
+    asker: Asker,
+    /// Of each prefill server that answered, how many workers share out its heads.
+    tensor_ranks: LruCache<PeerAddress, u32>,
+}
 
 impl P2pAsker {
     /// Starts its thread. Nothing is connected yet.
@@ -72,7 +82,14 @@ impl P2pAsker {
             questions: options.questions,
         });
         Ok(Self {
-            net: Net::start(config, None, Questions(asker))?,
+            net: Net::start(
+                config,
+                None,
+                Questions {
+                    asker,
+                    tensor_ranks: LruCache::new(KNOWN_MAX),
+                },
+            )?,
             options,
         })
     }
@@ -84,13 +101,13 @@ impl P2pAsker {
         }
         let shared = self.net.shared();
         shared.with(|core, now| {
-            if let Some(state) = core.machine.0.state(key) {
+            if let Some(state) = core.machine.asker.state(key) {
                 return asked(state);
             }
             let Some(connection) = shared.connection(core, now, address) else {
                 return Asked::Unreachable;
             };
-            if core.machine.0.ask(now, connection, key, prompt, timeout) {
+            if core.machine.asker.ask(now, connection, key, prompt, timeout) {
                 Asked::Pending
             } else {
                 Asked::Busy
@@ -100,12 +117,20 @@ impl P2pAsker {
 
     /// Nobody wants to know any more. An unknown key is ignored.
     pub fn forget(&self, key: &TransferKey) {
-        self.net.shared().with(|core, _| core.machine.0.forget(key));
+        self.net.shared().with(|core, _| core.machine.asker.forget(key));
+    }
+
+    /// How many workers of a prefill server share out its KV heads. None: it was never reached, or does not say.
+    pub fn tensor_ranks(&self, address: &PeerAddress) -> Option<u32> {
+        let shared = self.net.shared();
+        shared.with(|core, _| core.machine.tensor_ranks.get(address).copied())
     }
 
     /// Number of questions that are not forgotten.
     pub fn question_count(&self) -> usize {
-        self.net.shared().with(|core, _| core.machine.0.question_count())
+        self.net
+            .shared()
+            .with(|core, _| core.machine.asker.question_count())
     }
 
     /// Ends its thread and its connections.
@@ -141,7 +166,13 @@ fn asked(state: State) -> Asked {
 }
 
 impl Machine for Questions {
-    fn connected(&mut self, _: Instant, _: ConnectionId, _: &Link, _: Option<&PeerAddress>) {}
+    fn connected(&mut self, _: Instant, _: ConnectionId, link: &Link, address: Option<&PeerAddress>) {
+        let cache = link.peer_hello().and_then(|hello| hello.cache.as_ref());
+        let shape = cache.and_then(|cache| cache.shape.as_ref());
+        if let (Some(address), Some(shape)) = (address, shape) {
+            self.tensor_ranks.put(address.clone(), shape.tensor_ranks);
+        }
+    }
 
     fn receive(
         &mut self,
@@ -149,7 +180,7 @@ impl Machine for Questions {
         connection: ConnectionId,
         message: Message,
     ) -> Result<(), &'static str> {
-        if self.0.receive(connection, &message) {
+        if self.asker.receive(connection, &message) {
             Ok(())
         } else {
             Err("a message that is no answer")
@@ -157,7 +188,7 @@ impl Machine for Questions {
     }
 
     fn closed(&mut self, _: Instant, connection: ConnectionId) {
-        self.0.closed(connection);
+        self.asker.closed(connection);
     }
 
     fn close(&mut self, _: Instant) {}
@@ -165,15 +196,15 @@ impl Machine for Questions {
     fn data_connection(&mut self, _: std::net::TcpStream, _: Vec<u8>, _: &Link) {}
 
     fn next_deadline(&self) -> Option<Instant> {
-        self.0.next_deadline()
+        self.asker.next_deadline()
     }
 
     fn tick(&mut self, now: Instant) {
-        self.0.tick(now);
+        self.asker.tick(now);
     }
 
     fn next_message(&mut self) -> Option<(ConnectionId, Message)> {
-        let AskerAction::Send(connection, message) = self.0.next_action()?;
+        let AskerAction::Send(connection, message) = self.asker.next_action()?;
         Some((connection, message))
     }
 }

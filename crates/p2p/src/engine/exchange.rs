@@ -93,6 +93,7 @@ impl Exchange {
             puller: Puller::new(PullerLimits {
                 pulls: PULLS_MAX,
                 layers: cache.map().layer_count() as u32,
+                block_tokens: options.block_tokens,
                 block_count_max: u32::MAX,
                 parts: options.copy_threads as u32,
                 part_pieces_min: part_pieces_min(cache.map()),
@@ -196,7 +197,10 @@ impl Exchange {
         // Whatever is wrong shows when it is asked for.
         let lane = self.lane_here(connection)?;
         let posted = lane.find_posted(&request.key, &request.prompt).ok()??;
-        let wanted = request.first_block as usize..request.first_block as usize + request.targets.len();
+        let PeerState::Usable(peer) = self.peers.get(&connection)? else {
+            return None;
+        };
+        let wanted = peer.blocks_of(request, self.options.block_tokens);
         Some(PostedBlocks {
             slot: posted.lease.slot,
             epoch: posted.lease.epoch,
@@ -232,7 +236,11 @@ impl Exchange {
         let Some(PeerState::Usable(peer)) = self.peers.get(&connection) else {
             return self.puller.copied(transfer, Copied::Failed);
         };
-        if span.remote.iter().any(|&block| block >= peer.block_count) {
+        if span
+            .remote
+            .iter()
+            .any(|&block| block >= peer.pairing.remote_units())
+        {
             tracing::warn!(peer = %peer.address, "it granted blocks that it does not have");
             return self.puller.copied(transfer, Copied::Failed);
         }
@@ -275,8 +283,8 @@ impl Machine for Exchange {
             return;
         };
         let Some(address) = address else {
-            let is_compatible = hello.namespace == self.own_hello.namespace
-                && hello.block_tokens == self.own_hello.block_tokens;
+            // Whether and how its blocks and these fit, decode finds out.
+            let is_compatible = hello.namespace == self.own_hello.namespace;
             if !is_compatible && open.role == Role::Puller {
                 let reason = differences(&self.own_hello.facts, &hello.facts);
                 tracing::warn!(
@@ -293,13 +301,25 @@ impl Machine for Exchange {
             open,
             hello,
             &self.own_hello,
-            &self.cache,
+            (&self.cache, self.options.shape.as_ref()),
             self.options.lane,
         );
         let state = match peer {
             Ok(peer) => {
                 let lane = peer.way.name();
-                tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
+                if let Some(units) = peer.units {
+                    self.puller.meet(connection, units);
+                    tracing::info!(
+                        peer = %address, engine = open.engine_id, lane,
+                        "connected to a prefill server whose blocks are not like ours: its have {} tokens, ours {}, and they are \
+                         taken in units of {}",
+                        units.holder_block_tokens,
+                        self.options.block_tokens,
+                        units.unit_tokens,
+                    );
+                } else {
+                    tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
+                }
                 PeerState::Usable(Arc::new(peer))
             }
             Err(reason) => {
@@ -376,13 +396,14 @@ impl Machine for Exchange {
             return;
         }
         let (cache, table) = (self.cache.clone(), Arc::clone(&self.table));
+        let shape = self.options.shape.clone();
         let (served, is_closing) = (Arc::clone(&self.served), Arc::clone(&self.is_closing));
         let started = std::thread::Builder::new()
             .name("kvlane-p2p-serve".to_owned())
             .spawn(move || {
                 let is_held =
                     |lease: Lease| lease.slot < table.slot_count() && table.get(lease.slot) == lease.epoch;
-                let result = serve(stream, cache, is_held, &is_closing, SERVE_TIMEOUT);
+                let result = serve(stream, cache, shape.as_ref(), is_held, &is_closing, SERVE_TIMEOUT);
                 served.fetch_sub(1, Ordering::Relaxed);
                 if let Err(error) = result {
                     tracing::info!(peer, %error, "a data connection ended");

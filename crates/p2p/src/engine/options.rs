@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use crate::error::{Error, Result};
 use crate::proto::{FACTS_MAX, facts_are_bounded};
+use crate::shape::CacheShape;
 
 /// Settings that both have.
 #[derive(Clone, Debug)]
@@ -144,6 +145,9 @@ pub struct WorkerOptions {
     pub port: u16,
     /// Tokens per block.
     pub block_tokens: u32,
+    /// What the blocks hold, if that is known: then peers with blocks of another size, or other heads, can be met. The
+    /// namespace must not tell such peers apart then, and must where it is not known.
+    pub shape: Option<CacheShape>,
     /// Which lane.
     pub lane: LaneChoice,
     /// How long blocks are kept for a reader.
@@ -172,6 +176,7 @@ impl WorkerOptions {
             host: IpAddr::from([0; 16]),
             port: 0,
             block_tokens,
+            shape: None,
             lane: LaneChoice::Auto,
             lease: Duration::from_secs(30),
             readers: 1,

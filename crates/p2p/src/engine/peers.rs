@@ -1,6 +1,7 @@
 //! What a worker knows about the prefill workers it pulls from, and the lane that it uses to each.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -9,14 +10,18 @@ use kvlane_core::Run;
 use super::address::PeerAddress;
 use super::device_ways::DeviceWays;
 use super::options::LaneChoice;
-use crate::lanes::{LaneError, LocalCache, Pairing, PeerMemory, RemoteCache, RemoteRegion, ShmLane};
-use crate::proto::{Hello, Open};
+use crate::lanes::{Cut, LaneError, LocalCache, Pairing, PeerMemory, RemoteCache, RemoteRegion, ShmLane};
+use crate::proto::{Hello, Open, PullRequest, Units};
+use crate::shape::{CacheShape, agree};
 
 /// A prefill worker behind a connection.
 pub(super) struct Peer {
     pub(super) address: PeerAddress,
     pub(super) start_id: [u8; 16],
-    pub(super) block_count: u32,
+    /// Tokens of its blocks.
+    block_tokens: u32,
+    /// How its blocks meet ours. None: they are alike.
+    pub(super) units: Option<Units>,
     pub(super) way: Way,
     pub(super) pairing: Arc<Pairing>,
     /// Set when the connection has ended.
@@ -76,15 +81,9 @@ impl Peer {
         open: &Open,
         hello: &Hello,
         own: &Hello,
-        cache: &LocalCache,
+        (cache, shape): (&LocalCache, Option<&CacheShape>),
         choice: LaneChoice,
     ) -> Result<Self, String> {
-        if hello.block_tokens != own.block_tokens {
-            return Err(format!(
-                "its blocks have {} tokens and ours {}",
-                hello.block_tokens, own.block_tokens
-            ));
-        }
         if hello.namespace != own.namespace {
             return Err(differences(&own.facts, &hello.facts));
         }
@@ -101,7 +100,26 @@ impl Peer {
         });
         let remote =
             RemoteCache::new(regions.collect(), layout.block_count).map_err(|error| error.to_string())?;
-        let pairing = Arc::new(Pairing::new(cache, remote).map_err(|error| error.to_string())?);
+        let are_alike = hello.block_tokens == own.block_tokens
+            && layout.fingerprint == cache.map().fingerprint()
+            && shape.map(CacheShape::heads) == layout.shape.as_ref().map(CacheShape::heads);
+        let (pairing, units) = if are_alike {
+            (
+                Pairing::new(cache, remote).map_err(|error| error.to_string())?,
+                None,
+            )
+        } else {
+            let theirs = layout.shape.as_ref();
+            let (pairing, units) = meet(
+                cache,
+                shape.zip(theirs),
+                remote,
+                hello.block_tokens,
+                own.block_tokens,
+            )?;
+            (pairing, Some(units))
+        };
+        let pairing = Arc::new(pairing);
         let way = match cache {
             LocalCache::Host(_) => host_way(address, hello, &pairing, choice)?,
             LocalCache::Device(_) => match DeviceWays::new(address, hello, own, choice)? {
@@ -112,12 +130,63 @@ impl Peer {
         Ok(Self {
             address: address.clone(),
             start_id: open.start_id,
-            block_count: layout.block_count,
+            block_tokens: hello.block_tokens,
+            units,
             way,
             pairing,
             is_gone: AtomicBool::new(false),
         })
     }
+
+    /// Its blocks that hold what a pull wants, counted from the prompt's first one.
+    pub(super) fn blocks_of(&self, request: &PullRequest, own_tokens: u32) -> Range<usize> {
+        let (first, end) = (
+            u64::from(request.first_block),
+            u64::from(request.first_block) + request.targets.len() as u64,
+        );
+        if self.units.is_none() {
+            return first as usize..end as usize;
+        }
+        let (own, theirs) = (u64::from(own_tokens), u64::from(self.block_tokens));
+        let end_token = (end * own).min(u64::from(request.prompt.tokens));
+        (first * own / theirs) as usize..end_token.div_ceil(theirs) as usize
+    }
+}
+
+/// Pairs caches whose blocks differ.
+fn meet(
+    cache: &LocalCache,
+    shapes: Option<(&CacheShape, &CacheShape)>,
+    remote: RemoteCache,
+    their_tokens: u32,
+    our_tokens: u32,
+) -> Result<(Pairing, Units), String> {
+    let Some((ours, theirs)) = shapes else {
+        return Err(format!(
+            "its blocks (of {their_tokens} tokens) are laid out in another way than ours (of {our_tokens} tokens), and which \
+             dimension counts what is not known"
+        ));
+    };
+    fn runs_of(regions: &[RemoteRegion]) -> impl ExactSizeIterator<Item = &[Run]> {
+        regions.iter().map(|region| region.runs.as_slice())
+    }
+    theirs
+        .check(runs_of(remote.regions()))
+        .map_err(|what| format!("what it says of its blocks cannot be: {what}"))?;
+    if theirs.block_tokens != their_tokens {
+        return Err("it says two different sizes of its blocks".to_owned());
+    }
+    let (our_slice, their_slice) = agree(ours, theirs)?;
+    let our_runs = cache.map().regions().iter().map(|region| region.runs.as_slice());
+    let told = |error: LaneError| error.to_string();
+    let our_cut = Cut::new(ours, our_runs, our_slice).map_err(told)?;
+    let their_cut = Cut::new(theirs, runs_of(remote.regions()), their_slice).map_err(told)?;
+    let units = Units {
+        unit_tokens: their_slice.unit_tokens,
+        holder_block_tokens: their_tokens,
+    };
+    let pairing = Pairing::cut(cache, our_cut, remote, their_cut).map_err(told)?;
+    Ok((pairing, units))
 }
 
 fn host_way(

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvlane_core::NamespaceId;
+use kvlane_core::{BlockMap, NamespaceId};
 use kvlane_cuda::{DeviceCache, Mark, NcclInfo, Patience, SharedCache, StreamHandle};
 
 use super::address::PeerAddress;
@@ -40,6 +40,8 @@ pub struct PullOrder {
     pub first_block: u32,
     /// Own blocks that receive them, without repeats.
     pub targets: Vec<u32>,
+    /// Ranks of this engine that the worker there hears of: with as many heads on both sides, one.
+    pub readers: u32,
     /// How long it may take.
     pub timeout: Duration,
 }
@@ -102,6 +104,7 @@ impl P2pWorker {
             found: error.to_string(),
             allowed: "a layout that peers accept".to_owned(),
         })?;
+        check_shape(cache.map(), &options)?;
         let table = Arc::new(EpochTable::new(options.holds));
         // Like the holder's own list.
         (0..options.holds).for_each(|slot| table.set(slot, 1));
@@ -133,7 +136,10 @@ impl P2pWorker {
             _ => None,
         };
         let accept_hello = Hello {
-            cache: Some(CacheLayout::from(cache.map())),
+            cache: Some(CacheLayout {
+                shape: options.shape.clone(),
+                ..CacheLayout::from(cache.map())
+            }),
             // Who does not know where memory is cannot read it.
             probe: options.lane.allows(LaneChoice::Shm).then(|| Probe {
                 pid: std::process::id(),
@@ -338,15 +344,15 @@ impl P2pWorker {
         Ok(job)
     }
 
-    /// Tells prefill that this rank has everything itself. Best effort.
-    pub fn release(&self, address: &PeerAddress, key: TransferKey, prompt: Prompt) {
+    /// Tells prefill that this rank, one of `readers`, has everything itself. Best effort.
+    pub fn release(&self, address: &PeerAddress, key: TransferKey, prompt: Prompt, readers: u32) {
         if !self.options.can_pull || !self.options.peer.allows(address.host()) {
             return;
         }
         let shared = self.net.shared();
         shared.with(|core, now| {
             if let Some(connection) = shared.connection(core, now, address) {
-                core.machine.puller.release(connection, key, prompt);
+                core.machine.puller.release(connection, key, prompt, readers);
             }
         });
     }
@@ -454,6 +460,28 @@ impl P2pWorker {
     }
 }
 
+/// What is told to peers of the blocks must be true.
+fn check_shape(map: &BlockMap, options: &WorkerOptions) -> Result<()> {
+    let Some(shape) = &options.shape else {
+        return Ok(());
+    };
+    let runs = map.regions().iter().map(|region| region.runs.as_slice());
+    let checked = shape.check(runs).and_then(|()| {
+        let is_whole = shape.block_tokens == options.block_tokens;
+        is_whole
+            .then_some(())
+            .ok_or_else(|| format!("blocks of {} tokens", shape.block_tokens))
+    });
+    checked.map_err(|found| Error::InvalidArgument {
+        argument: "shape",
+        found,
+        allowed: format!(
+            "the shape of the cache, whose blocks have {} tokens",
+            options.block_tokens
+        ),
+    })
+}
+
 /// The version of NCCL, if there is one that can be used.
 fn nccl_version() -> Option<u32> {
     match NcclInfo::find() {
@@ -552,6 +580,7 @@ fn begin_pull(
         prompt: order.prompt,
         first_block: order.first_block,
         targets: order.targets,
+        readers: order.readers,
         deadline,
     };
     let posted = core.machine.posted(connection, &request);

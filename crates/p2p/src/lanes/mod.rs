@@ -14,6 +14,7 @@
 //! A cache on a device has no `shm`; over `tcp` its bytes go through pinned memory on both sides.
 
 mod cuda;
+mod cut;
 mod epoch_table;
 mod error;
 #[cfg(test)]
@@ -36,6 +37,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 pub use cuda::CudaLane;
+pub use cut::Cut;
 pub use epoch_table::{EpochTable, ProbeToken};
 pub use error::LaneError;
 pub use huge_pages::prefer_huge_pages;
@@ -50,7 +52,8 @@ pub use shm::{PeerMemory, ShmLane};
 pub use tcp::TcpLane;
 pub use wire::MAX_FETCH_BLOCKS;
 
-/// Blocks of some layers: for every layer, `remote[i]` is copied into `local[i]`.
+/// Blocks of some layers: for every layer, `remote[i]` is copied into `local[i]`. Where the two sides' blocks differ, what is
+/// said of blocks here is said of units ([`Cut`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Span {
     /// Layers, by their place in a block's payload.

@@ -7,18 +7,23 @@
 //! A span is walked layer by layer, and in a layer run by run *of the peer*, all blocks of a run before the next run:
 //! then neighbouring blocks join into one range also where K and V are far apart. Both ends of a data connection walk in
 //! this order.
+//!
+//! Caches whose blocks differ are paired unit by unit; see [`Cut`].
 
 use kvlane_core::Run;
 use kvlane_cuda::RunPart;
 use std::ops::Range;
 
-use super::{LaneError, LocalCache, RemoteCache, Span};
+use super::{Cut, LaneError, LocalCache, RemoteCache, Span};
+use crate::shape::Slice;
 
 /// The local cache and a peer's, whose layers were found to have equal payloads.
 #[derive(Debug)]
 pub struct Pairing {
     local: LocalCache,
+    local_cut: Cut,
     remote: RemoteCache,
+    remote_cut: Cut,
     layers: Vec<Layer>,
 }
 
@@ -37,26 +42,52 @@ struct Piece {
     local_run: usize,
     /// From the start of the local run.
     local_offset: usize,
-    /// From the start of the peer's block.
+    /// From the start of the peer's unit.
     remote_offset: usize,
     len: usize,
 }
 
 impl Pairing {
-    /// Pairs the layers of two caches; refuses unless each has as many payload bytes on both sides.
+    /// Pairs the layers of two caches block by block; refuses unless each has as many payload bytes on both sides.
     pub fn new(local: impl Into<LocalCache>, remote: RemoteCache) -> Result<Self, LaneError> {
         let local = local.into();
-        let (ours, theirs) = (local.map().regions(), remote.regions());
-        if ours.len() != theirs.len() {
+        let local_cut = Cut::whole(local.map().regions().iter().map(|region| region.runs.as_slice()));
+        let remote_cut = Cut::whole(remote.regions().iter().map(|region| region.runs.as_slice()));
+        Self::cut(local, local_cut, remote, remote_cut)
+    }
+
+    /// Pairs the layers of two caches unit by unit, as both are cut.
+    pub fn cut(
+        local: impl Into<LocalCache>,
+        local_cut: Cut,
+        remote: RemoteCache,
+        remote_cut: Cut,
+    ) -> Result<Self, LaneError> {
+        let local = local.into();
+        let (ours, theirs) = (&local_cut.layers, &remote_cut.layers);
+        if ours.len() != theirs.len() || ours.len() != local.map().layer_count() {
             return Err(LaneError::Layout(format!(
                 "{} layers; this side has {}",
                 theirs.len(),
                 ours.len()
             )));
         }
+        let blocks = [
+            (local.map().block_count(), local_cut.units_per_block),
+            (remote.block_count(), remote_cut.units_per_block),
+        ];
+        if let Some((blocks, units)) = blocks
+            .into_iter()
+            .find(|(blocks, units)| blocks.checked_mul(*units).is_none())
+        {
+            return Err(LaneError::Layout(format!(
+                "{blocks} blocks of {units} units each"
+            )));
+        }
         let mut layers = Vec::with_capacity(ours.len());
         for (layer, (our, their)) in ours.iter().zip(theirs).enumerate() {
-            let (our_bytes, their_bytes) = (our.layer_bytes(), their.layer_bytes());
+            let bytes = |runs: &[Run]| runs.iter().map(|run| run.len_bytes).sum::<usize>();
+            let (our_bytes, their_bytes) = (bytes(&our.runs), bytes(&their.runs));
             if our_bytes != their_bytes {
                 return Err(LaneError::Layout(format!(
                     "layer {layer} has {their_bytes} bytes in a block; this side has {our_bytes}"
@@ -71,9 +102,27 @@ impl Pairing {
         }
         Ok(Self {
             local,
+            local_cut,
             remote,
+            remote_cut,
             layers,
         })
+    }
+
+    /// How the peer's blocks are cut. None: they are taken whole.
+    pub(super) fn remote_slice(&self) -> Option<Slice> {
+        self.remote_cut.slice
+    }
+
+    /// Number of units of the peer.
+    pub fn remote_units(&self) -> u32 {
+        // No overflow: `cut` has multiplied them.
+        self.remote.block_count() * self.remote_cut.units_per_block
+    }
+
+    /// Number of local units.
+    pub fn local_units(&self) -> u32 {
+        self.local.map().block_count() * self.local_cut.units_per_block
     }
 
     /// The cache of this process.
@@ -96,8 +145,8 @@ impl Pairing {
             )));
         }
         check_layers(&span.layers, self.layers.len())?;
-        check_blocks("the peer's", &span.remote, self.remote.block_count())?;
-        check_blocks("the local", &span.local, self.local.map().block_count())
+        check_blocks("the peer's", &span.remote, self.remote_units())?;
+        check_blocks("the local", &span.local, self.local_units())
     }
 
     /// Payload bytes of `blocks` blocks of `layers`.
@@ -178,6 +227,14 @@ fn cut(local: &[Run], remote: &[Run]) -> (Vec<Piece>, Vec<Range<usize>>) {
     (pieces, groups)
 }
 
+/// The block of a unit, and which unit of it that is.
+fn split(unit: u32, units_per_block: u32) -> (u32, usize) {
+    if units_per_block == 1 {
+        return (unit, 0); // as nearly always, and a division for each part would be seen
+    }
+    (unit / units_per_block, (unit % units_per_block) as usize)
+}
+
 /// Bytes to copy: contiguous on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -235,15 +292,19 @@ impl Walk<'_> {
         let region = &self.pairing.remote.regions[self.layer];
         let piece = layer.pieces[self.piece];
         let len = (piece.len - self.done).min(most_bytes);
-        // No overflow: every run of every block was found inside its region.
+        let (remote_cut, local_cut) = (&self.pairing.remote_cut, &self.pairing.local_cut);
+        let (remote_block, remote_unit) = split(self.remote[self.position], remote_cut.units_per_block);
+        let (block, unit) = split(self.local[self.position], local_cut.units_per_block);
+        // No overflow: every run of every block was found inside its region, and every unit inside a block.
         let address = region.address
-            + u64::from(self.remote[self.position]) * region.block_stride_bytes
-            + (piece.remote_offset + self.done) as u64;
+            + u64::from(remote_block) * region.block_stride_bytes
+            + (remote_cut.layers[self.layer].offsets[remote_unit] + piece.remote_offset + self.done) as u64;
+        let (run, run_offset) = local_cut.layers[self.layer].places[unit][piece.local_run];
         let part = Part {
             layer: self.layer,
-            block: self.local[self.position],
-            run: piece.local_run,
-            offset: piece.local_offset + self.done,
+            block,
+            run,
+            offset: run_offset + piece.local_offset + self.done,
             address,
             len,
         };

@@ -7,7 +7,7 @@ use super::LaneError;
 /// Most layers of a peer.
 pub const MAX_REGIONS: usize = 4096;
 /// Most runs of one block in one layer, as in a local cache.
-const MAX_RUNS: usize = 1 << 16;
+pub(super) const MAX_RUNS: usize = 1 << 16;
 /// Most runs of one block over all layers of a peer.
 pub const MAX_TOTAL_RUNS: usize = 1 << 17;
 

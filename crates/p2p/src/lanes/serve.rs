@@ -12,8 +12,9 @@ use super::pairing::{Walk, check_blocks, check_layers};
 use super::patience::Patience;
 use super::tcp::{STAGED_BYTES, closed, gather_parts, prepare, send_all};
 use super::wire::{Answer, REQUEST_BYTES, Request};
-use super::{LaneError, Lease, LocalCache, Pairing, RemoteCache};
+use super::{Cut, LaneError, Lease, LocalCache, Pairing, RemoteCache};
 use crate::raw::{Interest, LocalRanges, receive};
+use crate::shape::{CacheShape, Slice};
 
 /// Bytes of one call. Fewer wake the receiver more often than it has something to do; of more, it waits for the first
 /// ones while the last are still being sent (measured over loopback, 64 KiB to 4 MiB).
@@ -37,12 +38,15 @@ pub struct Served {
 /// `is_held` says whether a lease is held. It is asked before a block is read, now and then meanwhile, and after the last
 /// byte was. It may be slow, and must stop saying yes before a block of the lease is written by others.
 ///
+/// A peer whose blocks differ asks for units of these; it can if their `shape` is known.
+///
 /// A request must be complete within `timeout` after its first byte, and so must its answer. An error closes the
 /// connection: the peer broke the protocol or asked for what the cache does not have, a lease lapsed while its blocks were
 /// on their way, time ran out, or the peer is gone.
 pub fn serve(
     socket: TcpStream,
     cache: impl Into<LocalCache>,
+    shape: Option<&CacheShape>,
     is_held: impl Fn(Lease) -> bool,
     stop: &AtomicBool,
     timeout: Duration,
@@ -55,6 +59,7 @@ pub fn serve(
         },
         // The walk over a cache paired with itself is the order in which the peer expects the bytes.
         pairing: Arc::new(Pairing::new(cache.clone(), RemoteCache::of(cache.map())?)?),
+        shape,
         is_held,
         socket,
         served: Served::default(),
@@ -68,9 +73,10 @@ pub fn serve(
     result.map(|()| server.served)
 }
 
-struct Server<F> {
+struct Server<'a, F> {
     socket: TcpStream,
     pairing: Arc<Pairing>,
+    shape: Option<&'a CacheShape>,
     ranges: LocalRanges,
     is_held: F,
     served: Served,
@@ -82,7 +88,7 @@ struct Server<F> {
 
 mod nccl;
 
-impl<F: Fn(Lease) -> bool> Server<F> {
+impl<F: Fn(Lease) -> bool> Server<'_, F> {
     fn run(&mut self, stop: &AtomicBool, timeout: Duration) -> Result<(), LaneError> {
         prepare(&self.socket)?;
         let mut patience = Patience {
@@ -124,8 +130,22 @@ impl<F: Fn(Lease) -> bool> Server<F> {
                     self.receive_blocks(block_count, &patience)?;
                     self.transmit(lease, &layers, &patience)?;
                 }
+                Request::Cut(slice) => self.cut(slice)?,
             }
         }
+    }
+
+    /// From here on blocks are units.
+    fn cut(&mut self, slice: Slice) -> Result<(), LaneError> {
+        let shape = self.shape.ok_or_else(|| {
+            LaneError::Request("units of blocks, of which is not known what they hold".to_owned())
+        })?;
+        let cache = self.pairing.local().clone();
+        let regions = cache.map().regions();
+        let cut = Cut::new(shape, regions.iter().map(|region| region.runs.as_slice()), slice)?;
+        let remote = self.pairing.remote().clone();
+        self.pairing = Arc::new(Pairing::cut(cache.clone(), cut.clone(), remote, cut)?);
+        Ok(())
     }
 
     /// The blocks of a fetch, whose number was found to be allowed.
@@ -151,7 +171,7 @@ impl<F: Fn(Lease) -> bool> Server<F> {
     ) -> Result<(), LaneError> {
         let map = self.pairing.local().map();
         check_layers(layers, map.layer_count())?;
-        check_blocks("this", &self.blocks, map.block_count())?;
+        check_blocks("this", &self.blocks, self.pairing.local_units())?;
         if !(self.is_held)(lease) {
             return self.send(&Answer::Lapsed.encode(), patience);
         }

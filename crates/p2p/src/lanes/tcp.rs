@@ -32,6 +32,8 @@ pub struct TcpLane {
     pairing: Arc<Pairing>,
     local: LocalRanges,
     request: Vec<u8>,
+    /// Whether the other end knows that blocks are units.
+    is_cut: bool,
     is_open: bool,
 }
 
@@ -46,6 +48,7 @@ impl TcpLane {
                 LocalCache::Host(cache) => LocalRanges::new(Arc::clone(cache)),
                 LocalCache::Device(_) => LocalRanges::none(),
             },
+            is_cut: pairing.remote_slice().is_none(),
             pairing,
             request: Vec::new(),
             is_open: true,
@@ -206,6 +209,11 @@ impl TcpLane {
         patience: &Patience<'_>,
     ) -> Result<(), LaneError> {
         self.request.clear();
+        if let Some(slice) = self.pairing.remote_slice()
+            && !std::mem::replace(&mut self.is_cut, true)
+        {
+            self.request.extend_from_slice(&Request::Cut(slice).encode());
+        }
         self.request.extend_from_slice(&request.encode());
         for block in blocks {
             self.request.extend_from_slice(&block.to_le_bytes());

@@ -3,10 +3,11 @@
 //! | request | bytes |
 //! |---|---|
 //! | magic | 0..4 |
-//! | kind: 1 fetch, 2 check, 3 join, 4 transmit | 4..8 |
-//! | lease: slot, epoch; in a join the version of NCCL and the bytes of staging | 8..12, 16..24 |
-//! | number of blocks, zero in a check or join | 12..16 |
-//! | first layer, layer behind the last; zero in a check or join | 24..28, 28..32 |
+//! | kind: 1 fetch, 2 check, 3 join, 4 transmit, 5 cut | 4..8 |
+//! | lease: slot, epoch; in a join the version of NCCL and the bytes of staging; in a cut the tokens of a unit, and the first \
+//!   head and the number of heads in four bytes each | 8..12, 16..24 |
+//! | number of blocks; zero in a check, join or cut | 12..16 |
+//! | first layer, layer behind the last; zero in a check, join or cut | 24..28, 28..32 |
 //! | the blocks, four bytes each | 32.. |
 //!
 //! | answer | bytes |
@@ -24,12 +25,15 @@
 //! the holder starts, *group* and the length of each send in four bytes; it starts the group when it has said so. Groups have
 //! at most as many bytes as the staging of the join. Behind the last comes *held* or *lapsed*, or *lapsed* where a group
 //! should be.
+//!
+//! A cut is not answered: from then on blocks in requests are units (`Cut`). Without one, they are the holder's blocks.
 
 use std::ops::Range;
 
 use kvlane_cuda::{CommunicatorId, NcclVersion, SendPlan};
 
 use super::{LaneError, Lease};
+use crate::shape::Slice;
 
 /// Most blocks of one fetch; a span of more becomes several.
 pub const MAX_FETCH_BLOCKS: usize = 4096;
@@ -43,6 +47,7 @@ const FETCH: u32 = 1;
 const CHECK: u32 = 2;
 const JOIN: u32 = 3;
 const TRANSMIT: u32 = 4;
+const CUT: u32 = 5;
 const DATA: u32 = 1;
 const HELD: u32 = 2;
 const LAPSED: u32 = 3;
@@ -75,6 +80,8 @@ pub(super) enum Request {
         layers: Range<usize>,
         block_count: usize,
     },
+    /// Blocks are units from here on.
+    Cut(Slice),
 }
 
 impl Request {
@@ -102,6 +109,13 @@ impl Request {
                 layers,
                 block_count,
             } => (TRANSMIT, *lease, layers.clone(), *block_count),
+            Request::Cut(slice) => {
+                let numbers = Lease {
+                    slot: slice.unit_tokens,
+                    epoch: u64::from(slice.head_count) << 32 | u64::from(slice.first_head),
+                };
+                (CUT, numbers, 0..0, 0)
+            }
         };
         // Layers and blocks were checked against a cache, whose bounds fit.
         let number = |value: usize| u32::try_from(value).expect("fits the frame").to_le_bytes();
@@ -145,8 +159,14 @@ impl Request {
                 staging_bytes: lease.epoch,
             }),
             JOIN => Err(LaneError::Protocol("a join that names blocks".to_owned())),
+            CUT if block_count == 0 && layers == (0..0) => Ok(Request::Cut(Slice {
+                unit_tokens: lease.slot,
+                first_head: lease.epoch as u32,
+                head_count: (lease.epoch >> 32) as u32,
+            })),
+            CUT => Err(LaneError::Protocol("a cut that names blocks".to_owned())),
             kind => Err(LaneError::Protocol(format!(
-                "a request of kind {kind}; allowed: {FETCH} to {TRANSMIT}"
+                "a request of kind {kind}; allowed: {FETCH} to {CUT}"
             ))),
         }
     }
@@ -274,6 +294,11 @@ mod tests {
             Request::Check { lease: LEASE },
             join,
             transmit,
+            Request::Cut(Slice {
+                unit_tokens: 16,
+                first_head: 3,
+                head_count: u32::MAX,
+            }),
         ] {
             assert_eq!(Request::decode(&request.encode()).unwrap(), request);
         }
@@ -298,10 +323,11 @@ mod tests {
             Request::decode(&bytes).unwrap_err().to_string()
         };
         assert!(refused(0, 0).contains("where a request should start"));
-        assert!(refused(4, 0).contains("kind 0; allowed: 1 to 4"));
-        assert!(refused(4, 5).contains("kind 5; allowed: 1 to 4"));
+        assert!(refused(4, 0).contains("kind 0; allowed: 1 to 5"));
+        assert!(refused(4, 6).contains("kind 6; allowed: 1 to 5"));
         assert!(refused(4, 2).contains("a check that names blocks"));
         assert!(refused(4, 3).contains("a join that names blocks"));
+        assert!(refused(4, 5).contains("a cut that names blocks"));
         assert!(refused(13, 16).contains("4097 blocks; allowed: 4096"));
     }
 

@@ -218,6 +218,8 @@ mod tests {
                 prompt,
                 first_block: 2,
                 block_count: 3,
+                block_tokens: 16,
+                readers: 1,
             },
             Message::Ready {
                 transfer: 9,

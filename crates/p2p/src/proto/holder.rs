@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 
 use super::ConnectionId;
-use super::message::{DenyReason, Message, Progress, Verdict};
+use super::message::{DenyReason, Message, Progress, READERS_MAX, Verdict};
 use super::waiting::Waiting;
 use crate::key::{Prompt, TransferKey};
 
@@ -36,7 +36,7 @@ pub struct HolderLimits {
     pub lease: Duration,
     /// How long a reader may take from its want on, if that is longer: the lease does not end under it.
     pub reading: Duration,
-    /// Ranks of decode that must release a hold.
+    /// Fewest ranks of decode that must release a hold; a reader may say that there are more.
     pub readers: u32,
     /// Most blocks that are kept for requests that have ended and that nobody has claimed.
     pub unclaimed_blocks: usize,
@@ -128,7 +128,7 @@ pub struct Holder {
     /// Keys whose hold ended and will not come back: a question for them need not wait.
     gone: LruCache<TransferKey, Instant>,
     /// Ranks that said that they need nothing, before the request was here, and when the last of them did.
-    early_releases: LruCache<TransferKey, (Prompt, u32, Instant)>,
+    early_releases: LruCache<TransferKey, EarlyRelease>,
     free_slots: Vec<u32>,
     epochs: Vec<u64>,
     readers: HashMap<(ConnectionId, u64), Reader>,
@@ -136,7 +136,7 @@ pub struct Holder {
     expiries: BTreeSet<(Instant, Arc<str>)>,
     unclaimed_blocks: usize,
     waiting: Waiting<Prompt>,
-    waiting_wants: Waiting<(Prompt, Range<u32>)>,
+    waiting_wants: Waiting<Wanted>,
     is_closed: bool,
     actions: VecDeque<HolderAction>,
 }
@@ -155,10 +155,34 @@ struct Hold {
     end_reason: EndReason,
 }
 
+/// What a rank of decode wants of a prompt.
+#[derive(Clone, Debug)]
+struct Wanted {
+    prompt: Prompt,
+    /// In blocks of this side.
+    blocks: Range<u32>,
+    /// Ranks of its engine that must release the hold.
+    readers: u32,
+}
+
+/// What ranks said before the request was here.
+#[derive(Clone, Copy, Debug)]
+struct EarlyRelease {
+    prompt: Prompt,
+    /// How many have said that they need nothing.
+    ranks: u32,
+    /// How many must.
+    readers: u32,
+    /// When the last of them did.
+    told: Instant,
+}
+
 #[derive(Debug)]
 struct Lease {
     slot: u32,
     readers: Vec<(ConnectionId, u64)>,
+    /// Ranks that must release it.
+    needed: u32,
     released: u32,
     /// Of those, the ranks that said so before the request was here.
     released_early: u32,
@@ -221,13 +245,13 @@ impl Holder {
             return false;
         };
         self.gone.pop(&offer.key);
-        let released = match self.early_releases.pop(&offer.key) {
-            Some((prompt, ranks, told))
-                if prompt.digest == offer.prompt.digest && now < told + self.limits.lease =>
+        let (released, readers) = match self.early_releases.pop(&offer.key) {
+            Some(early)
+                if early.prompt.digest == offer.prompt.digest && now < early.told + self.limits.lease =>
             {
-                ranks
+                (early.ranks, early.readers)
             }
-            _ => 0,
+            _ => (0, 0),
         };
         let hold = Hold {
             key: offer.key.clone(),
@@ -238,6 +262,7 @@ impl Holder {
             lease: Some(Lease {
                 slot,
                 readers: Vec::new(),
+                needed: readers.max(self.limits.readers),
                 released,
                 released_early: released,
                 is_claimed: released > 0,
@@ -320,7 +345,7 @@ impl Holder {
             });
             return;
         };
-        if lease.released >= self.limits.readers {
+        if lease.released >= lease.needed {
             self.end(now, hold, EndReason::Released);
             return;
         }
@@ -343,8 +368,13 @@ impl Holder {
             && let Some(released) = lease.last_release
         {
             // Offered again, as behind a preemption, it is still nothing to the ranks that have it.
-            let released = (known.prompt, lease.released, released);
-            self.early_releases.put(known.key.clone(), released);
+            let early = EarlyRelease {
+                prompt: known.prompt,
+                ranks: lease.released,
+                readers: lease.needed,
+                told: released,
+            };
+            self.early_releases.put(known.key.clone(), early);
         }
         self.close(&hold, EndReason::Revoked);
         self.holds.remove(&hold);
@@ -403,9 +433,18 @@ impl Holder {
                 prompt,
                 first_block,
                 block_count,
+                block_tokens,
+                readers,
             } => {
-                let range = first_block..first_block.saturating_add(block_count);
-                self.wanted(now, connection, is_compatible, transfer, key, prompt, range)
+                if block_tokens == 0 || !(1..=READERS_MAX).contains(&readers) {
+                    return Err("a want of blocks without tokens, or for no or too many ranks");
+                }
+                let wanted = Wanted {
+                    prompt,
+                    blocks: self.own_blocks(&prompt, block_tokens, first_block, block_count),
+                    readers,
+                };
+                self.wanted(now, connection, is_compatible, transfer, key, wanted)
             }
             Message::Check { transfer, epoch } => {
                 let slot = self
@@ -417,14 +456,22 @@ impl Holder {
                 Ok(())
             }
             Message::Done { transfer } | Message::Cancel { transfer } => {
-                if let Some((key, (prompt, _))) = self.waiting_wants.remove((connection, transfer)) {
-                    self.release_early(now, key, prompt);
+                if let Some((key, wanted)) = self.waiting_wants.remove((connection, transfer)) {
+                    self.release_early(now, key, &wanted);
                 }
                 self.reader_left(now, (connection, transfer));
                 Ok(())
             }
-            Message::Taken { key, slot, epoch } => {
-                self.taken(now, &key, slot, epoch);
+            Message::Taken {
+                key,
+                slot,
+                epoch,
+                readers,
+            } => {
+                if !(1..=READERS_MAX).contains(&readers) {
+                    return Err("blocks taken for no or too many ranks");
+                }
+                self.taken(now, &key, slot, epoch, readers);
                 Ok(())
             }
             _ => Err("a message that only prefill sends"),
@@ -460,11 +507,11 @@ impl Holder {
             let verdict = Verdict::None;
             self.send(connection, Message::Answer { question, verdict });
         }
-        for ((connection, transfer), key, (prompt, _)) in self.waiting_wants.take_late(now) {
+        for ((connection, transfer), key, wanted) in self.waiting_wants.take_late(now) {
             let reason = DenyReason::Gone;
             self.send(connection, Message::Deny { transfer, reason });
             // It computes the prompt itself now.
-            self.release_early(now, key, prompt);
+            self.release_early(now, key, &wanted);
         }
     }
 

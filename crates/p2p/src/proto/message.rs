@@ -5,9 +5,10 @@ use kvlane_cuda::{CacheOffer, NcclVersion, SharedAllocation};
 use serde::{Deserialize, Serialize};
 
 use crate::key::{Prompt, TransferKey};
+use crate::shape::CacheShape;
 
 /// Version of the protocol. Peers of another version are refused: both servers run the same wheel or none.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Longest text in a message other than a key.
 pub(super) const TEXT_BYTES_MAX: usize = 512;
@@ -59,10 +60,14 @@ pub enum Message {
         key: TransferKey,
         /// What it must be of.
         prompt: Prompt,
-        /// Index in the prompt of the first block that is wanted.
+        /// Index in the prompt of the first block that is wanted, in blocks of the reader.
         first_block: u32,
         /// How many. None: this rank has everything, which releases its part of the lease.
         block_count: u32,
+        /// Tokens of a block of the reader.
+        block_tokens: u32,
+        /// Ranks of the reader's engine that will say to this holder that they have what they need.
+        readers: u32,
     },
     /// The blocks may be read as long as `slot` holds `epoch`.
     Grant {
@@ -126,6 +131,8 @@ pub enum Message {
         slot: u32,
         /// The lease's epoch, as posted. Of any other lease of this key nothing is said.
         epoch: u64,
+        /// As in a want.
+        readers: u32,
     },
 }
 
@@ -208,6 +215,10 @@ pub struct CacheLayout {
     pub block_count: u32,
     /// In the order of the payload.
     pub regions: Vec<Region>,
+    /// Equal ones order the bytes of a block in the same way.
+    pub fingerprint: [u8; 32],
+    /// What the blocks hold, if that is known: then a peer whose blocks are others may take parts of them.
+    pub shape: Option<CacheShape>,
 }
 
 /// One region: block `b` is the bytes at `address + b * block_stride_bytes + offset` of every run.
@@ -372,9 +383,14 @@ impl From<&kvlane_core::BlockMap> for CacheLayout {
         Self {
             block_count: map.block_count(),
             regions: map.regions().iter().map(Region::from).collect(),
+            fingerprint: map.fingerprint(),
+            shape: None,
         }
     }
 }
+
+/// Most ranks of an engine that one holder hears of.
+pub const READERS_MAX: u32 = 4096;
 
 /// Most facts of a Hello.
 pub const FACTS_MAX: usize = 64;

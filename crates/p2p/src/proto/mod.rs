@@ -25,9 +25,11 @@ pub use holder::{EndReason, Holder, HolderAction, HolderLimits, Offer};
 pub use link::{Identity, Link, LinkConfig, LinkError, Side};
 pub use message::{
     CacheLayout, Channel, DenyReason, DeviceAllocation, DeviceMemory, FACTS_MAX, Hello, Message, Open, Probe,
-    Progress, Region, Role, VERSION, Verdict, facts_are_bounded,
+    Progress, READERS_MAX, Region, Role, VERSION, Verdict, facts_are_bounded,
 };
-pub use puller::{Copied, PostedBlocks, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span};
+pub use puller::{
+    Copied, PostedBlocks, PullRequest, PullResult, Puller, PullerAction, PullerLimits, Span, Units,
+};
 
 /// Names a connection for as long as it lasts; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -13,6 +13,10 @@ use crate::key::{Prompt, TransferKey};
 
 mod copies;
 mod endings;
+mod units;
+
+use units::Scale;
+pub use units::Units;
 
 /// Bounds of a puller.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +25,8 @@ pub struct PullerLimits {
     pub pulls: usize,
     /// Layers of the cache.
     pub layers: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
     /// Blocks of the holders' caches never have a number from here on; their own HELLO says how many they have.
     pub block_count_max: u32,
     /// Most parts that a span is copied in at the same time.
@@ -42,6 +48,8 @@ pub struct PullRequest {
     pub first_block: u32,
     /// Own cache blocks that receive them.
     pub targets: Vec<u32>,
+    /// Ranks of this engine that the holder hears of; it may let go when all of them have what they need.
+    pub readers: u32,
     /// When to give up.
     pub deadline: Instant,
 }
@@ -53,7 +61,7 @@ pub struct PostedBlocks {
     pub slot: u32,
     /// What the table must hold for bytes to be right.
     pub epoch: u64,
-    /// The holder's block for each target.
+    /// The holder's blocks, from the first one that the pull needs to the last.
     pub blocks: Vec<u32>,
 }
 
@@ -81,7 +89,7 @@ pub enum PullResult {
     Busy,
 }
 
-/// Some layers of some blocks.
+/// Some layers of some blocks, or of units where the two sides' blocks differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Layers to copy.
@@ -153,6 +161,8 @@ pub struct Puller {
     actions: VecDeque<PullerAction>,
     /// Pulls of posted blocks that the holder has not been asked for yet.
     unasked: VecDeque<u64>,
+    /// Holders whose blocks are not like those of this side.
+    units: HashMap<ConnectionId, Units>,
 }
 
 #[derive(Debug)]
@@ -163,6 +173,7 @@ struct Pull {
     prompt: Prompt,
     first_block: u32,
     targets: Vec<u32>,
+    readers: u32,
     deadline: Instant,
     is_asked: bool,
     posted: Posted,
@@ -192,17 +203,15 @@ enum Posted {
 }
 
 impl Pull {
-    fn count(&self) -> usize {
-        self.targets.len()
-    }
-
-    fn want(&self, transfer: u64) -> Message {
+    fn want(&self, transfer: u64, block_tokens: u32) -> Message {
         Message::Want {
             transfer,
             key: self.key.clone(),
             prompt: self.prompt,
             first_block: self.first_block,
-            block_count: self.count() as u32,
+            block_count: self.targets.len() as u32,
+            block_tokens,
+            readers: self.readers,
         }
     }
 
@@ -213,6 +222,7 @@ impl Pull {
             key: self.key.clone(),
             slot,
             epoch,
+            readers: self.readers,
         }
     }
 }
@@ -227,7 +237,13 @@ impl Puller {
             last_transfer: 0,
             actions: VecDeque::new(),
             unasked: VecDeque::new(),
+            units: HashMap::new(),
         }
+    }
+
+    /// The blocks of the holder behind a connection are not like those of this side. Said before its first message.
+    pub fn meet(&mut self, connection: ConnectionId, units: Units) {
+        self.units.insert(connection, units);
     }
 
     /// Begins a pull over a connection that is ready, or will be: messages wait there.
@@ -253,6 +269,7 @@ impl Puller {
             prompt: request.prompt,
             first_block: request.first_block,
             targets: request.targets,
+            readers: request.readers,
             deadline: request.deadline,
             is_asked: false,
             posted: Posted::No,
@@ -278,7 +295,7 @@ impl Puller {
     }
 
     /// Tells the holder that this rank has the whole prompt already.
-    pub fn release(&mut self, connection: ConnectionId, key: TransferKey, prompt: Prompt) {
+    pub fn release(&mut self, connection: ConnectionId, key: TransferKey, prompt: Prompt, readers: u32) {
         self.last_transfer += 1;
         let want = Message::Want {
             transfer: self.last_transfer,
@@ -286,6 +303,8 @@ impl Puller {
             prompt,
             first_block: 0,
             block_count: 0,
+            block_tokens: self.limits.block_tokens,
+            readers,
         };
         self.actions.push_back(PullerAction::Send(connection, want));
     }
@@ -331,7 +350,7 @@ impl Puller {
                 self.fail(transfer, PullResult::Lapsed);
                 Ok(())
             }
-            Message::Ready { blocks, progress, .. } => self.more(transfer, &blocks, progress),
+            Message::Ready { blocks, progress, .. } => self.more(connection, transfer, &blocks, progress),
             Message::Checked { held, .. } => {
                 if !pull.is_checking {
                     return Err("an answer to a check that nobody asked for");
@@ -375,6 +394,7 @@ impl Puller {
         for transfer in broken {
             self.fail(transfer, PullResult::Unreachable);
         }
+        self.units.remove(&connection);
     }
 
     /// The peer behind a connection cannot exchange bytes with this cache.
@@ -421,7 +441,7 @@ impl Puller {
             && pull.end.is_none()
             && !std::mem::replace(&mut pull.is_asked, true)
         {
-            let want = pull.want(transfer);
+            let want = pull.want(transfer, self.limits.block_tokens);
             self.actions.push_back(PullerAction::Send(pull.connection, want));
         }
     }
@@ -432,7 +452,13 @@ impl Puller {
     }
 
     /// Takes up a notice, and has copied what it allows.
-    fn more(&mut self, transfer: u64, blocks: &[u32], progress: Progress) -> Result<(), &'static str> {
+    fn more(
+        &mut self,
+        connection: ConnectionId,
+        transfer: u64,
+        blocks: &[u32],
+        progress: Progress,
+    ) -> Result<(), &'static str> {
         let limits = self.limits;
         let Some(pull) = self.pulls.get_mut(&transfer) else {
             return Ok(());
@@ -440,12 +466,13 @@ impl Puller {
         if pull.lease.is_none() {
             return Err("a notice before the grant");
         }
-        let end_block = pull.first_block + pull.count() as u32;
+        let scale = Scale::of(&limits, self.units.get(&connection), pull);
+        let end_block = scale.holder_end_block();
         let named = pull.sources.len() + blocks.len();
-        let fits = named <= pull.count()
+        let fits = named <= scale.holder_blocks
             && blocks.iter().all(|&block| block < limits.block_count_max)
             && progress.done_blocks <= progress.wave_blocks
-            && progress.wave_blocks <= end_block
+            && u64::from(progress.wave_blocks) <= end_block
             && progress.wave_layers <= limits.layers;
         if !fits {
             self.fail(transfer, PullResult::Misbehaved);

@@ -144,6 +144,7 @@ pub(crate) fn order(port: u16, targets: &[u32]) -> PullOrder {
         prompt: prompt(targets.len() as u32),
         first_block: 0,
         targets: targets.to_vec(),
+        readers: 1,
         timeout: PATIENCE,
     }
 }

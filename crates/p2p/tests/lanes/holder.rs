@@ -172,6 +172,7 @@ fn serve_one(socket: TcpStream, cache: &LocalCache, epochs: &EpochTable) {
     let _ = serve(
         socket,
         cache,
+        None,
         is_held,
         &AtomicBool::new(false),
         Duration::from_secs(20),

@@ -25,7 +25,7 @@ fn serve_to(
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| {
             let (socket, _) = listener.accept().unwrap();
-            serve(socket, &cache, |_| true, stop, timeout)
+            serve(socket, &cache, None, |_| true, stop, timeout)
         });
         client(TcpStream::connect(address).unwrap());
         serving.join().unwrap()

@@ -232,6 +232,7 @@ fn a_lease_that_lapses_on_the_way_ends_the_serving_and_the_copy() {
             serve(
                 socket,
                 &theirs,
+                None,
                 is_held,
                 &AtomicBool::new(false),
                 Duration::from_secs(20),
@@ -264,6 +265,7 @@ fn a_lease_that_lapses_before_the_last_byte_is_told_behind_it() {
             serve(
                 socket,
                 &theirs,
+                None,
                 is_held,
                 &AtomicBool::new(false),
                 Duration::from_secs(20),

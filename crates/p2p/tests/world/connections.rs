@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvlane_p2p::proto::{
-    Channel, ConnectionId, Frames, Hello, Identity, Link, LinkConfig, Message, Progress, Role, Side, Verdict,
+    Channel, ConnectionId, Frames, Hello, Identity, Link, LinkConfig, Message, Progress, Role, Side, Units,
+    Verdict,
 };
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::{BLOCK_TOKENS, BLOCKS, Connection, End, Event, World};
+use super::{BLOCKS, Connection, End, Event, World};
 
 impl World {
     pub(super) fn connection(&mut self, is_puller: bool) -> u64 {
@@ -111,6 +112,8 @@ impl World {
                 prompt,
                 first_block: number(random),
                 block_count: number(random) | 0x8000_0000,
+                block_tokens: number(random),
+                readers: 1,
             },
             Message::Grant { transfer, slot, .. } => Message::Grant {
                 transfer,
@@ -201,6 +204,13 @@ impl World {
                 return self.break_connection(id);
             };
             if !was_ready && end.link.is_ready() && !to_prefill {
+                if is_puller && self.prefill_tokens != self.decode_tokens {
+                    let units = Units {
+                        unit_tokens: self.unit_tokens,
+                        holder_block_tokens: self.prefill_tokens,
+                    };
+                    self.puller.meet(ConnectionId(id), units);
+                }
                 for message in std::mem::take(&mut connection.waiting) {
                     connection.decode.link.send(message);
                 }
@@ -251,7 +261,7 @@ fn link_config(role: Role, start: u64) -> LinkConfig {
             channel: Channel::Control,
             namespace: [1; 32],
             facts: Vec::new(),
-            block_tokens: BLOCK_TOKENS,
+            block_tokens: 4,
             cache: None,
             probe: None,
             device: None,

@@ -7,12 +7,12 @@ use kvlane_p2p::TransferKey;
 use kvlane_p2p::proto::{ConnectionId, Copied, PostedBlocks, PullRequest, PullResult, Span, State, Verdict};
 use rand::Rng;
 
-use super::{BLOCK_TOKENS, Copy, Event, LAYERS, Request, World};
+use super::{Copy, Event, LAYERS, Request, World, tokens_of};
 
 impl World {
     pub(super) fn arrive(&mut self, number: u64) {
         let blocks = self.random.random_range(1..6);
-        let tokens = blocks * BLOCK_TOKENS - self.random.random_range(0..BLOCK_TOKENS);
+        let tokens = blocks * self.prefill_tokens - self.random.random_range(0..self.prefill_tokens);
         let mut digest = [0; 32];
         digest[..8].copy_from_slice(&number.to_le_bytes());
         let request = Request {
@@ -47,7 +47,8 @@ impl World {
         if request.is_over || request.job.is_some() {
             return;
         }
-        let (key, prompt, blocks) = (request.key.clone(), request.prompt, request.blocks);
+        let (key, prompt) = (request.key.clone(), request.prompt);
+        let blocks = prompt.block_count(self.decode_tokens);
         if request.aborts && self.random.random_bool(0.1) {
             self.totals.cancelled += 1;
             return self.end_request(number);
@@ -78,7 +79,7 @@ impl World {
                 let targets: Vec<u32> = self.target_free.drain(..count).collect();
                 for &block in &targets {
                     self.target_owner[block as usize] = Some(number);
-                    self.target[block as usize] = [None; LAYERS as usize];
+                    self.target[tokens_of(block, self.decode_tokens)].fill([None; LAYERS as usize]);
                 }
                 let job = number + 1;
                 self.jobs.insert(job, number);
@@ -90,6 +91,7 @@ impl World {
                     prompt,
                     first_block: first,
                     targets: targets.clone(),
+                    readers: 1,
                     deadline: self.instant() + timeout,
                 };
                 if let Some(request) = self.requests.get_mut(&number) {
@@ -110,14 +112,23 @@ impl World {
 
     /// What a reader of prefill's memory finds of a pull's blocks. It may be of a lease that has ended.
     pub(super) fn posted(&mut self, pull: &PullRequest) -> Option<PostedBlocks> {
-        if !self.hits(self.faults.looks) {
+        // Without a HELLO nobody knows where the memory is.
+        let is_known = |id| {
+            self.connections
+                .get(&id)
+                .is_some_and(|known| known.decode.link.is_ready())
+        };
+        if !self.pulling.is_some_and(is_known) || !self.hits(self.faults.looks) {
             return None;
         }
         let (_, posted) = self
             .board
             .get(&pull.key)
             .filter(|(prompt, _)| *prompt == pull.prompt)?;
-        let wanted = pull.first_block as usize..pull.first_block as usize + pull.targets.len();
+        let end_token =
+            ((pull.first_block + pull.targets.len() as u32) * self.decode_tokens).min(pull.prompt.tokens);
+        let wanted = (pull.first_block * self.decode_tokens / self.prefill_tokens) as usize
+            ..end_token.div_ceil(self.prefill_tokens) as usize;
         Some(PostedBlocks {
             blocks: posted.blocks.get(wanted)?.to_vec(),
             ..*posted
@@ -137,7 +148,9 @@ impl World {
         let Some(request) = self.requests.get(&number) else {
             return;
         };
-        let first = request.blocks - request.targets.len() as u32;
+        let tokens = request.prompt.tokens;
+        let first = request.prompt.block_count(self.decode_tokens) - request.targets.len() as u32;
+        let first_token = first * self.decode_tokens;
         let targets = request.targets.clone();
         assert!(
             !self.copies.values().any(|copy| copy.job == job),
@@ -145,18 +158,20 @@ impl World {
         );
         match result {
             PullResult::Done => {
-                for (place, &block) in targets.iter().enumerate() {
-                    let expected = Some((number, first + place as u32));
-                    let found = self.target[block as usize];
+                let found = targets
+                    .iter()
+                    .flat_map(|&block| &self.target[tokens_of(block, self.decode_tokens)]);
+                for (token, found) in (first_token..tokens).zip(found) {
+                    let expected = Some((number, token));
                     assert_eq!(
-                        found, [expected; LAYERS as usize],
-                        "block {place} of request {number}"
+                        *found, [expected; LAYERS as usize],
+                        "token {token} of request {number}"
                     );
                 }
                 self.totals.pulled += 1;
                 // Otherwise they were copied again, by a grant.
-                let is_as_posted =
-                    request.is_posted && request.copied_pieces == targets.len() * LAYERS as usize;
+                let units = (tokens - first_token).div_ceil(self.unit_tokens);
+                let is_as_posted = request.is_posted && request.copied_pieces == (units * LAYERS) as usize;
                 self.totals.pulled_as_posted += u64::from(is_as_posted);
             }
             PullResult::Lapsed => self.totals.lapsed += 1,
@@ -176,7 +191,7 @@ impl World {
         let number = span
             .local
             .first()
-            .and_then(|&block| self.target_owner[block as usize]);
+            .and_then(|&unit| self.target_owner[(unit * self.unit_tokens / self.decode_tokens) as usize]);
         let job = number.expect("a copy goes into blocks of its own") + 1;
         if let Some(request) = self.requests.get_mut(&(job - 1)) {
             request.copied_pieces += span.layers.len() * span.local.len();
@@ -223,15 +238,18 @@ impl World {
             copy.next / layers,
             copy.span.layers.start as usize + copy.next % layers,
         );
-        let (from, to) = (copy.span.remote[place] as usize, copy.span.local[place] as usize);
+        let (from, to) = (copy.span.remote[place], copy.span.local[place]);
         let (job, is_slow) = (copy.job, copy.is_slow);
         copy.next += 1;
         assert_eq!(
-            self.target_owner[to],
+            self.target_owner[(to * self.unit_tokens / self.decode_tokens) as usize],
             Some(job - 1),
             "a copy wrote into somebody else's block"
         );
-        self.target[to][layer] = self.source[from][layer];
+        let (from, to) = (tokens_of(from, self.unit_tokens), tokens_of(to, self.unit_tokens));
+        for (from, to) in from.zip(to) {
+            self.target[to][layer] = self.source[from][layer];
+        }
         self.soon(if is_slow { 400 } else { 3 }, Event::CopyPiece { copy: id });
     }
 }

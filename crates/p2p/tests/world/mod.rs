@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,8 @@ mod prefill;
 
 pub(crate) use faults::{Faults, Totals};
 
-const BLOCK_TOKENS: u32 = 4;
+/// Tokens of a block of prefill, and of decode. Half of the schedules have the first pair.
+const BLOCK_SIZES: [(u32, u32); 5] = [(4, 4), (8, 4), (2, 4), (6, 4), (3, 1)];
 const LAYERS: u32 = 3;
 const BLOCKS: u32 = 40;
 const LEASE: Duration = Duration::from_millis(400);
@@ -47,12 +49,13 @@ enum Event {
     Tick,
 }
 
-/// One block's content in a layer: what it is of, or nothing.
+/// One token's content in a layer: the request and the position in its prompt, or nothing.
 type Content = Option<(u64, u32)>;
 
 struct Request {
     key: TransferKey,
     prompt: Prompt,
+    /// Of prefill.
     blocks: u32,
     /// Prefill's part.
     hold: Option<Arc<str>>,
@@ -66,7 +69,7 @@ struct Request {
     targets: Vec<u32>,
     job: Option<u64>,
     is_posted: bool,
-    /// Pieces of blocks whose copying has begun.
+    /// Pieces of units whose copying has begun.
     copied_pieces: usize,
     is_over: bool,
     aborts: bool,
@@ -106,6 +109,10 @@ pub(crate) struct World {
     events: BinaryHeap<Reverse<(Duration, u64, Event)>>,
     sequence: u64,
     requests: HashMap<u64, Request>,
+    /// Tokens of a block of prefill, of decode, and of what both have in common.
+    prefill_tokens: u32,
+    decode_tokens: u32,
+    unit_tokens: u32,
     // prefill
     holder: Holder,
     table: Vec<u64>,
@@ -153,18 +160,32 @@ impl World {
     }
 
     fn new(seed: u64, faults: Faults) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let pair = if random.random_bool(0.5) {
+            0
+        } else {
+            random.random_range(0..BLOCK_SIZES.len())
+        };
+        let (prefill_tokens, decode_tokens) = BLOCK_SIZES[pair];
+        let unit_tokens = (1..=prefill_tokens)
+            .rev()
+            .find(|unit| prefill_tokens.is_multiple_of(*unit) && decode_tokens.is_multiple_of(*unit));
+        let nothing = |block_tokens| vec![[None; LAYERS as usize]; (BLOCKS * block_tokens) as usize];
         Self {
-            random: StdRng::seed_from_u64(seed),
+            random,
             faults,
             start: Instant::now(),
             now: Duration::ZERO,
             events: BinaryHeap::new(),
             sequence: 0,
             requests: HashMap::new(),
-            holder: Holder::new(holder_limits(faults)),
+            prefill_tokens,
+            decode_tokens,
+            unit_tokens: unit_tokens.expect("one token fits all"),
+            holder: Holder::new(holder_limits(faults, prefill_tokens)),
             table: vec![1; 8],
             board: HashMap::new(),
-            source: vec![[None; LAYERS as usize]; BLOCKS as usize],
+            source: nothing(prefill_tokens),
             source_free: (0..BLOCKS).collect(),
             waiting_holds: HashMap::new(),
             starts: 0,
@@ -172,12 +193,13 @@ impl World {
             puller: Puller::new(PullerLimits {
                 pulls: 8,
                 layers: LAYERS,
+                block_tokens: decode_tokens,
                 block_count_max: BLOCKS,
                 // Small spans stay whole.
                 parts: 2,
                 part_pieces_min: 2,
             }),
-            target: vec![[None; LAYERS as usize]; BLOCKS as usize],
+            target: nothing(decode_tokens),
             target_free: (0..BLOCKS).collect(),
             target_owner: vec![None; BLOCKS as usize],
             copies: HashMap::new(),
@@ -346,9 +368,15 @@ impl World {
     }
 }
 
-fn holder_limits(faults: Faults) -> HolderLimits {
+/// The tokens of a block, in a list of all tokens of a cache.
+fn tokens_of(block: u32, block_tokens: u32) -> Range<usize> {
+    let start = (block * block_tokens) as usize;
+    start..start + block_tokens as usize
+}
+
+fn holder_limits(faults: Faults, block_tokens: u32) -> HolderLimits {
     HolderLimits {
-        block_tokens: BLOCK_TOKENS,
+        block_tokens,
         slots: 8,
         lease: LEASE,
         reading: faults.reading,

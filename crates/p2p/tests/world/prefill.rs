@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvlane_p2p::proto::{ConnectionId, EndReason, Holder, HolderAction, Offer, PostedBlocks, Progress};
 use rand::Rng;
 
-use super::{BLOCKS, Event, LAYERS, World, holder_limits};
+use super::{BLOCKS, Content, Event, LAYERS, World, holder_limits, tokens_of};
 
 impl World {
     pub(super) fn compute(&mut self, number: u64) {
@@ -33,7 +33,7 @@ impl World {
             };
             self.holder.offer(now, offer);
             for &block in &own {
-                self.source[block as usize] = [None; LAYERS as usize];
+                self.fill_source(block, None);
             }
             if let Some(request) = self.requests.get_mut(&number) {
                 (request.hold, request.source) = (Some(hold), own);
@@ -52,7 +52,7 @@ impl World {
             request.hold = None;
             let freed = std::mem::take(&mut request.source);
             for &block in &freed {
-                self.source[block as usize] = [Some((u64::MAX, block)); LAYERS as usize];
+                self.fill_source(block, Some((u64::MAX, block)));
             }
             self.source_free.extend(freed);
             return self.soon(100, Event::Compute(number));
@@ -69,15 +69,12 @@ impl World {
             request.allocated = wave;
         }
         let layer = request.computed_layers as usize;
-        for index in request.computed..wave {
-            self.source[request.source[index as usize] as usize][layer] = Some((number, index));
-        }
         // All blocks of a wave have the same layers: it is as wide as it was at its first layer.
-        if request.computed_layers > 0 {
-            for index in request.computed..wave {
-                for earlier in 0..layer {
-                    self.source[request.source[index as usize] as usize][earlier] = Some((number, index));
-                }
+        for index in request.computed..wave {
+            let tokens = tokens_of(request.source[index as usize], self.prefill_tokens);
+            let first = index * self.prefill_tokens;
+            for (token, content) in (first..).zip(&mut self.source[tokens]) {
+                content[..=layer].fill(Some((number, token)));
             }
         }
         request.computed_layers += 1;
@@ -138,7 +135,7 @@ impl World {
                         .expect("an end is told once, of a finished request");
                     // Somebody else writes there from now on.
                     for &block in &freed {
-                        self.source[block as usize] = [Some((u64::MAX, block)); LAYERS as usize];
+                        self.fill_source(block, Some((u64::MAX, block)));
                     }
                     self.source_free.extend(freed);
                 }
@@ -153,11 +150,11 @@ impl World {
         let ids: Vec<u64> = self.connections.keys().copied().collect();
         ids.into_iter().for_each(|id| self.break_connection(id));
         while self.holder.next_action().is_some() {}
-        self.holder = Holder::new(holder_limits(self.faults));
+        self.holder = Holder::new(holder_limits(self.faults, self.prefill_tokens));
         // What a reader of the old process' memory would find.
         self.table = vec![0; 8];
         self.board.clear();
-        self.source = vec![[Some((u64::MAX, 0)); LAYERS as usize]; BLOCKS as usize];
+        self.source.fill([Some((u64::MAX, 0)); LAYERS as usize]);
         self.source_free = (0..BLOCKS).collect();
         self.waiting_holds.clear();
         for request in self.requests.values_mut() {
@@ -166,6 +163,10 @@ impl World {
         }
         self.stop_all_copies();
         self.table = vec![1; 8];
+    }
+
+    fn fill_source(&mut self, block: u32, content: Content) {
+        self.source[tokens_of(block, self.prefill_tokens)].fill([content; LAYERS as usize]);
     }
 
     /// Whoever reads a process that has ended gets an error.

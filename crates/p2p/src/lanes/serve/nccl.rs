@@ -39,7 +39,7 @@ impl From<CudaError> for Failure {
     }
 }
 
-impl<F: Fn(Lease) -> bool> Server<F> {
+impl<F: Fn(Lease) -> bool> Server<'_, F> {
     /// Makes the communicator of this connection, or says why not.
     pub(super) fn join(
         &mut self,
@@ -119,7 +119,7 @@ impl<F: Fn(Lease) -> bool> Server<F> {
     ) -> Result<(), LaneError> {
         let map = self.pairing.local().map();
         check_layers(layers, map.layer_count())?;
-        check_blocks("this", &self.blocks, map.block_count())?;
+        check_blocks("this", &self.blocks, self.pairing.local_units())?;
         // Not in `self` meanwhile: an error on the way ends it.
         let Some(mut communicator) = self.communicator.take() else {
             return Err(LaneError::Protocol(

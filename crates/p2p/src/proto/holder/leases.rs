@@ -112,7 +112,7 @@ impl Holder {
                     self.transfers.remove(&reader.0);
                 }
             }
-            debug_assert!(reason != EndReason::Released || self.limits.readers == 0 || lease.released > 0);
+            debug_assert!(reason != EndReason::Released || lease.needed == 0 || lease.released > 0);
             let transfer = reader.1;
             self.send(reader.0, Message::Revoked { transfer });
         }

@@ -4,13 +4,36 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCKS_PER_MESSAGE, EndReason, Holder, Reader};
+use super::{BLOCKS_PER_MESSAGE, EarlyRelease, EndReason, Holder, Reader, Wanted};
 use crate::key::{Prompt, TransferKey};
 use crate::proto::ConnectionId;
 use crate::proto::message::{DenyReason, Message, Progress};
 
 impl Holder {
-    #[allow(clippy::too_many_arguments, reason = "the fields of one message")]
+    /// The blocks of this side that hold so many blocks of a reader. A range behind the prompt's end stays one.
+    pub(super) fn own_blocks(
+        &self,
+        prompt: &Prompt,
+        block_tokens: u32,
+        first_block: u32,
+        block_count: u32,
+    ) -> std::ops::Range<u32> {
+        let end_block = first_block.saturating_add(block_count);
+        let own_tokens = self.limits.block_tokens;
+        if block_tokens == own_tokens || block_count == 0 {
+            return first_block..end_block;
+        }
+        if end_block > prompt.block_count(block_tokens) {
+            return 0..u32::MAX;
+        }
+        let first_token = u64::from(first_block) * u64::from(block_tokens);
+        // Tokens behind the prompt are in nobody's blocks.
+        let end_token = (u64::from(end_block) * u64::from(block_tokens)).min(u64::from(prompt.tokens));
+        let blocks = first_token / u64::from(own_tokens)..end_token.div_ceil(u64::from(own_tokens));
+        // Both are blocks of the prompt, of which there are fewer than tokens.
+        blocks.start as u32..blocks.end as u32
+    }
+
     pub(super) fn wanted(
         &mut self,
         now: Instant,
@@ -18,10 +41,10 @@ impl Holder {
         is_compatible: bool,
         transfer: u64,
         key: TransferKey,
-        prompt: Prompt,
-        range: std::ops::Range<u32>,
+        wanted: Wanted,
     ) -> Result<(), &'static str> {
         let id = (connection, transfer);
+        let (prompt, range) = (wanted.prompt, wanted.blocks.clone());
         if self.readers.contains_key(&id) || self.waiting_wants.contains(id) {
             return Err("a transfer with the number of an open one");
         }
@@ -38,12 +61,12 @@ impl Holder {
         let may_come = reason == Some(DenyReason::Gone) && !self.is_closed && !self.is_gone(now, &key);
         if may_come && !range.is_empty() && self.waiting_wants.len() < self.limits.questions {
             let deadline = now + self.limits.want_wait;
-            self.waiting_wants.add(id, key, (prompt, range), deadline);
+            self.waiting_wants.add(id, key, wanted, deadline);
             return Ok(());
         }
         if reason == Some(DenyReason::Gone) && range.is_empty() {
             // Decode may be faster than prefill, where both were called at once.
-            self.release_early(now, key, prompt);
+            self.release_early(now, key, &wanted);
             return Ok(());
         }
         if let Some(reason) = reason {
@@ -71,6 +94,7 @@ impl Holder {
             lease.released_early = 0;
         }
         lease.readers.push(id);
+        lease.needed = lease.needed.max(wanted.readers);
         lease.last_want = Some(now);
         let slot = lease.slot;
         self.transfers.entry(connection).or_default().insert(transfer);
@@ -101,13 +125,20 @@ impl Holder {
     }
 
     /// A rank needs nothing of a request that is not here yet.
-    pub(super) fn release_early(&mut self, now: Instant, key: TransferKey, prompt: Prompt) {
-        let (_, ranks, told) = self.early_releases.get_or_insert_mut(key, || (prompt, 0, now));
-        (*ranks, *told) = (*ranks + 1, now);
+    pub(super) fn release_early(&mut self, now: Instant, key: TransferKey, wanted: &Wanted) {
+        let early = self.early_releases.get_or_insert_mut(key, || EarlyRelease {
+            prompt: wanted.prompt,
+            ranks: 0,
+            readers: 0,
+            told: now,
+        });
+        early.ranks += 1;
+        early.readers = early.readers.max(wanted.readers);
+        early.told = now;
     }
 
     /// A rank has what it found posted under a lease. Of a later lease of that key it has nothing.
-    pub(super) fn taken(&mut self, now: Instant, key: &TransferKey, slot: u32, epoch: u64) {
+    pub(super) fn taken(&mut self, now: Instant, key: &TransferKey, slot: u32, epoch: u64, readers: u32) {
         let Some(id) = self.keys.get(key).cloned() else {
             return;
         };
@@ -121,19 +152,20 @@ impl Holder {
         if !std::mem::replace(&mut lease.is_claimed, true) && hold.is_finished {
             self.unclaimed_blocks -= hold.blocks.len();
         }
+        lease.needed = lease.needed.max(readers);
         lease.released += 1;
         lease.last_release = Some(now);
-        if hold.is_finished && lease.released >= self.limits.readers {
+        if hold.is_finished && lease.released >= lease.needed {
             self.end(now, &id, EndReason::Released);
         }
     }
 
     /// Takes up the wants that waited for a key: it was offered, or will not be.
     pub(super) fn grant_waiting(&mut self, now: Instant, key: &TransferKey) {
-        for ((connection, transfer), (prompt, range)) in self.waiting_wants.take(key) {
+        for ((connection, transfer), wanted) in self.waiting_wants.take(key) {
             // It was compatible when it began to wait.
-            let wanted = self.wanted(now, connection, true, transfer, key.clone(), prompt, range);
-            debug_assert!(wanted.is_ok(), "its number was free");
+            let taken = self.wanted(now, connection, true, transfer, key.clone(), wanted);
+            debug_assert!(taken.is_ok(), "its number was free");
         }
     }
 
@@ -196,7 +228,7 @@ impl Holder {
         lease.readers.retain(|other| *other != id);
         lease.released += 1;
         lease.last_release = Some(now);
-        if hold.is_finished && lease.released >= self.limits.readers {
+        if hold.is_finished && lease.released >= lease.needed {
             self.end(now, &reader.hold, EndReason::Released);
         }
     }

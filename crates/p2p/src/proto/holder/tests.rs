@@ -67,6 +67,8 @@ fn want_message(transfer: u64, text: &str, blocks: u32) -> Message {
         prompt: prompt(blocks),
         first_block: 0,
         block_count: blocks,
+        block_tokens: 4,
+        readers: 1,
     }
 }
 
@@ -299,6 +301,8 @@ fn another_cache_another_prompt_and_too_many_transfers_are_denied() {
         prompt: prompt(blocks),
         first_block: 1,
         block_count: count,
+        block_tokens: 4,
+        readers: 1,
     };
     let mut reason = |is_compatible, message| {
         holder.receive(now, READER, is_compatible, message).unwrap();
@@ -379,6 +383,8 @@ fn a_rank_that_needs_nothing_may_say_so_before_the_request_is_there() {
             prompt: prompt(about),
             first_block: 0,
             block_count: 0,
+            block_tokens: 4,
+            readers: 1,
         };
         holder.receive(now, READER, true, release).unwrap();
         held(&mut holder, now, "r", "a", &[1, 2]);
@@ -406,6 +412,8 @@ fn a_want_behind_the_blocks_that_are_allocated_so_far_waits_for_them() {
         prompt: prompt(3),
         first_block: 2,
         block_count: 1,
+        block_tokens: 4,
+        readers: 1,
     };
     holder.receive(now, READER, true, late).unwrap();
     holder.progress("r", done(1));
@@ -479,6 +487,8 @@ fn a_second_try_is_not_ended_by_what_was_said_of_the_first() {
             prompt: prompt(2),
             first_block: 0,
             block_count: 0,
+            block_tokens: 4,
+            readers: 1,
         };
         holder.receive(now, READER, true, message).unwrap();
     };
@@ -713,6 +723,7 @@ fn who_took_what_was_posted_releases_that_lease_and_no_later_one_of_its_key() {
         key: key("a"),
         slot: 0,
         epoch,
+        readers: 1,
     };
     held(&mut holder, now, "r", "a", &[1]);
     assert_eq!(holder.load().1, 1);

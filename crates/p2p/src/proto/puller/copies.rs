@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Copied, Posted, PostedBlocks, Puller, PullerAction, PullerLimits, Span};
+use super::{Copied, Posted, PostedBlocks, Puller, PullerAction, PullerLimits, Scale, Span};
 
 impl Puller {
     /// False: they cannot be the blocks of this pull.
@@ -11,14 +11,15 @@ impl Puller {
         let Some(pull) = self.pulls.get_mut(&transfer) else {
             return false;
         };
-        let is_plausible = posted.blocks.len() == pull.count()
+        let scale = Scale::of(&limits, self.units.get(&pull.connection), pull);
+        let is_plausible = posted.blocks.len() == scale.holder_blocks
             && posted.blocks.iter().all(|&block| block < limits.block_count_max);
         if !is_plausible {
             return false;
         }
         pull.posted = Posted::Copying;
         pull.posted_lease = (posted.slot, posted.epoch);
-        for (layers, positions) in parts(&limits, 0..limits.layers, 0..pull.count()) {
+        for (layers, positions) in parts(&limits, 0..limits.layers, 0..scale.count) {
             pull.running += 1;
             self.actions.push_back(PullerAction::Copy {
                 transfer,
@@ -27,8 +28,13 @@ impl Puller {
                 epoch: posted.epoch,
                 span: Span {
                     layers,
-                    remote: posted.blocks[positions.clone()].to_vec(),
-                    local: pull.targets[positions].to_vec(),
+                    remote: positions
+                        .clone()
+                        .map(|position| scale.holder_unit(&posted.blocks, position))
+                        .collect(),
+                    local: positions
+                        .map(|position| scale.own_unit(&pull.targets, position))
+                        .collect(),
                 },
                 deadline: pull.deadline,
             });
@@ -63,8 +69,9 @@ impl Puller {
             return;
         };
         let progress = pull.progress;
-        // Positions in `targets`.
-        let position = |block: u32| (block.saturating_sub(pull.first_block) as usize).min(pull.sources.len());
+        let scale = Scale::of(&limits, self.units.get(&pull.connection), pull);
+        let named = scale.named_position(pull.sources.len());
+        let position = |blocks: u32| scale.position(blocks).min(named);
         let (done, wave) = (position(progress.done_blocks), position(progress.wave_blocks));
         let mut spans: Vec<(Range<u32>, Range<usize>)> = Vec::new();
         if done > pull.copied_blocks {
@@ -109,8 +116,13 @@ impl Puller {
                 epoch,
                 span: Span {
                     layers,
-                    remote: pull.sources[positions.clone()].to_vec(),
-                    local: pull.targets[positions].to_vec(),
+                    remote: positions
+                        .clone()
+                        .map(|position| scale.holder_unit(&pull.sources, position))
+                        .collect(),
+                    local: positions
+                        .map(|position| scale.own_unit(&pull.targets, position))
+                        .collect(),
                 },
                 deadline: pull.deadline,
             });

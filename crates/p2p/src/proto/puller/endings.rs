@@ -1,6 +1,6 @@
 //! How pulls end: right, failed or refused, and never while a copy runs.
 
-use super::{PullResult, Puller, PullerAction};
+use super::{PullResult, Puller, PullerAction, Scale};
 use crate::proto::message::Message;
 
 impl Puller {
@@ -9,7 +9,8 @@ impl Puller {
         let Some(pull) = self.pulls.get_mut(&transfer) else {
             return;
         };
-        if pull.running > 0 || pull.copied_blocks < pull.count() || pull.is_checking || pull.end.is_some() {
+        let scale = Scale::of(&self.limits, self.units.get(&pull.connection), pull);
+        if pull.running > 0 || pull.copied_blocks < scale.count || pull.is_checking || pull.end.is_some() {
             return;
         }
         match pull.lease {
@@ -50,8 +51,9 @@ impl Puller {
         );
         if result == PullResult::Lapsed {
             // The request may come again, as after a preemption. This rank has it computed by then.
-            let (connection, key, prompt) = (pull.connection, pull.key.clone(), pull.prompt);
-            self.release(connection, key, prompt);
+            let (connection, key, prompt, readers) =
+                (pull.connection, pull.key.clone(), pull.prompt, pull.readers);
+            self.release(connection, key, prompt, readers);
         } else if !is_over {
             self.give_back(transfer);
         }

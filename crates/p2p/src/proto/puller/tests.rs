@@ -12,6 +12,7 @@ fn puller_of_parts(parts: u32, part_pieces_min: u32) -> Puller {
     Puller::new(PullerLimits {
         pulls: 2,
         layers: 4,
+        block_tokens: 20,
         block_count_max: 100,
         parts,
         part_pieces_min,
@@ -28,6 +29,7 @@ fn request(job: u64, first_block: u32, targets: &[u32], now: Instant) -> PullReq
         },
         first_block,
         targets: targets.to_vec(),
+        readers: 1,
         deadline: now + Duration::from_secs(5),
     }
 }
@@ -325,6 +327,8 @@ fn want() -> PullerAction {
         prompt: request(7, 2, &[], Instant::now()).prompt,
         first_block: 2,
         block_count: 3,
+        block_tokens: 20,
+        readers: 1,
     };
     PullerAction::Send(PEER, want)
 }
@@ -334,6 +338,7 @@ fn taken() -> PullerAction {
         key: TransferKey::new("a").unwrap(),
         slot: 3,
         epoch: 9,
+        readers: 1,
     };
     PullerAction::Send(PEER, taken)
 }
@@ -481,6 +486,8 @@ fn a_request_whose_lease_ended_is_released_should_it_come_again() {
         prompt: request(7, 2, &[], Instant::now()).prompt,
         first_block: 0,
         block_count: 0,
+        block_tokens: 20,
+        readers: 1,
     };
     let last = actions(&mut puller);
     assert_eq!(
