@@ -29,9 +29,11 @@ class Claims(unittest.TestCase):
 
     # ---- the two sides
 
-    def prefill(self, layout: str = LAYOUT, lane: str = "auto", port: int = 0, seed: int | None = COMPUTED) -> Peer:
+    def prefill(
+        self, layout: str = LAYOUT, lane: str = "auto", port: int = 0, seed: int | None = COMPUTED, **sizes: int
+    ) -> Peer:
         """A prefill process whose cache holds `seed`."""
-        peer = Peer(True, layout, lane, port)
+        peer = Peer(True, layout, lane, port, **sizes)
         self.addCleanup(self._end, peer)
         self.assertEqual(peer.place, driver().place)
         if seed is not None:
@@ -43,9 +45,9 @@ class Claims(unittest.TestCase):
             self.assertEqual(peer.tell("violations"), [], "prefill misused the driver")
         peer.end()
 
-    def decode(self, lane: str, layout: str = LAYOUT, seed: int = OLD) -> Side:
+    def decode(self, lane: str, layout: str = LAYOUT, seed: int = OLD, **sizes: int) -> Side:
         """A decode worker of this process, whose cache holds `seed`."""
-        side = Side(False, layout, lane)
+        side = Side(False, layout, lane, **sizes)
         self.addCleanup(side.close)
         side.fill(seed)
         return side

@@ -7,6 +7,7 @@ latent (MLA), L layers. Numbers have two bytes.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,8 @@ ELEMENT_BYTES = 2
 
 Run = tuple[int, int]
 """(distance from the start of the layer, length), in bytes."""
+Row = tuple[int, int, int]
+"""(key or value, token of the block, head): the numbers of one of them, which lie behind each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,26 @@ class Layout:
             return 0, layer * self.stride("L") * ELEMENT_BYTES
         return layer, 0
 
+    def axes(self) -> tuple[int, int | None]:
+        """The dimensions of a layer's tensor that count tokens and heads."""
+        return self.logical.index("T"), self.logical.index("H") if "H" in self.logical else None
+
     # ---- of a block
+
+    def rows(self, block: int) -> Iterable[tuple[Row, int]]:
+        """Of a block in one layer: what a row is of, and where in the layer it starts. Rows have `row_bytes`."""
+        for half, token, head in itertools.product(
+            range(2 if "K" in self.logical else 1),
+            range(self.block_tokens),
+            range(self.heads if "H" in self.logical else 1),
+        ):
+            places = zip("BKTH", (block, half, token, head), strict=True)
+            at = sum(place * self.stride(dim) for dim, place in places if dim in self.logical)
+            yield (half, token, head), at * ELEMENT_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        return self.size(self.logical[-1]) * ELEMENT_BYTES
 
     @property
     def layer_block_bytes(self) -> int:
@@ -102,10 +124,14 @@ class Layout:
         return "K" in self.physical and self.physical.index("K") < self.physical.index("B")
 
     @property
+    def order(self) -> str:
+        """Of the dimensions of a block."""
+        return "".join(dim for dim in self.physical if dim not in "BL")
+
+    @property
     def attention(self) -> str:
         """What a namespace names: caches of equal ones hold equal payloads."""
-        inner = "".join(dim for dim in self.physical if dim not in "BL")
-        return f"{inner} of {self.layers} layers, {self.layer_block_bytes} bytes each"
+        return f"{self.order} of {self.layers} layers, {self.layer_block_bytes} bytes each"
 
 
 LAYOUTS = {

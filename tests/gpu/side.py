@@ -121,8 +121,12 @@ class Cache:
     def native_layout(self) -> Any:
         return _native.Layout(self.tensors.described(), self.layout.blocks, self.layout.block_dim)
 
-    def namespace(self) -> bytes:
-        return _native.namespace_id([("test", "gpu"), ("attention", self.layout.attention)])
+    def namespace(self, is_shape_said: bool = False) -> bytes:
+        """With ``is_shape_said`` the same for caches with other sizes of blocks and other heads."""
+        layout = self.layout
+        return _native.namespace_id(
+            [("test", "gpu"), ("attention", layout.order if is_shape_said else layout.attention)]
+        )
 
     # ---- the compute stream
 
@@ -185,7 +189,16 @@ class Cache:
 class Side(Cache):
     """See above. Methods whose arguments and results are plain values can be told to a process."""
 
-    def __init__(self, can_offer: bool, layout: str, lane: str = "auto", port: int = 0, **sizes: int) -> None:
+    def __init__(
+        self,
+        can_offer: bool,
+        layout: str,
+        lane: str = "auto",
+        port: int = 0,
+        first_head: int | None = None,
+        **sizes: int,
+    ) -> None:
+        """``first_head``: of the model's. Given, others with other sizes are met. ``sizes``: of the layout."""
         os.environ[NCCL_HOST_VARIABLE] = f"kvlane {os.getpid()}"
         super().__init__(layout, **sizes)
         options = {
@@ -206,8 +219,16 @@ class Side(Cache):
             "readers": 1,
             "facts": [],
         }
+        if first_head is not None:
+            tokens, heads = self.layout.axes()
+            axes = {f"layer.{number}": (tokens, heads) for number in range(self.layout.layers)}
+            options["shape"] = (first_head, self.layout.heads if heads is not None else 1, 1, axes)
         self.worker = _native.P2pWorker(
-            self.native_layout(), self.tensors, self.namespace(), self.layout.block_tokens, options
+            self.native_layout(),
+            self.tensors,
+            self.namespace(first_head is not None),
+            self.layout.block_tokens,
+            options,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -264,9 +285,18 @@ class Side(Cache):
 
     # ---- decode
 
-    def pull(self, key: str, port: int, targets: Sequence[int], first_block: int = 0, timeout_ms: int = 20_000) -> int:
-        """Pulls a prompt's blocks from `first_block` to its end, after what is on the stream."""
-        tokens = (first_block + len(targets)) * self.layout.block_tokens
+    def pull(
+        self,
+        key: str,
+        port: int,
+        targets: Sequence[int],
+        first_block: int = 0,
+        timeout_ms: int = 20_000,
+        tokens: int | None = None,
+    ) -> int:
+        """Pulls a prompt's blocks from `first_block` to its end, after what is on the stream. ``tokens``: of the
+        prompt, if the last block is not full."""
+        tokens = tokens or (first_block + len(targets)) * self.layout.block_tokens
         stream = self.stream.number
         return self.worker.pull(key, HOST, port, tokens, DIGEST, first_block, list(targets), timeout_ms, stream)
 
