@@ -221,7 +221,7 @@ class Side(Cache):
         }
         if first_head is not None:
             tokens, heads = self.layout.axes()
-            axes = {f"layer.{number}": (tokens, heads) for number in range(self.layout.layers)}
+            axes = {f"layer.{number}": (tokens, heads, False) for number in range(self.layout.layers)}
             options["shape"] = (first_head, self.layout.heads if heads is not None else 1, 1, axes)
         self.worker = _native.P2pWorker(
             self.native_layout(),

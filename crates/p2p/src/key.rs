@@ -1,6 +1,7 @@
 //! Names of transfers, and what makes two servers mean the same prompt.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -61,5 +62,18 @@ impl Prompt {
     /// Number of blocks that hold the prompt; the last one may be partial.
     pub fn block_count(&self, block_tokens: u32) -> u32 {
         self.tokens.div_ceil(block_tokens)
+    }
+
+    /// The blocks of `other_tokens` tokens that hold what `blocks` of `block_tokens` tokens do. Tokens behind the prompt are in
+    /// nobody's blocks.
+    pub(crate) fn blocks_of_other_size(
+        &self,
+        blocks: Range<u64>,
+        block_tokens: u32,
+        other_tokens: u32,
+    ) -> Range<u64> {
+        let (own, other) = (u64::from(block_tokens), u64::from(other_tokens.max(1)));
+        let end_token = blocks.end.saturating_mul(own).min(u64::from(self.tokens));
+        blocks.start.saturating_mul(own) / other..end_token.div_ceil(other)
     }
 }

@@ -17,10 +17,14 @@ use serde::{Deserialize, Serialize};
 pub struct Axes {
     /// Counts the tokens of a block of the kernel.
     pub tokens: usize,
+    /// The kernel mixes the tokens of its block in a way of its own, inside a head: they are moved together or not at all.
+    pub are_tokens_packed: bool,
     /// Counts KV heads. None: the layer has none to be shared out, and all ranks have the same bytes.
     pub heads: Option<usize>,
 }
 
+/// Most workers that share out the heads of a server; those of known ones have at most 32.
+pub const TENSOR_RANKS_MAX: u32 = 64;
 /// More dimensions than a tensor may have.
 const DIGITS_MAX: usize = 17;
 
@@ -32,6 +36,8 @@ pub enum Counts {
     KernelBlocks,
     /// Tokens of a block of the kernel.
     Tokens,
+    /// The same, where they must stay together.
+    PackedTokens,
     /// KV heads of the worker.
     Heads,
     /// Anything else: the dimension's number, without the one that counts blocks.
@@ -104,6 +110,7 @@ impl CacheShape {
             let digit = |digit: &kvlane_core::Digit| CountedDigit {
                 counts: match digit.dim {
                     None => Counts::KernelBlocks,
+                    Some(dim) if dim == axes.tokens && axes.are_tokens_packed => Counts::PackedTokens,
                     Some(dim) if dim == axes.tokens => Counts::Tokens,
                     Some(dim) if Some(dim) == axes.heads => Counts::Heads,
                     Some(dim) => Counts::Other((dim - usize::from(dim > block_dim)) as u32),
@@ -134,8 +141,11 @@ impl CacheShape {
         if runs.len() != self.layers.len() {
             return Err(format!("{} layers, of {}", self.layers.len(), runs.len()));
         }
-        if self.block_tokens == 0 || self.head_count == 0 || self.tensor_ranks == 0 {
-            return Err("no tokens, heads or ranks".to_owned());
+        if self.block_tokens == 0
+            || self.head_count == 0
+            || !(1..=TENSOR_RANKS_MAX).contains(&self.tensor_ranks)
+        {
+            return Err("no tokens, heads or ranks, or too many ranks".to_owned());
         }
         for (number, (layer, runs)) in self.layers.iter().zip(runs).enumerate() {
             let refused = |what: String| Err(format!("layer {number}: {what}"));
@@ -155,7 +165,7 @@ impl CacheShape {
             if seen.len() != layer.digits.len() || seen.len() > DIGITS_MAX {
                 return refused("two dimensions that count the same, or too many".to_owned());
             }
-            let tokens = layer.size(Counts::KernelBlocks) * layer.size(Counts::Tokens);
+            let tokens = layer.size(Counts::KernelBlocks) * layer.kernel_tokens();
             if tokens != u64::from(self.block_tokens) {
                 return refused(format!("{tokens} tokens in a block of {}", self.block_tokens));
             }
@@ -187,6 +197,11 @@ impl LayerShape {
         self.digit(counts).map_or(1, |digit| digit.size)
     }
 
+    /// Tokens of a block of the kernel.
+    pub(crate) fn kernel_tokens(&self) -> u64 {
+        self.size(Counts::Tokens) * self.size(Counts::PackedTokens)
+    }
+
     pub(crate) fn stride_bytes(&self, counts: Counts) -> u64 {
         self.digit(counts).map_or(0, |digit| digit.stride_bytes)
     }
@@ -202,7 +217,7 @@ impl LayerShape {
                     Counts::KernelBlocks => 1,
                     Counts::Tokens => u64::from(slice.unit_tokens),
                     Counts::Heads => u64::from(head_count),
-                    Counts::Other(_) => digit.size,
+                    Counts::PackedTokens | Counts::Other(_) => digit.size,
                 };
                 (size > 1).then_some(CountedDigit { size, ..*digit })
             })
@@ -231,8 +246,19 @@ pub fn agree(ours: &CacheShape, theirs: &CacheShape) -> Result<(Slice, Slice), S
     }
     let layers = ours.layers.iter().chain(&theirs.layers);
     let unit_tokens = layers
-        .map(|layer| layer.size(Counts::Tokens))
+        .map(LayerShape::kernel_tokens)
         .fold(0, greatest_common_divisor);
+    for (our, their) in ours.layers.iter().zip(&theirs.layers) {
+        let is_packed = |layer: &LayerShape| layer.digit(Counts::PackedTokens).is_some();
+        let sizes = [our.kernel_tokens(), their.kernel_tokens()];
+        if (is_packed(our) || is_packed(their)) && sizes.iter().any(|&tokens| tokens != unit_tokens) {
+            return Err(format!(
+                "its attention kernel has blocks of {} tokens and ours of {}, and this kernel packs the tokens of a block \
+                 together: the block sizes must be equal",
+                sizes[1], sizes[0]
+            ));
+        }
+    }
     let slice = |own: &Range<u32>| Slice {
         unit_tokens: u32::try_from(unit_tokens).unwrap_or(1),
         first_head: if has_heads { heads.start - own.start } else { 0 },
@@ -260,7 +286,7 @@ pub fn agree(ours: &CacheShape, theirs: &CacheShape) -> Result<(Slice, Slice), S
 fn told(order: &[(Counts, u64)], element_bytes: u64) -> String {
     let digits = order.iter().map(|(counts, size)| match counts {
         Counts::KernelBlocks => format!("{size} kernel blocks"),
-        Counts::Tokens => format!("{size} tokens"),
+        Counts::Tokens | Counts::PackedTokens => format!("{size} tokens"),
         Counts::Heads => format!("{size} heads"),
         Counts::Other(_) => size.to_string(),
     });

@@ -29,7 +29,7 @@ fn no_schedule_hangs_leaks_or_takes_wrong_bytes_for_right() {
         totals.pulled > 0 && totals.lapsed > 0 && totals.broken > 0 && totals.restarts > 0,
         "{totals:?}"
     );
-    assert!(totals.pulled_as_posted > 0, "{totals:?}");
+    assert!(totals.pulled_as_posted > 0 && totals.taken > 0, "{totals:?}");
     assert!(
         totals.timed_out > 0 && totals.cancelled > 0 && totals.lies > 0,
         "{totals:?}"

@@ -60,7 +60,11 @@ impl Form {
             Form::Packed | Form::PackedTokensFirst | Form::BlockOutermost => (2, Some(1)),
             Form::Latent => (1, None),
         };
-        Axes { tokens, heads }
+        Axes {
+            tokens,
+            are_tokens_packed: false,
+            heads,
+        }
     }
 
     /// The shape, and the dimensions from the outermost to the innermost in memory.
@@ -208,12 +212,7 @@ fn ranks(
     mut change: impl FnMut(&mut WorkerOptions),
 ) -> Vec<Rank> {
     let rank = |number| {
-        let count = heads / size;
-        let own = if form == Form::Latent {
-            0..1
-        } else {
-            number * count..(number + 1) * count
-        };
+        let own = heads_of_rank(form, heads, number, size);
         let side = Side::new(form, block_tokens, split, blocks, own);
         let mut options = WorkerOptions::new(format!("rank {number}"), block_tokens);
         options.host = IpAddr::from([127, 0, 0, 1]);
@@ -224,6 +223,36 @@ fn ranks(
         Rank { side, worker }
     };
     (0..size).map(rank).collect()
+}
+
+/// As vLLM shares out heads: with more ranks than heads, neighbours have the same one.
+fn heads_of_rank(form: Form, heads: u32, rank: u32, size: u32) -> Range<u32> {
+    match heads / size {
+        _ if form == Form::Latent => 0..1,
+        0 => rank * heads / size..rank * heads / size + 1,
+        count => rank * count..(rank + 1) * count,
+    }
+}
+
+/// The ranks of prefill that each rank of decode reads, so that every head comes once.
+fn read_by_each(prefill: &[Rank], decode: &[Rank]) -> Vec<Vec<usize>> {
+    let of = |(number, rank): (usize, &Rank)| {
+        let mut ranges: Vec<(Range<u32>, Vec<usize>)> = Vec::new();
+        for (peer, source) in prefill.iter().enumerate() {
+            if !overlap(&rank.side.heads, &source.side.heads) {
+                continue;
+            }
+            match ranges.iter_mut().find(|(heads, _)| *heads == source.side.heads) {
+                Some((_, peers)) => peers.push(peer),
+                None => ranges.push((source.side.heads.clone(), vec![peer])),
+            }
+        }
+        ranges
+            .into_iter()
+            .map(|(_, peers)| peers[number % peers.len()])
+            .collect()
+    };
+    decode.iter().enumerate().map(of).collect()
 }
 
 fn shuffled(random: &mut StdRng, blocks: u32, count: u32) -> Vec<u32> {
@@ -248,13 +277,10 @@ fn transfer(seed: u64) {
     let (prefill_size, decode_size) = (sizes(&mut random), sizes(&mut random));
     let heads = [1, 2, 4][random.random_range(0..3)];
     let size = |random: &mut StdRng| {
-        let sizes: Vec<u32> = [1, 2, 4].into_iter().filter(|size| heads % size == 0).collect();
-        sizes[random.random_range(0..sizes.len())]
+        // More ranks than heads too.
+        [1, 2, 4][random.random_range(0..3)]
     };
-    let (mut prefill_ranks, mut decode_ranks) = (size(&mut random), size(&mut random));
-    if form == Form::Latent {
-        (prefill_ranks, decode_ranks) = (1, 1);
-    }
+    let (prefill_ranks, decode_ranks) = (size(&mut random), size(&mut random));
     let lane = if random.random_bool(0.5) {
         LaneChoice::Shm
     } else {
@@ -324,17 +350,22 @@ fn transfer(seed: u64) {
     let first_block = random.random_range(0..decode_count);
     let targets = shuffled(&mut random, 40, decode_count - first_block);
     let mut jobs = Vec::new();
-    for rank in &decode {
-        for source in &prefill {
-            if !overlap(&rank.side.heads, &source.side.heads) {
-                continue;
-            }
-            let readers = decode
-                .iter()
-                .filter(|rank| overlap(&rank.side.heads, &source.side.heads));
+    let read = read_by_each(&prefill, &decode);
+    let address = |rank: &Rank| {
+        PeerAddress::new("127.0.0.1", rank.worker.port().expect("it listens")).expect("accepted")
+    };
+    for (peer, source) in prefill.iter().enumerate() {
+        if read.iter().all(|peers| !peers.contains(&peer)) {
+            // It has what others have too.
+            decode[0].worker.release(&address(source), key.clone(), prompt, 1);
+        }
+    }
+    for (rank, peers) in decode.iter().zip(&read) {
+        for &peer in peers {
+            let source = &prefill[peer];
+            let readers = read.iter().filter(|peers| peers.contains(&peer));
             let order = PullOrder {
-                address: PeerAddress::new("127.0.0.1", source.worker.port().expect("it listens"))
-                    .expect("accepted"),
+                address: address(source),
                 key: key.clone(),
                 prompt,
                 first_block,

@@ -500,8 +500,8 @@ impl P2pOptions {
 }
 
 /// What is in the blocks: (first KV head, heads, workers that share out the heads, for each layer's name the dimensions that
-/// count tokens and heads). None or missing: not known.
-type Shape = (u32, u32, u32, HashMap<String, (usize, Option<usize>)>);
+/// count tokens and heads, and whether the kernel packs tokens together). None or missing: not known.
+type Shape = (u32, u32, u32, HashMap<String, (usize, Option<usize>, bool)>);
 
 fn shape_of(map: &BlockMap, block_tokens: u32, options: &Bound<'_, PyDict>) -> PyResult<Option<CacheShape>> {
     let given: Option<Shape> = match options.get_item("shape")? {
@@ -514,7 +514,13 @@ fn shape_of(map: &BlockMap, block_tokens: u32, options: &Bound<'_, PyDict>) -> P
     let py = options.py();
     let axes: Option<Vec<Axes>> = map
         .layer_names()
-        .map(|name| axes.get(name).map(|&(tokens, heads)| Axes { tokens, heads }))
+        .map(|name| {
+            axes.get(name).map(|&(tokens, heads, are_tokens_packed)| Axes {
+                tokens,
+                are_tokens_packed,
+                heads,
+            })
+        })
         .collect();
     let axes =
         axes.ok_or_else(|| config_error(py, "a layer's dimensions are missing in 'shape'".to_owned()))?;

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import platform
 import re
 import threading
 import time
@@ -56,6 +57,8 @@ def engine_facts(vllm_config: Any, model_identity: str | None) -> Facts:
         ("block tokens", str(cache.block_size)),
         ("attention", attention_backends(vllm_config)),
     ]
+    if "CPU" in dict(facts)["attention"]:
+        facts.append(("cpu packing", cpu_packing()))
     if _rope_types(config) & _LENGTH_DEPENDENT_ROPE:
         facts.append(("max model length", str(model.max_model_len)))
     multimodal = getattr(model, "multimodal_config", None)
@@ -114,18 +117,36 @@ def _draft_load_config(vllm_config: Any) -> Any:
     return getattr(vllm_config.speculative_config, "draft_load_config", None) or vllm_config.load_config
 
 
+def backends_of_layers(vllm_config: Any) -> dict[str, str]:
+    """The attention backend of each layer that has one. Known in workers, once the model is loaded."""
+    layers = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", None) or {}
+    found = {}
+    for layer_name, layer in layers.items():
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None and hasattr(backend, "get_name"):
+            found[str(layer_name)] = str(backend.get_name())
+    return found
+
+
+def cpu_packing() -> str:
+    """What decides how vLLM's kernels for CPUs pack a block: the machine and the units that it has."""
+    import torch
+
+    units = {}
+    for name, probe in (("amx", "_is_amx_tile_supported"), ("avx512", "_is_avx512_supported")):
+        units[name] = bool(getattr(torch.cpu, probe, lambda: False)())
+    return canonical_json({"machine": platform.machine(), **units})
+
+
 def attention_backends(vllm_config: Any) -> str:
     """The name of the attention backend, or the layers of each where there are several.
 
     Backends differ in the order of a block's dimensions, which sizes and strides alone cannot always tell: with as many
     heads as tokens in a block, (2, blocks, 16, 16, size) may be either. Known in workers, once the model is loaded.
     """
-    layers = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", None) or {}
     by_backend: dict[str, list[str]] = {}
-    for layer_name, layer in layers.items():
-        backend = getattr(layer, "attn_backend", None)
-        if backend is not None and hasattr(backend, "get_name"):
-            by_backend.setdefault(str(backend.get_name()), []).append(str(layer_name))
+    for layer_name, backend in backends_of_layers(vllm_config).items():
+        by_backend.setdefault(backend, []).append(layer_name)
     if len(by_backend) > 1:
         return canonical_json({backend: sorted(names) for backend, names in by_backend.items()})
     return next(iter(by_backend), "unknown")

@@ -141,8 +141,8 @@ class KvlaneP2pConnector(KvlaneConnector):
         layout, facts = self._name_caches(kv_caches)
         config = self._vllm_config
         _, tp = ranks(config.parallel_config)
-        backend = identity.attention_backends(config)
-        shape = shape_of(kv_caches, self._kv_cache_config, total_kv_heads(config), tp, backend)
+        backends = identity.backends_of_layers(config)
+        shape = shape_of(kv_caches, self._kv_cache_config, config.cache_config, total_kv_heads(config), tp, backends)
         if shape is not None:
             # What follows from these two servers agree on when they meet.
             facts = [(name, value) for name, value in facts if name not in _FACTS_OF_SHAPE]

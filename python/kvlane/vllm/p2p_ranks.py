@@ -6,6 +6,7 @@ what nobody reads would be held until its lease ends.
 """
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,16 @@ def heads_of_rank(heads: int | None, rank: int, size: int) -> range:
     raise ValueError(f"{heads} KV heads cannot be shared out evenly over {size} ranks")
 
 
-def sources(heads: int | None, rank: int, size: int, peer_size: int) -> list[Source]:
+@functools.lru_cache(maxsize=64)
+def sources(heads: int | None, rank: int, size: int, peer_size: int) -> tuple[Source, ...]:
     """What rank `rank` of `size` takes from a prefill server of `peer_size` ranks. Raises ValueError where heads do not
     split evenly."""
     if peer_size == size:
-        return [Source(rank, True, 1)]
+        return (Source(rank, True, 1),)
     read = [_read_by(heads, reader, size, peer_size) for reader in range(size)]
     unread = set(range(peer_size)).difference(*read)
     told = [peers | {peer for peer in unread if peer % size == reader} for reader, peers in enumerate(read)]
-    return [Source(peer, peer in read[rank], sum(peer in peers for peers in told)) for peer in sorted(told[rank])]
+    return tuple(Source(peer, peer in read[rank], sum(peer in peers for peers in told)) for peer in sorted(told[rank]))
 
 
 def _read_by(heads: int | None, rank: int, size: int, peer_size: int) -> set[int]:

@@ -249,7 +249,11 @@ class P2pSchedulerHalf:
 
     def _tensor_ranks(self, place: Address) -> int | None:
         """How many ranks of a prefill server share out its KV heads, None if it was never reached."""
-        return self._asker.tensor_ranks(place.host, place.port) if self._asker is not None else None
+        try:
+            return self._asker.tensor_ranks(place.host, place.port) if self._asker is not None else None
+        except Exception as error:  # the pull that it is for must begin all the same: vLLM waits for its end
+            logger.error("kvlane: the number of ranks of prefill server %s is not known: %s", _shown(place), error)
+            return None
 
     def _forget(self, state: _Request) -> None:
         if state.asked and self._asker is not None:

@@ -289,24 +289,32 @@ class P2pWorkerHalf:
         native = self._native
         if native is None:
             raise RuntimeError("the KV caches are not registered")
+        refusal: Exception | None = None
         for source, port in self._sources(pull):
-            if not source.is_read:
+            if refusal is not None or not source.is_read:
+                # Also behind a refusal: what nobody is going to read need not be held.
                 native.release(pull.key, pull.host, port, pull.digest, readers=source.readers)
                 continue
-            job = native.pull(
-                pull.key,
-                pull.host,
-                port,
-                pull.tokens,
-                pull.digest,
-                pull.first_block,
-                pull.block_ids,
-                self._options.transfer_timeout_ms,
-                *self._stream(),
-                readers=source.readers,
-            )
+            try:
+                job = native.pull(
+                    pull.key,
+                    pull.host,
+                    port,
+                    pull.tokens,
+                    pull.digest,
+                    pull.first_block,
+                    pull.block_ids,
+                    self._options.transfer_timeout_ms,
+                    *self._stream(),
+                    readers=source.readers,
+                )
+            except Exception as error:
+                refusal = error
+                continue
             running.jobs.add(job)
             self._running[job] = running
+        if refusal is not None:
+            raise refusal
 
     def _job_ended(self, job: int, positions: Sequence[int], reason: str) -> None:
         running = self._running.pop(job, None)

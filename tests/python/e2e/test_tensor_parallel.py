@@ -87,8 +87,7 @@ def test_servers_of_another_tensor_parallel_size_find_their_heads(
     named = [{**request, "id": proxys_id(kv_port)} for request in requests]
 
     def settings(ranks):
-        # Other block sizes too, where there is one rank.
-        return engine_settings(model, chunked=True, **(TWO_RANKS if ranks == 2 else {"block_size": 2 * BLOCK_TOKENS}))
+        return engine_settings(model, chunked=True, **(TWO_RANKS if ranks == 2 else {}))
 
     single.open(settings(decode_ranks), None, every_cpu)
     first, second = single.run(requests), single.run(requests)

@@ -43,7 +43,7 @@ def test_every_head_comes_once_and_every_rank_of_prefill_hears_from_as_many_as_i
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks_of_equal_groups_talk_to_their_own_number(size):
     for heads, rank in itertools.product((None, 1, 4, 8), range(size)):
-        assert sources(heads, rank, size, size) == [Source(rank, True, 1)]
+        assert sources(heads, rank, size, size) == (Source(rank, True, 1),)
 
 
 def test_heads_are_shared_out_as_vllm_does_it():

@@ -409,3 +409,31 @@ def test_a_server_with_both_roles_knows_its_part(port, max_tokens, asks):
     half, asker, _ = make(can_offer=True, own_port=port)
     half.matched_tokens(named("u", max_tokens=max_tokens), 0)
     assert bool(asker.asked) == asks
+
+
+def test_workers_are_told_how_many_ranks_the_prefill_server_has():
+    half, asker, _ = make()
+    asker.answer, asker.ranks = "ready", 4
+    asked = named("a")
+    assert half.matched_tokens(asked, 0) == (100, True)
+    half.blocks_allocated(asked, lambda: list(range(7)), 100)
+    local = named("b")
+    half.matched_tokens(local, 0)
+    half.blocks_allocated(local, lambda: list(range(7, 14)), 0)
+    step = half.step(output())
+    assert [pull.tensor_ranks for pull in step.pulls] == [4]
+    assert [order.tensor_ranks for order in step.orders] == [4]
+
+
+def test_a_pull_begins_also_where_the_number_of_ranks_cannot_be_read():
+    half, asker, _ = make()
+    asker.answer = "ready"
+
+    def fail(host, port):
+        raise OSError("closed")
+
+    asker.tensor_ranks = fail
+    asked = named("a")
+    half.matched_tokens(asked, 0)
+    half.blocks_allocated(asked, lambda: list(range(7)), 100)
+    assert [pull.tensor_ranks for pull in half.step(output()).pulls] == [None]

@@ -10,16 +10,31 @@ from kvlane.vllm.p2p_shape import shape_of
 BLOCKS, HEADS, TOKENS, WIDTH = 10, 4, 16, 64
 
 
-def config(**spec):
-    spec = types.SimpleNamespace(**{"block_size": TOKENS, "num_kv_heads": HEADS, **spec})
+class FullAttentionSpec:
+    def __init__(self, block_size=TOKENS, num_kv_heads=HEADS):
+        self.block_size, self.num_kv_heads = block_size, num_kv_heads
+
+
+class MLAAttentionSpec(FullAttentionSpec):
+    pass
+
+
+def config(spec):
     group = types.SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=spec)
     return types.SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
 
 
-def axes(*shape, heads=HEADS, backend="FLASH_ATTN", tp=(0, 1), **spec):
-    tensors = {name: torch.empty(shape, device="meta") for name in ("a", "b")}
-    total = None if heads is None else heads * tp[1]
-    found = shape_of(tensors, config(**spec), total, tp, backend)
+def cache(block_size=TOKENS, cache_dtype="auto"):
+    return types.SimpleNamespace(block_size=block_size, cache_dtype=cache_dtype)
+
+
+def shape(tensors, spec=None, heads=HEADS, tp=(0, 1), backend="FLASH_ATTN", settings=None):
+    backends = {"a": backend, "b": backend}
+    return shape_of(tensors, config(spec or FullAttentionSpec()), settings or cache(), heads, tp, backends)
+
+
+def axes(*dims, **more):
+    found = shape({name: torch.empty(dims, device="meta") for name in ("a", "b")}, **more)
     if found is None:
         return None
     assert found[3]["a"] == found[3]["b"]
@@ -28,58 +43,62 @@ def axes(*shape, heads=HEADS, backend="FLASH_ATTN", tp=(0, 1), **spec):
 
 # What vLLM registers, by version and backend.
 @pytest.mark.parametrize(
-    ("shape", "expected"),
+    ("dims", "backend", "expected"),
     [
-        ((2, BLOCKS, TOKENS, HEADS, WIDTH), (2, 3)),  # FlashAttention up to 0.22
-        ((BLOCKS, 2, TOKENS, HEADS, WIDTH), (2, 3)),  # FlashInfer, and FlashAttention from 0.23
-        ((2, BLOCKS, HEADS, TOKENS, WIDTH), (3, 2)),  # CPU up to 0.22
-        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), (2, 1)),  # all from 0.26 on
-        ((2, 2 * BLOCKS, TOKENS // 2, HEADS, WIDTH), (2, 3)),  # the kernel's blocks are smaller
-        ((4 * BLOCKS, HEADS, TOKENS // 4, 2 * WIDTH), (2, 1)),
+        ((2, BLOCKS, TOKENS, HEADS, WIDTH), "FLASH_ATTN", (2, 3, False)),  # up to 0.22
+        ((BLOCKS, 2, TOKENS, HEADS, WIDTH), "FLASHINFER", (2, 3, False)),  # and all from 0.23 on
+        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), "TRITON_ATTN", (2, 1, False)),  # from 0.26 on
+        ((2, 2 * BLOCKS, TOKENS // 2, HEADS, WIDTH), "FLASH_ATTN", (2, 3, False)),  # the kernel's blocks are smaller
+        ((4 * BLOCKS, HEADS, TOKENS // 4, 2 * WIDTH), "FLEX_ATTENTION", (2, 1, False)),
+        ((2, BLOCKS, HEADS, TOKENS, WIDTH), "CPU_ATTN", (3, 2, True)),  # up to 0.22
+        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), "CPU_ATTN", (2, 1, True)),
     ],
 )
-def test_tokens_and_heads_are_found_in_every_layout_of_vllm(shape, expected):
-    assert axes(*shape) == expected
+def test_tokens_and_heads_are_found_in_the_layouts_of_known_backends(dims, backend, expected):
+    assert axes(*dims, backend=backend) == expected
 
 
 def test_mla_has_no_heads():
-    assert axes(BLOCKS, TOKENS, 576, heads=None, num_kv_heads=1) == (1, None)
-    assert axes(BLOCKS, 1, TOKENS, 576, heads=None, num_kv_heads=1) == (2, None)
-
-
-def test_as_many_heads_as_tokens_are_told_apart_by_the_backend_or_not_at_all():
-    shape = (2, BLOCKS, 16, 16, WIDTH)
-    of = {
-        name: axes(*shape, heads=16, num_kv_heads=16, backend=name) for name in ("FLASH_ATTN", "CPU_ATTN", "NEW_ATTN")
-    }
-    assert of == {"FLASH_ATTN": (2, 3), "CPU_ATTN": (3, 2), "NEW_ATTN": None}
+    latent = {"heads": None, "spec": MLAAttentionSpec(num_kv_heads=1), "backend": "FLASHMLA"}
+    assert axes(BLOCKS, TOKENS, 576, **latent) == (1, None, False)
+    assert axes(BLOCKS, 1, TOKENS, 576, **latent) == (2, None, False)
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("dims", "more"),
     [
-        (BLOCKS, 2 * HEADS, TOKENS, WIDTH),  # keys and values in front of each other's heads
-        (BLOCKS, HEADS, TOKENS - 1, WIDTH),
-        (BLOCKS + 1, HEADS, TOKENS, WIDTH),
-        (BLOCKS, TOKENS, HEADS * WIDTH),
-        (BLOCKS, 2, 3, TOKENS, HEADS, WIDTH),
+        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), {"backend": "FLASH_ATTN_DIFFKV"}),  # tokens in front of heads, in four
+        ((2, BLOCKS, TOKENS, HEADS, WIDTH), {"backend": "ROCM_ATTN"}),  # its kernels see another shape
+        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), {"backend": "unknown"}),
+        ((2, BLOCKS, TOKENS, HEADS, WIDTH), {"backend": "CPU_ATTN"}),
+        ((BLOCKS, HEADS, TOKENS, 2 * WIDTH), {"settings": cache(cache_dtype="nvfp4")}),
+        ((BLOCKS, 2 * HEADS, TOKENS, WIDTH), {}),
+        ((BLOCKS, HEADS, TOKENS - 1, WIDTH), {}),
+        ((BLOCKS + 1, HEADS, TOKENS, WIDTH), {}),
+        ((BLOCKS, TOKENS, HEADS * WIDTH), {}),
+        ((BLOCKS, 2, 3, TOKENS, HEADS, WIDTH), {}),
+        ((BLOCKS, HEADS, TOKENS, WIDTH), {"settings": cache(block_size=2 * TOKENS)}),
+        ((BLOCKS, HEADS, TOKENS, WIDTH), {"spec": FullAttentionSpec(num_kv_heads=1)}),
+        # Draft layers and indexers of an MLA model.
+        ((BLOCKS, 1, TOKENS, WIDTH), {"heads": None, "spec": FullAttentionSpec(num_kv_heads=1), "backend": "FLASHMLA"}),
+        ((BLOCKS, TOKENS, 132), {"heads": None, "spec": MLAAttentionSpec(), "backend": "DEEPSEEK_V32_INDEXER"}),
+        ((BLOCKS, TOKENS, 656), {"heads": None, "spec": MLAAttentionSpec(), "backend": "FLASHMLA_SPARSE"}),
     ],
 )
-def test_what_does_not_fit_the_specification_is_left_open(shape):
-    assert axes(*shape) is None
+def test_what_is_not_known_for_sure_is_left_open(dims, more):
+    assert axes(*dims, **more) is None
 
 
 def test_layers_without_a_specification_or_with_several_tensors_leave_it_open():
     tensor = torch.empty((BLOCKS, HEADS, TOKENS, WIDTH), device="meta")
-    assert shape_of({"other": tensor}, config(), HEADS, (0, 1), "FLASH_ATTN") is None
-    assert shape_of({"a": [tensor, tensor]}, config(), HEADS, (0, 1), "FLASH_ATTN") is None
+    assert shape({"other": tensor}) is None
+    assert shape({"a": [tensor, tensor]}) is None
     # A layer that uses another one's tensor has its shape.
-    found = shape_of({"a": tensor, "shared": tensor}, config(), HEADS, (0, 1), "FLASH_ATTN")
-    assert found == (0, HEADS, 1, {"a": (2, 1), "shared": (2, 1)})
+    found = shape({"a": tensor, "shared": tensor})
+    assert found == (0, HEADS, 1, {"a": (2, 1, False), "shared": (2, 1, False)})
 
 
 def test_a_rank_says_which_heads_it_has():
     tensors = {"a": torch.empty((BLOCKS, HEADS, TOKENS, WIDTH), device="meta")}
-    assert shape_of(tensors, config(), 8, (1, 2), "X") == (4, 4, 2, {"a": (2, 1)})
-    assert shape_of(tensors, config(num_kv_heads=1), 8, (1, 2), "X") is None
-    assert shape_of(tensors, config(), 6, (1, 4), "X") is None
+    assert shape(tensors, heads=8, tp=(1, 2)) == (4, 4, 2, {"a": (2, 1, False)})
+    assert shape(tensors, heads=6, tp=(1, 4)) is None

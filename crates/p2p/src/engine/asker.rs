@@ -17,6 +17,7 @@ use crate::proto::{
     Asker, AskerAction, AskerLimits, Channel, ConnectionId, Hello, Identity, Link, Message, Role, State,
     Verdict,
 };
+use crate::shape::TENSOR_RANKS_MAX;
 
 /// What is known about a prompt's KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +170,8 @@ impl Machine for Questions {
     fn connected(&mut self, _: Instant, _: ConnectionId, link: &Link, address: Option<&PeerAddress>) {
         let cache = link.peer_hello().and_then(|hello| hello.cache.as_ref());
         let shape = cache.and_then(|cache| cache.shape.as_ref());
+        // What is kept decides how many ports of that host the workers connect to.
+        let shape = shape.filter(|shape| (1..=TENSOR_RANKS_MAX).contains(&shape.tensor_ranks));
         if let (Some(address), Some(shape)) = (address, shape) {
             self.tensor_ranks.put(address.clone(), shape.tensor_ranks);
         }
@@ -194,6 +197,8 @@ impl Machine for Questions {
     fn close(&mut self, _: Instant) {}
 
     fn data_connection(&mut self, _: std::net::TcpStream, _: Vec<u8>, _: &Link) {}
+
+    fn data_readable(&mut self, _: ConnectionId) {}
 
     fn next_deadline(&self) -> Option<Instant> {
         self.asker.next_deadline()

@@ -3,10 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::net::TcpStream as StdStream;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::net::{TcpListener, TcpStream};
+use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use super::address::PeerAddress;
@@ -15,6 +17,8 @@ use crate::proto::{
     Channel, ConnectionId, FRAME_BYTES_MAX, Frames, Link, LinkError, Message, PULLER_BYTES_MAX, Side,
 };
 
+/// Set in the token of a data connection that is watched for the connection with the rest as its number.
+pub(super) const DATA_TOKEN: usize = 1 << (usize::BITS - 2);
 /// Most connections that peers may have open here at a time.
 const ACCEPTED_MAX: usize = 1024;
 /// Most connections that are being made at a time.
@@ -95,6 +99,13 @@ impl<M: Machine> Core<M> {
             sleeps_until: None,
             is_closing: false,
         }
+    }
+
+    /// Watches a data connection that belongs to a connection, as long as it is open.
+    pub(super) fn watch_data(&mut self, id: ConnectionId, socket: &StdStream) -> io::Result<()> {
+        let token = Token(DATA_TOKEN | id.0 as usize);
+        let mut source = SourceFd(&socket.as_raw_fd());
+        self.registry.register(&mut source, token, Interest::READABLE)
     }
 
     /// The connection to a peer. If there is none, `dial` begins to make it, and [`dialled`](Self::dialled) takes what came

@@ -13,7 +13,7 @@ use super::dial;
 use super::machine::NetConfig;
 use super::peers::{Peer, Way};
 use crate::error::{Error, Result};
-use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TcpLane};
+use crate::lanes::{Lane, LaneError, Lease, ShmLane, Span, TakeLine, TcpLane};
 use crate::proto::{ConnectionId, Copied};
 
 /// Most spans that wait for a thread.
@@ -56,6 +56,7 @@ pub(super) struct CopyPool {
 
 enum Job {
     Copy(CopyJob),
+    OpenLine(ConnectionId, Arc<Peer>),
     /// To be dropped by a thread that nobody waits for: the driver may take its time to unmap memory.
     Drop(#[allow(dead_code, reason = "only dropped")] Arc<Peer>),
 }
@@ -77,6 +78,11 @@ impl CopyPool {
         self.jobs.try_send(Job::Copy(job)).is_ok()
     }
 
+    /// Makes a data connection for takes, if there is a thread for it.
+    pub(super) fn open_line(&self, connection: ConnectionId, peer: &Arc<Peer>) {
+        let _ = self.jobs.try_send(Job::OpenLine(connection, Arc::clone(peer)));
+    }
+
     /// Lets go of a peer whose connection has ended.
     pub(super) fn drop_peer(&self, peer: Arc<Peer>) {
         // With a full queue it is dropped here.
@@ -85,18 +91,20 @@ impl CopyPool {
 }
 
 impl CopyQueue {
-    /// Starts the threads. `done` takes each result.
+    /// Starts the threads. `done` takes each result, `opened` each line for takes.
     pub(super) fn start(
         self,
         threads: usize,
         config: &Arc<NetConfig>,
         done: impl Fn(CopyDone) + Clone + Send + 'static,
+        opened: impl Fn(ConnectionId, TakeLine) + Clone + Send + 'static,
     ) -> Result<()> {
         for _ in 0..threads {
-            let (jobs, config, done) = (self.jobs.clone(), Arc::clone(config), done.clone());
+            let (jobs, config) = (self.jobs.clone(), Arc::clone(config));
+            let (done, opened) = (done.clone(), opened.clone());
             std::thread::Builder::new()
                 .name("kvlane-p2p-copy".to_owned())
-                .spawn(move || run(&jobs, &config, done))
+                .spawn(move || run(&jobs, &config, done, opened))
                 .map_err(|source| Error::Io {
                     context: "starting a thread",
                     source,
@@ -106,7 +114,12 @@ impl CopyQueue {
     }
 }
 
-fn run(jobs: &Receiver<Job>, config: &Arc<NetConfig>, done: impl Fn(CopyDone)) {
+fn run(
+    jobs: &Receiver<Job>,
+    config: &Arc<NetConfig>,
+    done: impl Fn(CopyDone),
+    opened: impl Fn(ConnectionId, TakeLine),
+) {
     let mut lanes = Lanes::default();
     loop {
         let job = if lanes.open.is_empty() {
@@ -117,6 +130,11 @@ fn run(jobs: &Receiver<Job>, config: &Arc<NetConfig>, done: impl Fn(CopyDone)) {
         lanes.forget_gone();
         match job {
             Ok(Job::Copy(job)) => done(lanes.copy_or_fail(&job, config)),
+            Ok(Job::OpenLine(connection, peer)) => {
+                if let Some(line) = open_line(&peer, config) {
+                    opened(connection, line);
+                }
+            }
             Ok(Job::Drop(peer)) => drop(peer),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
@@ -211,6 +229,13 @@ pub(super) fn tcp_lane(
         },
     })?;
     TcpLane::new(socket, Arc::clone(&peer.pairing))
+}
+
+/// A data connection for takes. Without one, small pulls take one more exchange of messages.
+fn open_line(peer: &Peer, config: &NetConfig) -> Option<TakeLine> {
+    let deadline = Instant::now() + DATA_CONNECT_MAX;
+    let socket = dial::data_connection(config, &peer.address, peer.start_id, deadline, &peer.is_gone).ok()?;
+    TakeLine::new(socket, Arc::clone(&peer.pairing)).ok()?
 }
 
 fn done(job: &CopyJob, lane: &'static str, result: &Result<(), LaneError>, started: Instant) -> CopyDone {

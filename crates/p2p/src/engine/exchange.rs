@@ -15,10 +15,11 @@ use super::machine::Machine;
 use super::options::WorkerOptions;
 use super::peers::{Peer, Way, differences};
 use super::results::Results;
+use super::takes::{TAKE_BYTES_MAX, TakeDone, Takes};
 use super::worker::{Ended, WorkerStats};
 use crate::lanes::{
-    EpochTable, Lane, Lease, LocalCache, OfferBoard, POSTED_BLOCKS_MAX, PostedPrompt, ProbeToken, ShmLane,
-    Span, serve,
+    EpochTable, Lane, Lease, Leases, LocalCache, OfferBoard, POSTED_BLOCKS_MAX, PostedPrompt, ProbeToken,
+    ShmLane, Span, TakeLine, serve,
 };
 use crate::proto::{
     ConnectionId, Copied, EndReason, Hello, Holder, HolderAction, HolderLimits, Link, Message, Offer,
@@ -49,7 +50,7 @@ pub(super) struct Exchange {
     /// board, knows that those were still there.
     _token: ProbeToken,
     table: Arc<EpochTable>,
-    board: OfferBoard,
+    board: Arc<OfferBoard>,
     cache: LocalCache,
     /// Keeps what peers map.
     _shared: Option<SharedCache>,
@@ -64,9 +65,10 @@ pub(super) struct Exchange {
     pub(super) peers: HashMap<ConnectionId, PeerState>,
     /// For what is read on the thread that needs it.
     lanes_here: HashMap<ConnectionId, ShmLane>,
-    /// Connections of peers that pull from here; whether their cache is like ours.
+    /// Connections of peers that pull from here; whether their namespace is ours.
     readers: HashMap<ConnectionId, bool>,
     stops: HashMap<u64, Arc<AtomicBool>>,
+    takes: Takes,
     served: Arc<AtomicUsize>,
     is_closing: Arc<AtomicBool>,
     results: Arc<Results>,
@@ -99,7 +101,7 @@ impl Exchange {
                 part_pieces_min: part_pieces_min(cache.map()),
             }),
             table,
-            board,
+            board: Arc::new(board),
             _token: token,
             cache,
             _shared: shared,
@@ -113,6 +115,7 @@ impl Exchange {
             lanes_here: HashMap::new(),
             readers: HashMap::new(),
             stops: HashMap::new(),
+            takes: Takes::default(),
             served: Arc::default(),
             is_closing: Arc::default(),
             results,
@@ -167,6 +170,75 @@ impl Exchange {
             *self.stats.pull_time.entry(done.lane).or_default() += done.elapsed;
         }
         self.puller.copied(done.transfer, done.copied);
+    }
+
+    // ---- takes
+
+    /// How many takes run.
+    pub(super) fn takes_running(&self) -> &Arc<AtomicUsize> {
+        self.takes.running()
+    }
+
+    /// Whether a pull is best begun by taking its blocks.
+    pub(super) fn may_take(&self, connection: ConnectionId, request: &PullRequest) -> bool {
+        let Some(PeerState::Usable(peer)) = self.peers.get(&connection) else {
+            return false;
+        };
+        let layers = 0..self.cache.map().layer_count();
+        let bytes = peer.pairing.payload_bytes(&layers, request.targets.len());
+        bytes <= TAKE_BYTES_MAX && self.takes.is_free(connection)
+    }
+
+    /// A data connection for takes was made, if the peer's blocks can be taken.
+    pub(super) fn line_opened(&mut self, connection: ConnectionId, line: TakeLine) {
+        if matches!(self.peers.get(&connection), Some(PeerState::Usable(_))) {
+            self.takes.add(connection, line);
+        }
+    }
+
+    /// Looks whether takes have ended.
+    pub(super) fn progress_takes(&mut self) {
+        for done in self.takes.progress_all() {
+            self.took(&done);
+        }
+    }
+
+    fn took(&mut self, done: &TakeDone) {
+        if done.lease.is_some() {
+            *self.stats.pulled_bytes.entry(Way::Tcp.name()).or_default() += done.bytes;
+            *self.stats.pull_time.entry(Way::Tcp.name()).or_default() += done.elapsed;
+        }
+        let lease = done.lease.map(|lease| (lease.slot, lease.epoch));
+        self.puller.took(done.transfer, lease);
+    }
+
+    fn start_take(&mut self, action: PullerAction) {
+        let PullerAction::Take {
+            transfer,
+            connection,
+            key,
+            prompt,
+            first_block,
+            targets,
+        } = action
+        else {
+            return;
+        };
+        let layers = 0..self.cache.map().layer_count();
+        let bytes = match self.peers.get(&connection) {
+            Some(PeerState::Usable(peer)) => peer.pairing.payload_bytes(&layers, targets.len()),
+            _ => 0,
+        };
+        let began = self.takes.begin(
+            connection,
+            transfer,
+            (&key, &prompt),
+            (first_block, &targets),
+            bytes,
+        );
+        if !began {
+            self.puller.took(transfer, None);
+        }
     }
 
     fn apply(&mut self, action: HolderAction) -> Option<(ConnectionId, Message)> {
@@ -306,6 +378,7 @@ impl Machine for Exchange {
         );
         let state = match peer {
             Ok(peer) => {
+                let peer = Arc::new(peer);
                 let lane = peer.way.name();
                 if let Some(units) = peer.units {
                     self.puller.meet(connection, units);
@@ -320,7 +393,10 @@ impl Machine for Exchange {
                 } else {
                     tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
                 }
-                PeerState::Usable(Arc::new(peer))
+                if matches!(peer.way, Way::Tcp) && matches!(self.cache, LocalCache::Host(_)) {
+                    self.copies.open_line(connection, &peer);
+                }
+                PeerState::Usable(peer)
             }
             Err(reason) => {
                 tracing::warn!(
@@ -357,6 +433,9 @@ impl Machine for Exchange {
         }
         self.lanes_here.remove(&connection);
         self.puller.closed(connection);
+        if let Some(done) = self.takes.drop_line(connection) {
+            self.took(&done);
+        }
         self.readers.remove(&connection);
         if let Some(holder) = &mut self.holder {
             holder.closed(now, connection);
@@ -370,6 +449,9 @@ impl Machine for Exchange {
         }
         for job in std::mem::take(&mut self.waiting) {
             self.end(job, PullResult::Unreachable);
+        }
+        for done in self.takes.drop_all() {
+            self.took(&done);
         }
         if let Some(holder) = &mut self.holder {
             holder.close_all(now);
@@ -395,15 +477,17 @@ impl Machine for Exchange {
             tracing::warn!(peer, "a data connection is refused: {SERVED_MAX} are open");
             return;
         }
-        let (cache, table) = (self.cache.clone(), Arc::clone(&self.table));
+        let leases = HeldLeases {
+            table: Arc::clone(&self.table),
+            board: Arc::clone(&self.board),
+        };
+        let cache = self.cache.clone();
         let shape = self.options.shape.clone();
         let (served, is_closing) = (Arc::clone(&self.served), Arc::clone(&self.is_closing));
         let started = std::thread::Builder::new()
             .name("kvlane-p2p-serve".to_owned())
             .spawn(move || {
-                let is_held =
-                    |lease: Lease| lease.slot < table.slot_count() && table.get(lease.slot) == lease.epoch;
-                let result = serve(stream, cache, shape.as_ref(), is_held, &is_closing, SERVE_TIMEOUT);
+                let result = serve(stream, cache, shape.as_ref(), leases, &is_closing, SERVE_TIMEOUT);
                 served.fetch_sub(1, Ordering::Relaxed);
                 if let Err(error) = result {
                     tracing::info!(peer, %error, "a data connection ended");
@@ -412,6 +496,12 @@ impl Machine for Exchange {
         if let Err(error) = started {
             self.served.fetch_sub(1, Ordering::Relaxed);
             tracing::warn!(%error, "a data connection is refused: a thread could not be started");
+        }
+    }
+
+    fn data_readable(&mut self, connection: ConnectionId) {
+        if let Some(done) = self.takes.progress(connection) {
+            self.took(&done);
         }
     }
 
@@ -440,6 +530,9 @@ impl Machine for Exchange {
                     if let Some(stop) = self.stops.get(&transfer) {
                         stop.store(true, Ordering::Relaxed);
                     }
+                    if let Some(done) = self.takes.stop(transfer) {
+                        self.took(&done);
+                    }
                 }
                 PullerAction::Ended {
                     job,
@@ -450,9 +543,26 @@ impl Machine for Exchange {
                     self.end(job, result);
                 }
                 copy @ PullerAction::Copy { .. } => self.start_copy(copy),
+                take @ PullerAction::Take { .. } => self.start_take(take),
             }
         }
         None
+    }
+}
+
+/// What the serving end of a data connection asks.
+struct HeldLeases {
+    table: Arc<EpochTable>,
+    board: Arc<OfferBoard>,
+}
+
+impl Leases for HeldLeases {
+    fn is_held(&self, lease: Lease) -> bool {
+        lease.slot < self.table.slot_count() && self.table.get(lease.slot) == lease.epoch
+    }
+
+    fn find_posted(&self, key: &[u8; 32], digest: &[u8; 32]) -> Option<PostedPrompt> {
+        self.board.find(key, digest)
     }
 }
 

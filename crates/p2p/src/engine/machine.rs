@@ -37,6 +37,8 @@ pub(super) trait Machine: Send + 'static {
     fn close(&mut self, now: Instant);
     /// A peer opened a data connection; `early` came behind the handshake.
     fn data_connection(&mut self, stream: TcpStream, early: Vec<u8>, link: &Link);
+    /// Something came over a data connection of the machine's own that is watched for a connection.
+    fn data_readable(&mut self, connection: ConnectionId);
     /// When `tick` must be called, at the latest.
     fn next_deadline(&self) -> Option<Instant>;
     /// Notices what is late.

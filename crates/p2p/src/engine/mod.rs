@@ -25,6 +25,7 @@ mod net;
 mod options;
 mod peers;
 mod results;
+mod takes;
 mod worker;
 
 pub use address::PeerAddress;

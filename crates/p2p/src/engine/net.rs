@@ -12,7 +12,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::address::PeerAddress;
-use super::connections::Core;
+use super::connections::{Core, DATA_TOKEN};
 use super::dial;
 use super::machine::{Machine, NetConfig};
 use crate::error::{Error, Result};
@@ -227,6 +227,10 @@ fn run<M: Machine>(shared: &Arc<Shared<M>>, mut poll: Poll, listener: Option<Tcp
                     if let Some(listener) = &listener {
                         shared.turn(|core, now| core.accept(now, listener));
                     }
+                }
+                Token(data) if data & DATA_TOKEN != 0 => {
+                    let id = ConnectionId((data & !DATA_TOKEN) as u64);
+                    shared.turn(|core, _| core.machine.data_readable(id));
                 }
                 Token(id) => {
                     let id = ConnectionId(id as u64);

@@ -152,7 +152,7 @@ pub struct WorkerOptions {
     pub lane: LaneChoice,
     /// How long blocks are kept for a reader.
     pub lease: Duration,
-    /// Ranks of decode that must release a hold.
+    /// Fewest ranks of decode that must release a hold; they may say that there are more.
     pub readers: u32,
     /// Most requests that are held at a time.
     pub holds: u32,

@@ -140,16 +140,12 @@ impl Peer {
 
     /// Its blocks that hold what a pull wants, counted from the prompt's first one.
     pub(super) fn blocks_of(&self, request: &PullRequest, own_tokens: u32) -> Range<usize> {
-        let (first, end) = (
-            u64::from(request.first_block),
-            u64::from(request.first_block) + request.targets.len() as u64,
-        );
-        if self.units.is_none() {
-            return first as usize..end as usize;
-        }
-        let (own, theirs) = (u64::from(own_tokens), u64::from(self.block_tokens));
-        let end_token = (end * own).min(u64::from(request.prompt.tokens));
-        (first * own / theirs) as usize..end_token.div_ceil(theirs) as usize
+        let first = u64::from(request.first_block);
+        let own = first..first + request.targets.len() as u64;
+        let theirs = request
+            .prompt
+            .blocks_of_other_size(own, own_tokens, self.block_tokens);
+        theirs.start as usize..theirs.end as usize
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use super::peers::host_id;
 use super::results::Results;
 use crate::error::{Error, Result};
 use crate::key::{Prompt, TransferKey};
-use crate::lanes::{EpochTable, LocalCache, OfferBoard, ProbeToken, RemoteCache};
+use crate::lanes::{EpochTable, LocalCache, OfferBoard, ProbeToken, RemoteCache, TakeLine};
 use crate::proto::{
     CacheLayout, Channel, DenyReason, DeviceMemory, EndReason, Hello, Holder, Offer, Probe, Progress,
     PullRequest, PullResult, Role,
@@ -30,7 +31,7 @@ use crate::proto::{
 /// Blocks to pull.
 #[derive(Clone, Debug)]
 pub struct PullOrder {
-    /// Where the prefill worker of the same rank listens.
+    /// Where a prefill worker listens that has these layers and some of the heads.
     pub address: PeerAddress,
     /// Names the transfer on both sides.
     pub key: TransferKey,
@@ -76,6 +77,7 @@ pub struct WorkerStats {
 pub struct P2pWorker {
     net: Net<Exchange>,
     results: Arc<Results>,
+    takes_running: Arc<AtomicUsize>,
     options: WorkerOptions,
     block_count: u32,
     last_job: Mutex<u64>,
@@ -180,16 +182,27 @@ impl P2pWorker {
         let listen = options
             .can_offer
             .then(|| SocketAddr::new(options.host, options.port));
+        let takes_running = Arc::clone(exchange.takes_running());
         let net_config = config.clone();
         let net = Net::start(config, listen, exchange)?;
         if options.can_pull {
             // The threads end when the net, and with it the pool, is dropped.
             let shared = Arc::downgrade(net.shared());
-            queue.start(options.copy_threads, &Arc::new(net_config), move |done| {
+            let opening = shared.clone();
+            let copied = move |done| {
                 if let Some(shared) = shared.upgrade() {
                     shared.with(|core, _| core.machine.copied(&done));
                 }
-            })?;
+            };
+            let opened = move |connection, line: TakeLine| {
+                if let Some(shared) = opening.upgrade() {
+                    shared.with(|core, _| match core.watch_data(connection, line.socket()) {
+                        Ok(()) => core.machine.line_opened(connection, line),
+                        Err(error) => tracing::warn!(%error, "a data connection cannot be watched"),
+                    });
+                }
+            };
+            queue.start(options.copy_threads, &Arc::new(net_config), copied, opened)?;
         }
         let device = match device {
             Some(cache) => Some((cache, marks(net.shared())?)),
@@ -199,6 +212,7 @@ impl P2pWorker {
             device,
             net,
             results,
+            takes_running,
             options,
             block_count,
             last_job: Mutex::new(0),
@@ -368,8 +382,12 @@ impl P2pWorker {
         });
     }
 
-    /// Pulls that have ended, each once. One atomic load when there are none.
+    /// Pulls that have ended, each once. Two atomic loads when none runs.
     pub fn poll(&self) -> Vec<Ended> {
+        if self.takes_running.load(Ordering::Relaxed) > 0 {
+            // The thread of the connections would see it too, somewhat later.
+            self.net.shared().with(|core, _| core.machine.progress_takes());
+        }
         self.results.take_pulls()
     }
 
@@ -583,8 +601,10 @@ fn begin_pull(
         readers: order.readers,
         deadline,
     };
-    let posted = core.machine.posted(connection, &request);
-    core.machine.puller.pull(connection, request, posted);
+    match core.machine.posted(connection, &request) {
+        None if core.machine.may_take(connection, &request) => core.machine.puller.take(connection, request),
+        posted => core.machine.puller.pull(connection, request, posted),
+    }
 }
 
 impl Drop for P2pWorker {

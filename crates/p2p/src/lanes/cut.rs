@@ -8,6 +8,10 @@ use super::LaneError;
 use super::remote::MAX_RUNS;
 use crate::shape::{CacheShape, CountedDigit, Counts, LayerShape, Slice};
 
+/// Most pieces of a block over all units and layers: as many as runs of a block that is not cut, times the units of large
+/// blocks.
+const MAX_PLACES: u64 = 1 << 20;
+
 /// A worker's blocks, cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cut {
@@ -51,8 +55,10 @@ impl Cut {
             return Err(LaneError::Request("a unit without tokens or heads".to_owned()));
         }
         let mut layers = Vec::with_capacity(shape.layers.len());
+        // A peer says what its blocks hold, so the lists that are made of it have a bound together.
+        let mut places_left = MAX_PLACES;
         for (number, (layer, runs)) in shape.layers.iter().zip(runs).enumerate() {
-            let cut = cut_layer(layer, runs, slice)
+            let cut = cut_layer(layer, runs, slice, &mut places_left)
                 .map_err(|what| LaneError::Request(format!("layer {number}: {what}")))?;
             layers.push(cut);
         }
@@ -80,11 +86,21 @@ impl Cut {
     }
 }
 
-fn cut_layer(layer: &LayerShape, block_runs: &[Run], slice: Slice) -> Result<LayerCut, String> {
-    let tokens = layer.size(Counts::Tokens);
+fn cut_layer(
+    layer: &LayerShape,
+    block_runs: &[Run],
+    slice: Slice,
+    places_left: &mut u64,
+) -> Result<LayerCut, String> {
+    let tokens = layer.kernel_tokens();
     let unit = u64::from(slice.unit_tokens);
     if !tokens.is_multiple_of(unit) {
         return Err(format!("units of {unit} tokens, in {tokens}"));
+    }
+    if unit != tokens && layer.size(Counts::PackedTokens) > 1 {
+        return Err(format!(
+            "units of {unit} tokens, of {tokens} that are packed together"
+        ));
     }
     let heads = layer.size(Counts::Heads);
     let (first_head, head_count) = if layer.has_heads {
@@ -108,8 +124,14 @@ fn cut_layer(layer: &LayerShape, block_runs: &[Run], slice: Slice) -> Result<Lay
         .ok_or_else(far)?;
     let runs = unit_runs(&layer.unit_digits(slice), start, layer.element_bytes)?;
     let parts = tokens / unit;
+    // No more than tokens in a block, which has as many bytes at least.
+    let units = layer.size(Counts::KernelBlocks) * parts;
+    *places_left = units
+        .checked_mul(runs.len() as u64)
+        .and_then(|places| places_left.checked_sub(places))
+        .ok_or_else(|| format!("a block of more than {MAX_PLACES} pieces"))?;
     let mut offsets = Vec::new();
-    for unit_number in 0..layer.size(Counts::KernelBlocks) * parts {
+    for unit_number in 0..units {
         let kernel_block = (unit_number / parts).checked_mul(layer.stride_bytes(Counts::KernelBlocks));
         let token = (unit_number % parts * unit).checked_mul(layer.stride_bytes(Counts::Tokens));
         let offset = kernel_block
@@ -166,7 +188,9 @@ fn unit_runs(digits: &[CountedDigit], start: u64, element_bytes: u64) -> Result<
             usize::try_from(len).map_err(beyond)?,
         );
         match runs.last_mut() {
-            Some(last) if last.offset_bytes + last.len_bytes == offset_bytes => last.len_bytes += len_bytes,
+            Some(last) if last.offset_bytes.checked_add(last.len_bytes) == Some(offset_bytes) => {
+                last.len_bytes += len_bytes;
+            }
             _ => runs.push(Run {
                 offset_bytes,
                 len_bytes,

@@ -28,6 +28,7 @@ mod patience;
 mod remote;
 mod serve;
 mod shm;
+mod take;
 mod tcp;
 mod watch;
 mod wire;
@@ -47,8 +48,9 @@ pub(crate) use nccl::other_version;
 pub use offer_board::{OfferBoard, POSTED_BLOCKS_MAX, PostedPrompt};
 pub use pairing::Pairing;
 pub use remote::{MAX_REGIONS, MAX_TOTAL_RUNS, RemoteCache, RemoteRegion};
-pub use serve::{Served, serve};
+pub use serve::{Leases, Served, serve};
 pub use shm::{PeerMemory, ShmLane};
+pub use take::{TakeLine, Taken};
 pub use tcp::TcpLane;
 pub use wire::MAX_FETCH_BLOCKS;
 

@@ -63,6 +63,18 @@ impl OfferBoard {
         }
     }
 
+    /// The prompt, for a thread of this process that knows the hash of its key.
+    pub fn find(&self, key: &[u8; 32], digest: &[u8; 32]) -> Option<PostedPrompt> {
+        let entry = &self.entries[place(key, self.entry_count())?];
+        let mut bytes = [0; ENTRY_BYTES];
+        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&entry.0) {
+            *bytes = word.load(Ordering::Acquire).to_ne_bytes();
+        }
+        // The blocks are read behind the entry that names them.
+        fence(Ordering::SeqCst);
+        parse_hashed(&bytes, key, digest)
+    }
+
     /// Number of entries.
     pub fn entry_count(&self) -> u32 {
         self.entries.len() as u32
@@ -104,6 +116,10 @@ pub(super) fn entry_stride_bytes() -> u64 {
 
 /// What an entry that was read says of a prompt. `None`: it is empty, of something else, or was being written.
 pub(super) fn parse(bytes: &[u8; ENTRY_BYTES], key: &TransferKey, prompt: &Prompt) -> Option<PostedPrompt> {
+    parse_hashed(bytes, &key_hash(key), &prompt.digest)
+}
+
+fn parse_hashed(bytes: &[u8; ENTRY_BYTES], key: &[u8; 32], digest: &[u8; 32]) -> Option<PostedPrompt> {
     let (words, _) = bytes.as_chunks::<8>();
     let word = |index: usize| u64::from_ne_bytes(words[index]);
     let (slot, count) = (word(10) as u32, (word(10) >> 32) as usize);
@@ -112,7 +128,7 @@ pub(super) fn parse(bytes: &[u8; ENTRY_BYTES], key: &TransferKey, prompt: &Promp
     }
     let rest = &bytes[16..8 * used_words(count)];
     let is_whole = bytes[..16] == blake3::hash(rest).as_bytes()[..16];
-    let is_it = bytes[16..48] == key_hash(key) && bytes[48..80] == prompt.digest;
+    let is_it = bytes[16..48] == *key && bytes[48..80] == *digest;
     if !is_whole || !is_it {
         return None;
     }
@@ -150,7 +166,7 @@ fn used_words(blocks: usize) -> usize {
     HEAD_WORDS + blocks.div_ceil(2)
 }
 
-fn key_hash(key: &TransferKey) -> [u8; 32] {
+pub(super) fn key_hash(key: &TransferKey) -> [u8; 32] {
     *blake3::hash(key.as_str().as_bytes()).as_bytes()
 }
 

@@ -11,8 +11,8 @@ use kvlane_cuda::{Communicator, DeviceCache};
 use super::pairing::{Walk, check_blocks, check_layers};
 use super::patience::Patience;
 use super::tcp::{STAGED_BYTES, closed, gather_parts, prepare, send_all};
-use super::wire::{Answer, REQUEST_BYTES, Request};
-use super::{Cut, LaneError, Lease, LocalCache, Pairing, RemoteCache};
+use super::wire::{Answer, REQUEST_BYTES, Request, TAKE_BYTES, decode_prompt, encode_lease};
+use super::{Cut, LaneError, Lease, LocalCache, Pairing, PostedPrompt, RemoteCache};
 use crate::raw::{Interest, LocalRanges, receive};
 use crate::shape::{CacheShape, Slice};
 
@@ -32,11 +32,26 @@ pub struct Served {
     pub bytes: u64,
 }
 
+/// What the serving end knows of leases. A function that says whether a lease is held is enough.
+pub trait Leases {
+    /// Whether a lease is held. It is asked before a block is read, now and then meanwhile, and after the last byte was. It
+    /// may be slow, and must stop saying yes before a block of the lease is written by others.
+    fn is_held(&self, lease: Lease) -> bool;
+
+    /// A prompt that is computed whole, by the hash of its key and its digest.
+    fn find_posted(&self, _key: &[u8; 32], _digest: &[u8; 32]) -> Option<PostedPrompt> {
+        None
+    }
+}
+
+impl<F: Fn(Lease) -> bool> Leases for F {
+    fn is_held(&self, lease: Lease) -> bool {
+        self(lease)
+    }
+}
+
 /// Answers the fetches, checks, joins and transmits of one peer until it closes the connection or `stop` is set, which is seen within a
 /// tenth of a second; shutting the connection down ends it at once. Blocks the thread.
-///
-/// `is_held` says whether a lease is held. It is asked before a block is read, now and then meanwhile, and after the last
-/// byte was. It may be slow, and must stop saying yes before a block of the lease is written by others.
 ///
 /// A peer whose blocks differ asks for units of these; it can if their `shape` is known.
 ///
@@ -47,7 +62,7 @@ pub fn serve(
     socket: TcpStream,
     cache: impl Into<LocalCache>,
     shape: Option<&CacheShape>,
-    is_held: impl Fn(Lease) -> bool,
+    leases: impl Leases,
     stop: &AtomicBool,
     timeout: Duration,
 ) -> Result<Served, LaneError> {
@@ -60,7 +75,7 @@ pub fn serve(
         // The walk over a cache paired with itself is the order in which the peer expects the bytes.
         pairing: Arc::new(Pairing::new(cache.clone(), RemoteCache::of(cache.map())?)?),
         shape,
-        is_held,
+        leases,
         socket,
         served: Served::default(),
         blocks: Vec::new(),
@@ -73,12 +88,12 @@ pub fn serve(
     result.map(|()| server.served)
 }
 
-struct Server<'a, F> {
+struct Server<'a, L> {
     socket: TcpStream,
     pairing: Arc<Pairing>,
     shape: Option<&'a CacheShape>,
     ranges: LocalRanges,
-    is_held: F,
+    leases: L,
     served: Served,
     blocks: Vec<u32>,
     block_bytes: Vec<u8>,
@@ -88,7 +103,7 @@ struct Server<'a, F> {
 
 mod nccl;
 
-impl<F: Fn(Lease) -> bool> Server<'_, F> {
+impl<L: Leases> Server<'_, L> {
     fn run(&mut self, stop: &AtomicBool, timeout: Duration) -> Result<(), LaneError> {
         prepare(&self.socket)?;
         let mut patience = Patience {
@@ -107,7 +122,7 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
             self.receive_all(&mut request[first..], &patience)?;
             match Request::decode(&request)? {
                 Request::Check { lease } => {
-                    let answer = Answer::of_lease((self.is_held)(lease));
+                    let answer = Answer::of_lease(self.leases.is_held(lease));
                     self.send(&answer.encode(), &patience)?;
                 }
                 Request::Fetch {
@@ -131,6 +146,11 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
                     self.transmit(lease, &layers, &patience)?;
                 }
                 Request::Cut(slice) => self.cut(slice)?,
+                Request::Take {
+                    layers,
+                    first_block,
+                    block_count,
+                } => self.take(&layers, first_block, block_count, &patience)?,
             }
         }
     }
@@ -172,16 +192,59 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
         let map = self.pairing.local().map();
         check_layers(layers, map.layer_count())?;
         check_blocks("this", &self.blocks, self.pairing.local_units())?;
-        if !(self.is_held)(lease) {
+        if !self.leases.is_held(lease) {
             return self.send(&Answer::Lapsed.encode(), patience);
         }
         let len_bytes = self.pairing.payload_bytes(layers, self.blocks.len());
         let head = Answer::Data { len_bytes }.encode();
+        self.send_blocks(lease, layers, &head, patience)
+    }
+
+    /// Answers with blocks of a prompt that nobody has granted, if it is posted.
+    fn take(
+        &mut self,
+        layers: &Range<usize>,
+        first_block: u32,
+        block_count: usize,
+        patience: &Patience<'_>,
+    ) -> Result<(), LaneError> {
+        let mut bytes = [0; TAKE_BYTES];
+        self.receive_all(&mut bytes, patience)?;
+        check_layers(layers, self.pairing.local().map().layer_count())?;
+        let (key, digest) = decode_prompt(&bytes);
+        let posted = self.leases.find_posted(&key, &digest);
+        let wanted = first_block as usize..first_block as usize + block_count;
+        let found = posted
+            .as_ref()
+            .and_then(|posted| Some((posted.lease, posted.blocks.get(wanted)?)));
+        let Some((lease, blocks)) = found.filter(|(lease, _)| self.leases.is_held(*lease)) else {
+            return self.send(&Answer::Absent.encode(), patience);
+        };
+        self.blocks.clear();
+        self.blocks.extend_from_slice(blocks);
+        check_blocks("this", &self.blocks, self.pairing.local_units())?;
+        let len_bytes = self.pairing.payload_bytes(layers, self.blocks.len());
+        let head = [
+            Answer::Found { len_bytes }.encode().as_slice(),
+            &encode_lease(lease),
+        ]
+        .concat();
+        self.send_blocks(lease, layers, &head, patience)
+    }
+
+    /// Sends `head`, the blocks, and whether the lease was held until then.
+    fn send_blocks(
+        &mut self,
+        lease: Lease,
+        layers: &Range<usize>,
+        head: &[u8],
+        patience: &Patience<'_>,
+    ) -> Result<(), LaneError> {
         if let LocalCache::Device(cache) = self.pairing.local() {
             let cache = Arc::clone(cache);
-            return self.answer_from_device(&cache, layers, &head, lease, patience);
+            return self.answer_from_device(&cache, layers, head, lease, patience);
         }
-        let mut front: &[u8] = &head;
+        let mut front = head;
         let mut done_bytes = 0;
         let mut walk = self.pairing.walk(layers, &self.blocks, &self.blocks);
         loop {
@@ -198,7 +261,7 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
             front = &[];
             done_bytes += piece_bytes;
             // The kernel has its copy of the bytes, so this is after the last one was read.
-            let is_held = (self.is_held)(lease);
+            let is_held = self.leases.is_held(lease);
             if walk.is_done() {
                 self.served.fetches += 1;
                 self.served.bytes += done_bytes;
@@ -238,7 +301,7 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
                 done_bytes += len as u64;
             }
             // The buffer had its copy before, so this is after the last byte was read.
-            let is_held = (self.is_held)(lease);
+            let is_held = self.leases.is_held(lease);
             if walk.is_done() {
                 self.served.fetches += 1;
                 self.served.bytes += done_bytes;

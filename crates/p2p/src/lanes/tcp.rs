@@ -32,8 +32,8 @@ pub struct TcpLane {
     pairing: Arc<Pairing>,
     local: LocalRanges,
     request: Vec<u8>,
-    /// Whether the other end knows that blocks are units.
-    is_cut: bool,
+    /// Whether the other end knows what is meant by blocks: units, where the two sides' differ.
+    knows_units: bool,
     is_open: bool,
 }
 
@@ -48,7 +48,7 @@ impl TcpLane {
                 LocalCache::Host(cache) => LocalRanges::new(Arc::clone(cache)),
                 LocalCache::Device(_) => LocalRanges::none(),
             },
-            is_cut: pairing.remote_slice().is_none(),
+            knows_units: pairing.remote_slice().is_none(),
             pairing,
             request: Vec::new(),
             is_open: true,
@@ -210,7 +210,7 @@ impl TcpLane {
     ) -> Result<(), LaneError> {
         self.request.clear();
         if let Some(slice) = self.pairing.remote_slice()
-            && !std::mem::replace(&mut self.is_cut, true)
+            && !std::mem::replace(&mut self.knows_units, true)
         {
             self.request.extend_from_slice(&Request::Cut(slice).encode());
         }

@@ -3,18 +3,18 @@
 //! | request | bytes |
 //! |---|---|
 //! | magic | 0..4 |
-//! | kind: 1 fetch, 2 check, 3 join, 4 transmit, 5 cut | 4..8 |
+//! | kind: 1 fetch, 2 check, 3 join, 4 transmit, 5 cut, 6 take | 4..8 |
 //! | lease: slot, epoch; in a join the version of NCCL and the bytes of staging; in a cut the tokens of a unit, and the first \
-//!   head and the number of heads in four bytes each | 8..12, 16..24 |
+//!   head and the number of heads in four bytes each; in a take the first block of the prompt, zero | 8..12, 16..24 |
 //! | number of blocks; zero in a check, join or cut | 12..16 |
 //! | first layer, layer behind the last; zero in a check, join or cut | 24..28, 28..32 |
-//! | the blocks, four bytes each | 32.. |
+//! | the blocks, four bytes each; in a take blake3 of the key and the prompt's digest, 32 bytes each | 32.. |
 //!
 //! | answer | bytes |
 //! |---|---|
 //! | magic | 0..4 |
-//! | kind: 1 data, 2 held, 3 lapsed, 4 id, 5 joined, 6 group, 7 refused | 4..8 |
-//! | payload bytes behind data, an id or a refusal; sends of a group; else zero | 8..16 |
+//! | kind: 1 data, 2 held, 3 lapsed, 4 id, 5 joined, 6 group, 7 refused, 8 found, 9 absent | 4..8 |
+//! | payload bytes behind data, found, an id or a refusal; sends of a group; else zero | 8..16 |
 //!
 //! A fetch is answered by *lapsed*, or by *data*, the payload, and *held* or *lapsed*; a check by *held* or *lapsed*. The
 //! payload comes layer by layer, in a layer run by run of the holder, in a run block by block as asked.
@@ -25,6 +25,10 @@
 //! the holder starts, *group* and the length of each send in four bytes; it starts the group when it has said so. Groups have
 //! at most as many bytes as the staging of the join. Behind the last comes *held* or *lapsed*, or *lapsed* where a group
 //! should be.
+//!
+//! A take is a fetch of blocks of a prompt that is computed whole, without a lease that was granted: it is answered by *absent*
+//! where the holder has no such prompt posted, or by *found*, the lease (slot in four bytes, epoch in eight), the payload, and
+//! *held* or *lapsed*.
 //!
 //! A cut is not answered: from then on blocks in requests are units (`Cut`). Without one, they are the holder's blocks.
 
@@ -48,6 +52,7 @@ const CHECK: u32 = 2;
 const JOIN: u32 = 3;
 const TRANSMIT: u32 = 4;
 const CUT: u32 = 5;
+const TAKE: u32 = 6;
 const DATA: u32 = 1;
 const HELD: u32 = 2;
 const LAPSED: u32 = 3;
@@ -55,6 +60,43 @@ const ID: u32 = 4;
 const JOINED: u32 = 5;
 const GROUP: u32 = 6;
 const REFUSED: u32 = 7;
+const FOUND: u32 = 8;
+const ABSENT: u32 = 9;
+
+/// What follows a take.
+pub(super) const TAKE_BYTES: usize = 64;
+/// What follows *found*.
+pub(super) const LEASE_BYTES: usize = 12;
+
+/// What follows a take of a prompt.
+pub(super) fn encode_prompt(key: &[u8; 32], digest: &[u8; 32]) -> [u8; TAKE_BYTES] {
+    let mut bytes = [0; TAKE_BYTES];
+    bytes[..32].copy_from_slice(key);
+    bytes[32..].copy_from_slice(digest);
+    bytes
+}
+
+/// The key's hash and the digest.
+pub(super) fn decode_prompt(bytes: &[u8; TAKE_BYTES]) -> ([u8; 32], [u8; 32]) {
+    let half = |start: usize| bytes[start..start + 32].try_into().expect("32 of 64 bytes");
+    (half(0), half(32))
+}
+
+/// What follows *found*.
+pub(super) fn encode_lease(lease: Lease) -> [u8; LEASE_BYTES] {
+    let mut bytes = [0; LEASE_BYTES];
+    bytes[..4].copy_from_slice(&lease.slot.to_le_bytes());
+    bytes[4..].copy_from_slice(&lease.epoch.to_le_bytes());
+    bytes
+}
+
+/// See [`encode_lease`].
+pub(super) fn decode_lease(bytes: &[u8; LEASE_BYTES]) -> Lease {
+    Lease {
+        slot: u32_at(bytes, 0),
+        epoch: u64_at(bytes, 4),
+    }
+}
 
 /// Longest sentence of a refusal.
 pub(super) const REFUSAL_BYTES_MAX: usize = 512;
@@ -82,6 +124,12 @@ pub(super) enum Request {
     },
     /// Blocks are units from here on.
     Cut(Slice),
+    /// What the prompt is follows.
+    Take {
+        layers: Range<usize>,
+        first_block: u32,
+        block_count: usize,
+    },
 }
 
 impl Request {
@@ -116,6 +164,17 @@ impl Request {
                 };
                 (CUT, numbers, 0..0, 0)
             }
+            Request::Take {
+                layers,
+                first_block,
+                block_count,
+            } => {
+                let numbers = Lease {
+                    slot: *first_block,
+                    epoch: 0,
+                };
+                (TAKE, numbers, layers.clone(), *block_count)
+            }
         };
         // Layers and blocks were checked against a cache, whose bounds fit.
         let number = |value: usize| u32::try_from(value).expect("fits the frame").to_le_bytes();
@@ -139,7 +198,7 @@ impl Request {
         let block_count = u32_at(bytes, 12) as usize;
         let layers = u32_at(bytes, 24) as usize..u32_at(bytes, 28) as usize;
         match u32_at(bytes, 4) {
-            FETCH | TRANSMIT if block_count > MAX_FETCH_BLOCKS => Err(LaneError::Protocol(format!(
+            FETCH | TRANSMIT | TAKE if block_count > MAX_FETCH_BLOCKS => Err(LaneError::Protocol(format!(
                 "a request for {block_count} blocks; allowed: {MAX_FETCH_BLOCKS}"
             ))),
             FETCH => Ok(Request::Fetch {
@@ -165,8 +224,14 @@ impl Request {
                 head_count: (lease.epoch >> 32) as u32,
             })),
             CUT => Err(LaneError::Protocol("a cut that names blocks".to_owned())),
+            TAKE if lease.epoch == 0 => Ok(Request::Take {
+                layers,
+                first_block: lease.slot,
+                block_count,
+            }),
+            TAKE => Err(LaneError::Protocol("a take that names a lease".to_owned())),
             kind => Err(LaneError::Protocol(format!(
-                "a request of kind {kind}; allowed: {FETCH} to {CUT}"
+                "a request of kind {kind}; allowed: {FETCH} to {TAKE}"
             ))),
         }
     }
@@ -190,6 +255,11 @@ pub(super) enum Answer {
     Refused {
         len_bytes: usize,
     },
+    /// The lease follows, and then the payload.
+    Found {
+        len_bytes: u64,
+    },
+    Absent,
 }
 
 impl Answer {
@@ -207,6 +277,8 @@ impl Answer {
             Answer::Joined => (JOINED, 0),
             Answer::Group { sends } => (GROUP, sends as u64),
             Answer::Refused { len_bytes } => (REFUSED, len_bytes as u64),
+            Answer::Found { len_bytes } => (FOUND, len_bytes),
+            Answer::Absent => (ABSENT, 0),
         };
         let mut bytes = [0; ANSWER_BYTES];
         bytes[0..4].copy_from_slice(&ANSWER_MAGIC);
@@ -221,6 +293,8 @@ impl Answer {
             (DATA, len_bytes) => Ok(Answer::Data { len_bytes }),
             (HELD, 0) => Ok(Answer::Held),
             (LAPSED, 0) => Ok(Answer::Lapsed),
+            (FOUND, len_bytes) => Ok(Answer::Found { len_bytes }),
+            (ABSENT, 0) => Ok(Answer::Absent),
             (ID, len_bytes) if len_bytes == CommunicatorId::LEN_BYTES as u64 => Ok(Answer::Id),
             (JOINED, 0) => Ok(Answer::Joined),
             (GROUP, sends) if (1..=SendPlan::SENDS_MAX as u64).contains(&sends) => Ok(Answer::Group {
@@ -299,6 +373,11 @@ mod tests {
                 first_head: 3,
                 head_count: u32::MAX,
             }),
+            Request::Take {
+                layers: 0..48,
+                first_block: 7,
+                block_count: 3,
+            },
         ] {
             assert_eq!(Request::decode(&request.encode()).unwrap(), request);
         }
@@ -310,6 +389,8 @@ mod tests {
             Answer::Joined,
             Answer::Group { sends: 64 },
             Answer::Refused { len_bytes: 512 },
+            Answer::Found { len_bytes: 1 << 40 },
+            Answer::Absent,
         ] {
             assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
         }
@@ -323,8 +404,9 @@ mod tests {
             Request::decode(&bytes).unwrap_err().to_string()
         };
         assert!(refused(0, 0).contains("where a request should start"));
-        assert!(refused(4, 0).contains("kind 0; allowed: 1 to 5"));
-        assert!(refused(4, 6).contains("kind 6; allowed: 1 to 5"));
+        assert!(refused(4, 0).contains("kind 0; allowed: 1 to 6"));
+        assert!(refused(4, 7).contains("kind 7; allowed: 1 to 6"));
+        assert!(refused(4, 6).contains("a take that names a lease"));
         assert!(refused(4, 2).contains("a check that names blocks"));
         assert!(refused(4, 3).contains("a join that names blocks"));
         assert!(refused(4, 5).contains("a cut that names blocks"));

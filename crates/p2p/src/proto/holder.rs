@@ -407,7 +407,7 @@ impl Holder {
 
     // ---- the peers' side
 
-    /// Takes a message of a peer whose blocks are the same as ours, or not (`is_compatible`). An error: the peer breaks
+    /// Takes a message of a peer of our namespace, or of another (`is_compatible`). An error: the peer breaks
     /// the protocol, and its connection must end.
     pub fn receive(
         &mut self,

@@ -362,7 +362,7 @@ pub enum DenyReason {
     Range,
     /// Too many transfers are open.
     Busy,
-    /// The two caches cannot exchange bytes: another model, rank or layout.
+    /// The two caches cannot exchange bytes: another model, KV type or layout, or other heads.
     Namespace,
 }
 

@@ -135,6 +135,22 @@ pub enum PullerAction {
         /// When to stop.
         deadline: Instant,
     },
+    /// Get these blocks without a grant, if the holder has the prompt posted, then call [`Puller::took`]; exactly once,
+    /// whatever happens. One [`StopCopies`](Self::StopCopies) ends it early.
+    Take {
+        /// The transfer.
+        transfer: u64,
+        /// To whom.
+        connection: ConnectionId,
+        /// Names the transfer on both sides.
+        key: TransferKey,
+        /// What it must be of.
+        prompt: Prompt,
+        /// Index in the prompt of the first block.
+        first_block: u32,
+        /// Own blocks.
+        targets: Vec<u32>,
+    },
     /// Running copies of this transfer are of no use any more.
     StopCopies {
         /// The transfer.
@@ -192,6 +208,9 @@ struct Pull {
     is_checking: bool,
     end: Option<PullResult>,
 }
+
+/// No lease has epoch zero.
+const NO_LEASE: (u32, u64) = (0, 0);
 
 /// Whether blocks are copied that the holder has posted, and not named to this pull.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -251,13 +270,60 @@ impl Puller {
     /// With `posted`, copying begins at once. The holder is asked all the same, unless the copies are over by then: a
     /// lease that is claimed is kept for longer, and if it ends under the copies, another may be granted.
     pub fn pull(&mut self, connection: ConnectionId, request: PullRequest, posted: Option<PostedBlocks>) {
+        let Some(transfer) = self.open(connection, request) else {
+            return;
+        };
+        if posted.is_some_and(|posted| self.copy_posted(transfer, &posted)) {
+            // Behind the copies: small ones may be over by then.
+            self.unasked.push_back(transfer);
+        } else {
+            self.ask(transfer);
+        }
+    }
+
+    /// Begins a pull over a connection that is ready, by taking the blocks without a grant. If that fails, the holder is asked
+    /// as in [`pull`](Self::pull). For few blocks: until it has ended, their lease is not claimed.
+    pub fn take(&mut self, connection: ConnectionId, request: PullRequest) {
+        let Some(transfer) = self.open(connection, request) else {
+            return;
+        };
+        let Some(pull) = self.pulls.get_mut(&transfer) else {
+            return;
+        };
+        pull.posted = Posted::Copying;
+        pull.running = 1;
+        self.actions.push_back(PullerAction::Take {
+            transfer,
+            connection,
+            key: pull.key.clone(),
+            prompt: pull.prompt,
+            first_block: pull.first_block,
+            targets: pull.targets.clone(),
+        });
+    }
+
+    /// Takes the result of a [`PullerAction::Take`]: the lease that was held behind the last byte, or none.
+    pub fn took(&mut self, transfer: u64, lease: Option<(u32, u64)>) {
+        if let (Some(lease), Some(pull)) = (lease, self.pulls.get_mut(&transfer)) {
+            pull.posted_lease = lease;
+        }
+        let copied = if lease.is_some() {
+            Copied::Held
+        } else {
+            Copied::Failed
+        };
+        self.copied(transfer, copied);
+    }
+
+    /// A pull without messages and copies. `None`: there are too many, and it has ended.
+    fn open(&mut self, connection: ConnectionId, request: PullRequest) -> Option<u64> {
         if self.pulls.len() >= self.limits.pulls {
             self.actions.push_back(PullerAction::Ended {
                 job: request.job,
                 transfer: 0,
                 result: PullResult::Busy,
             });
-            return;
+            return None;
         }
         self.last_transfer += 1;
         let transfer = self.last_transfer;
@@ -273,7 +339,7 @@ impl Puller {
             deadline: request.deadline,
             is_asked: false,
             posted: Posted::No,
-            posted_lease: (0, 0),
+            posted_lease: NO_LEASE,
             lease: None,
             sources: Vec::new(),
             progress: Progress::default(),
@@ -286,12 +352,7 @@ impl Puller {
             end: None,
         };
         self.pulls.insert(transfer, pull);
-        if posted.is_some_and(|posted| self.copy_posted(transfer, &posted)) {
-            // Behind the copies: small ones may be over by then.
-            self.unasked.push_back(transfer);
-        } else {
-            self.ask(transfer);
-        }
+        Some(transfer)
     }
 
     /// Tells the holder that this rank has the whole prompt already.

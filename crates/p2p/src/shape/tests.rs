@@ -122,3 +122,33 @@ fn what_a_peer_says_of_its_blocks_must_fit_their_bytes() {
     assert!(refused(|shape| shape.layers[0].digits[0].counts = Counts::Heads).contains("count the same"));
     assert!(refused(|shape| shape.layers.clear()).contains("0 layers, of 1"));
 }
+
+#[test]
+fn tokens_that_a_kernel_packs_together_are_not_cut() {
+    let packed = |block_tokens, tokens| {
+        let mut shape = shape(block_tokens, tokens, 0..2);
+        for digit in &mut shape.layers[0].digits {
+            if digit.counts == Counts::Tokens {
+                digit.counts = Counts::PackedTokens;
+            }
+        }
+        shape.check([runs(&shape).as_slice()].into_iter()).unwrap();
+        shape
+    };
+    let told = agree(&packed(16, 16), &packed(32, 32)).unwrap_err();
+    assert!(
+        told.contains("blocks of 32 tokens and ours of 16") && told.contains("must be equal"),
+        "{told}"
+    );
+    assert!(agree(&packed(16, 16), &shape(16, 16, 0..2)).is_err());
+    // Of equal kernel blocks the manager may have several, and ranks other heads.
+    let (ours, _) = agree(&packed(16, 16), &packed(32, 16)).unwrap();
+    assert_eq!(ours.unit_tokens, 16);
+    let mut half = packed(16, 16);
+    half.head_count = 1;
+    half.layers[0]
+        .digits
+        .retain(|digit| digit.counts != Counts::Heads);
+    let (_, theirs) = agree(&half, &packed(16, 16)).unwrap();
+    assert_eq!((theirs.unit_tokens, theirs.head_count), (16, 1));
+}

@@ -15,6 +15,7 @@ mod lying;
 mod nccl;
 mod serving;
 mod suite;
+mod takes;
 mod times;
 
 use std::sync::atomic::AtomicBool;

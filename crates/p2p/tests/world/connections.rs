@@ -238,13 +238,24 @@ impl World {
         if self.asking == Some(id) {
             self.asking = None;
         }
-        if self.pulling == Some(id) {
+        let was_pulling = self.pulling == Some(id);
+        if was_pulling {
             self.pulling = None;
         }
         let now = self.instant();
         self.holder.closed(now, ConnectionId(id));
         self.asker.closed(ConnectionId(id));
         self.puller.closed(ConnectionId(id));
+        if !was_pulling {
+            return;
+        }
+        // Its data connection goes with it.
+        for (transfer, _) in std::mem::take(&mut self.takes) {
+            self.puller.took(transfer, None);
+        }
+        for copy in self.copies.values_mut().filter(|copy| copy.is_take) {
+            copy.is_stopped = true;
+        }
     }
 }
 

@@ -97,6 +97,10 @@ impl World {
                 if let Some(request) = self.requests.get_mut(&number) {
                     (request.job, request.targets) = (Some(job), targets);
                 }
+                if self.may_take() {
+                    self.totals.taken += 1;
+                    return self.puller.take(ConnectionId(connection), pull);
+                }
                 let posted = self.posted(&pull);
                 if let Some(request) = self.requests.get_mut(&number) {
                     request.is_posted = posted.is_some();
@@ -133,6 +137,42 @@ impl World {
             blocks: posted.blocks.get(wanted)?.to_vec(),
             ..*posted
         })
+    }
+
+    /// Only from a peer that is known, and whose blocks are like ours.
+    fn may_take(&mut self) -> bool {
+        let is_ready = |id| {
+            self.connections
+                .get(&id)
+                .is_some_and(|known| known.decode.link.is_ready())
+        };
+        self.pulling.is_some_and(is_ready)
+            && self.prefill_tokens == self.decode_tokens
+            && self.hits(self.faults.looks / 2)
+    }
+
+    /// Prefill looks for what is to be taken, and begins to send it.
+    pub(super) fn take_arrives(&mut self, transfer: u64) {
+        let Some(take) = self.takes.remove(&transfer) else {
+            return; // it was stopped
+        };
+        let wanted = take.first_block as usize..take.first_block as usize + take.targets.len();
+        let found = self
+            .board
+            .get(&take.key)
+            .filter(|(prompt, posted)| {
+                *prompt == take.prompt && self.table.get(posted.slot as usize) == Some(&posted.epoch)
+            })
+            .and_then(|(_, posted)| Some((posted.slot, posted.epoch, posted.blocks.get(wanted)?.to_vec())));
+        let Some((slot, epoch, remote)) = found else {
+            return self.puller.took(transfer, None);
+        };
+        let span = Span {
+            layers: 0..LAYERS,
+            remote,
+            local: take.targets,
+        };
+        self.start_copy_of(transfer, slot, epoch, span, true);
     }
 
     pub(super) fn end_request(&mut self, number: u64) {
@@ -188,6 +228,10 @@ impl World {
     }
 
     pub(super) fn start_copy(&mut self, transfer: u64, slot: u32, epoch: u64, span: Span) {
+        self.start_copy_of(transfer, slot, epoch, span, false);
+    }
+
+    fn start_copy_of(&mut self, transfer: u64, slot: u32, epoch: u64, span: Span, is_take: bool) {
         let number = span
             .local
             .first()
@@ -207,6 +251,7 @@ impl World {
             is_stopped: false,
             job,
             is_slow,
+            is_take,
         };
         self.copies.insert(self.last_copy, copy);
         let id = self.last_copy;
@@ -223,7 +268,12 @@ impl World {
         if copy.is_stopped || is_done {
             let (transfer, slot, epoch, stopped) = (copy.transfer, copy.slot, copy.epoch, copy.is_stopped);
             let held = self.table.get(slot as usize) == Some(&epoch) || self.faults.blind_to_lapses;
+            let is_take = copy.is_take;
             self.copies.remove(&id);
+            if is_take {
+                let lease = (held && !stopped).then_some((slot, epoch));
+                return self.puller.took(transfer, lease);
+            }
             let copied = match (stopped, held) {
                 (true, _) => Copied::Failed,
                 (_, true) if self.random.random_bool(0.5) && !self.faults.blind_to_lapses => {

@@ -77,6 +77,8 @@ pub(crate) struct Totals {
     pub(crate) pulled: u64,
     /// Of those, without a grant.
     pub(crate) pulled_as_posted: u64,
+    /// Begun as takes.
+    pub(crate) taken: u64,
     pub(crate) lapsed: u64,
     pub(crate) denied: u64,
     pub(crate) timed_out: u64,
@@ -94,6 +96,7 @@ impl Totals {
         self.requests += other.requests;
         self.pulled += other.pulled;
         self.pulled_as_posted += other.pulled_as_posted;
+        self.taken += other.taken;
         self.lapsed += other.lapsed;
         self.denied += other.denied;
         self.timed_out += other.timed_out;

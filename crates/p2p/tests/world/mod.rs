@@ -45,6 +45,8 @@ enum Event {
     },
     /// A piece of a span is copied.
     CopyPiece { copy: u64 },
+    /// Prefill's serving end sees that blocks are to be taken.
+    TakeArrives { transfer: u64 },
     /// The next deadline of a machine.
     Tick,
 }
@@ -84,6 +86,16 @@ struct Copy {
     is_stopped: bool,
     job: u64,
     is_slow: bool,
+    /// Of a take, and not of a span that was asked for.
+    is_take: bool,
+}
+
+/// A take on its way to prefill.
+struct Take {
+    key: TransferKey,
+    prompt: Prompt,
+    first_block: u32,
+    targets: Vec<u32>,
 }
 
 struct End {
@@ -129,6 +141,7 @@ pub(crate) struct World {
     target_free: Vec<u32>,
     target_owner: Vec<Option<u64>>,
     copies: HashMap<u64, Copy>,
+    takes: HashMap<u64, Take>,
     jobs: HashMap<u64, u64>,
     // both
     connections: HashMap<u64, Connection>,
@@ -203,6 +216,7 @@ impl World {
             target_free: (0..BLOCKS).collect(),
             target_owner: vec![None; BLOCKS as usize],
             copies: HashMap::new(),
+            takes: HashMap::new(),
             jobs: HashMap::new(),
             connections: HashMap::new(),
             asking: None,
@@ -242,6 +256,7 @@ impl World {
                 bytes,
             } => self.deliver(connection, to_prefill, &bytes),
             Event::CopyPiece { copy } => self.copy_piece(copy),
+            Event::TakeArrives { transfer } => self.take_arrives(transfer),
             Event::Tick => {}
         }
         let now = self.instant();
@@ -280,6 +295,26 @@ impl World {
                     for copy in self.copies.values_mut().filter(|copy| copy.transfer == transfer) {
                         copy.is_stopped = true;
                     }
+                    if self.takes.remove(&transfer).is_some() {
+                        self.puller.took(transfer, None);
+                    }
+                }
+                PullerAction::Take {
+                    transfer,
+                    key,
+                    prompt,
+                    first_block,
+                    targets,
+                    ..
+                } => {
+                    let take = Take {
+                        key,
+                        prompt,
+                        first_block,
+                        targets,
+                    };
+                    self.takes.insert(transfer, take);
+                    self.soon(20, Event::TakeArrives { transfer });
                 }
                 PullerAction::Ended { job, result, .. } => self.pull_ended(job, result),
             }
@@ -350,6 +385,7 @@ impl World {
         assert_eq!(self.puller.pull_count(), 0, "seed {seed}: pulls");
         assert_eq!(self.asker.question_count(), 0, "seed {seed}: questions");
         assert!(self.copies.is_empty(), "seed {seed}: copies");
+        assert!(self.takes.is_empty(), "seed {seed}: takes");
         assert_eq!(
             self.holder.load(),
             (0, 0, 0, 0),

@@ -26,6 +26,8 @@ impl Machine for Broken {
 
     fn data_connection(&mut self, _: TcpStream, _: Vec<u8>, _: &Link) {}
 
+    fn data_readable(&mut self, _: ConnectionId) {}
+
     fn next_deadline(&self) -> Option<Instant> {
         self.is_broken.then(Instant::now)
     }
@@ -89,6 +91,8 @@ impl Machine for Stalling {
     fn close(&mut self, _: Instant) {}
 
     fn data_connection(&mut self, _: TcpStream, _: Vec<u8>, _: &Link) {}
+
+    fn data_readable(&mut self, _: ConnectionId) {}
 
     fn next_deadline(&self) -> Option<Instant> {
         (self.stall_ms.load(Ordering::Relaxed) > 0).then(Instant::now)

@@ -17,7 +17,7 @@ use super::super::tcp::closed;
 use super::super::watch::is_hung_up;
 use super::super::wire::{Answer, REFUSAL_BYTES_MAX};
 use super::super::{LaneError, Lease, LocalCache};
-use super::Server;
+use super::{Leases, Server};
 
 /// Why there is no communicator.
 enum Failure {
@@ -39,7 +39,7 @@ impl From<CudaError> for Failure {
     }
 }
 
-impl<F: Fn(Lease) -> bool> Server<'_, F> {
+impl<L: Leases> Server<'_, L> {
     /// Makes the communicator of this connection, or says why not.
     pub(super) fn join(
         &mut self,
@@ -148,7 +148,7 @@ impl<F: Fn(Lease) -> bool> Server<'_, F> {
         let mut parts = Vec::new();
         loop {
             // Also before the first byte, and after the last one was read.
-            let is_held = (self.is_held)(lease);
+            let is_held = self.leases.is_held(lease);
             if walk.is_done() {
                 self.served.fetches += 1;
                 self.served.bytes += done_bytes;

@@ -26,10 +26,8 @@ impl Holder {
         if end_block > prompt.block_count(block_tokens) {
             return 0..u32::MAX;
         }
-        let first_token = u64::from(first_block) * u64::from(block_tokens);
-        // Tokens behind the prompt are in nobody's blocks.
-        let end_token = (u64::from(end_block) * u64::from(block_tokens)).min(u64::from(prompt.tokens));
-        let blocks = first_token / u64::from(own_tokens)..end_token.div_ceil(u64::from(own_tokens));
+        let wanted = u64::from(first_block)..u64::from(end_block);
+        let blocks = prompt.blocks_of_other_size(wanted, block_tokens, own_tokens);
         // Both are blocks of the prompt, of which there are fewer than tokens.
         blocks.start as u32..blocks.end as u32
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Copied, Posted, PostedBlocks, Puller, PullerAction, PullerLimits, Scale, Span};
+use super::{Copied, Posted, PostedBlocks, Puller, PullerAction, PullerLimits, Scale};
 
 impl Puller {
     /// False: they cannot be the blocks of this pull.
@@ -19,23 +19,14 @@ impl Puller {
         }
         pull.posted = Posted::Copying;
         pull.posted_lease = (posted.slot, posted.epoch);
-        for (layers, positions) in parts(&limits, 0..limits.layers, 0..scale.count) {
+        for (layers, positions) in parts(&limits, &scale, 0..limits.layers, 0..scale.count) {
             pull.running += 1;
             self.actions.push_back(PullerAction::Copy {
                 transfer,
                 connection: pull.connection,
                 slot: posted.slot,
                 epoch: posted.epoch,
-                span: Span {
-                    layers,
-                    remote: positions
-                        .clone()
-                        .map(|position| scale.holder_unit(&posted.blocks, position))
-                        .collect(),
-                    local: positions
-                        .map(|position| scale.own_unit(&pull.targets, position))
-                        .collect(),
-                },
+                span: scale.span(layers, positions, &posted.blocks, &pull.targets),
                 deadline: pull.deadline,
             });
         }
@@ -106,7 +97,7 @@ impl Puller {
         let (slot, epoch) = pull.lease.unwrap_or_default();
         let parts = spans
             .into_iter()
-            .flat_map(|(layers, positions)| parts(&limits, layers, positions));
+            .flat_map(|(layers, positions)| parts(&limits, &scale, layers, positions));
         for (layers, positions) in parts {
             pull.running += 1;
             self.actions.push_back(PullerAction::Copy {
@@ -114,16 +105,7 @@ impl Puller {
                 connection: pull.connection,
                 slot,
                 epoch,
-                span: Span {
-                    layers,
-                    remote: positions
-                        .clone()
-                        .map(|position| scale.holder_unit(&pull.sources, position))
-                        .collect(),
-                    local: positions
-                        .map(|position| scale.own_unit(&pull.targets, position))
-                        .collect(),
-                },
+                span: scale.span(layers, positions, &pull.sources, &pull.targets),
                 deadline: pull.deadline,
             });
         }
@@ -135,12 +117,13 @@ impl Puller {
 /// A span in parts of about as many layers each, none of them empty.
 fn parts(
     limits: &PullerLimits,
+    scale: &Scale,
     layers: Range<u32>,
     positions: Range<usize>,
 ) -> impl Iterator<Item = (Range<u32>, Range<usize>)> + use<> {
     let layer_count = layers.len();
     let pieces = layer_count * positions.len();
-    let count = (pieces / limits.part_pieces_min.max(1) as usize)
+    let count = (pieces / scale.part_pieces_min(limits))
         .min(limits.parts as usize)
         .clamp(usize::from(pieces > 0), layer_count);
     let start = move |part: usize| layers.start + (layer_count * part / count) as u32;

@@ -1,6 +1,6 @@
 //! How pulls end: right, failed or refused, and never while a copy runs.
 
-use super::{PullResult, Puller, PullerAction, Scale};
+use super::{NO_LEASE, PullResult, Puller, PullerAction, Scale};
 use crate::proto::message::Message;
 
 impl Puller {
@@ -73,6 +73,11 @@ impl Puller {
         };
         let message = if pull.is_asked {
             Message::Cancel { transfer }
+        } else if pull.posted_lease == NO_LEASE {
+            // A take, of which is not known yet what it found.
+            let (connection, key, prompt, readers) =
+                (pull.connection, pull.key.clone(), pull.prompt, pull.readers);
+            return self.release(connection, key, prompt, readers);
         } else {
             pull.taken()
         };

@@ -1,6 +1,8 @@
 //! Positions of a pull, counted in units: what holder and reader have in common where their blocks differ in size.
 
-use super::{Pull, PullerLimits};
+use std::ops::Range;
+
+use super::{Pull, PullerLimits, Span};
 
 /// How the blocks of a holder meet those of this side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,14 +44,18 @@ impl Scale {
         let end_unit = (first_block + pull.targets.len() as u64) * own;
         // A last block that is partly filled may have units that no token of the prompt is in. The holder need not have them.
         let end_unit = end_unit.min(u64::from(pull.prompt.tokens).div_ceil(unit_tokens));
-        let holder_first_block = first_unit / holder;
+        let own_blocks = first_block..first_block + pull.targets.len() as u64;
+        let holder_tokens = (unit_tokens * holder) as u32;
+        let holder_blocks =
+            pull.prompt
+                .blocks_of_other_size(own_blocks, limits.block_tokens.max(1), holder_tokens);
         Self {
             own,
             holder,
             first_unit,
             count: end_unit.saturating_sub(first_unit) as usize,
-            holder_first_block,
-            holder_blocks: end_unit.div_ceil(holder).saturating_sub(holder_first_block) as usize,
+            holder_first_block: holder_blocks.start,
+            holder_blocks: holder_blocks.end.saturating_sub(holder_blocks.start) as usize,
         }
     }
 
@@ -70,14 +76,39 @@ impl Scale {
         self.holder_first_block + self.holder_blocks as u64
     }
 
+    /// Layers of the units at `positions`, which lie in blocks that the holder has named, and in those of the pull.
+    pub(super) fn span(
+        &self,
+        layers: Range<u32>,
+        positions: Range<usize>,
+        sources: &[u32],
+        targets: &[u32],
+    ) -> Span {
+        Span {
+            layers,
+            remote: positions
+                .clone()
+                .map(|position| self.holder_unit(sources, position))
+                .collect(),
+            local: positions
+                .map(|position| self.own_unit(targets, position))
+                .collect(),
+        }
+    }
+
+    /// Fewest pieces, each of one unit in one layer, of a part of a span.
+    pub(super) fn part_pieces_min(&self, limits: &PullerLimits) -> usize {
+        limits.part_pieces_min.max(1) as usize * self.own as usize
+    }
+
     /// The unit of this side at a position. The blocks are those of the pull.
-    pub(super) fn own_unit(&self, targets: &[u32], position: usize) -> u32 {
+    fn own_unit(&self, targets: &[u32], position: usize) -> u32 {
         let (block, unit) = (position as u64 / self.own, position as u64 % self.own);
         join(targets[block as usize], self.own, unit)
     }
 
     /// The unit of the holder at a position. The blocks are those that the holder named.
-    pub(super) fn holder_unit(&self, sources: &[u32], position: usize) -> u32 {
+    fn holder_unit(&self, sources: &[u32], position: usize) -> u32 {
         let unit = self.first_unit + position as u64;
         let block = unit / self.holder - self.holder_first_block;
         join(sources[block as usize], self.holder, unit % self.holder)

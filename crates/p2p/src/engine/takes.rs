@@ -1,0 +1,162 @@
+//! Takes: small pulls over a data connection that the thread which begins them writes to itself, and whoever has a moment
+//! reads from: the engine when it asks what has ended, else the thread of all connections.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::key::{Prompt, TransferKey};
+use crate::lanes::{Lease, TakeLine, Taken};
+use crate::proto::ConnectionId;
+
+/// More bytes take so long that one more exchange of messages is not seen, and a thread of their own is worth it.
+pub(super) const TAKE_BYTES_MAX: u64 = 64 << 10;
+
+/// One line to each peer that has one.
+#[derive(Default)]
+pub(super) struct Takes {
+    lines: HashMap<ConnectionId, Line>,
+    /// Takes that run, for who only wants to know whether there are any.
+    running: Arc<AtomicUsize>,
+}
+
+struct Line {
+    line: TakeLine,
+    running: Option<Running>,
+}
+
+struct Running {
+    transfer: u64,
+    started: Instant,
+    bytes: u64,
+}
+
+/// A take that has ended.
+pub(super) struct TakeDone {
+    pub(super) transfer: u64,
+    /// Held behind the last byte. None: the blocks have to be got in another way.
+    pub(super) lease: Option<Lease>,
+    pub(super) bytes: u64,
+    pub(super) elapsed: Duration,
+}
+
+impl Takes {
+    /// How many run.
+    pub(super) fn running(&self) -> &Arc<AtomicUsize> {
+        &self.running
+    }
+
+    /// A line to the peer of a connection.
+    pub(super) fn add(&mut self, connection: ConnectionId, line: TakeLine) {
+        self.lines.insert(connection, Line { line, running: None });
+    }
+
+    /// Whether a take can begin.
+    pub(super) fn is_free(&self, connection: ConnectionId) -> bool {
+        self.lines
+            .get(&connection)
+            .is_some_and(|line| line.running.is_none())
+    }
+
+    /// False: nothing was asked for.
+    pub(super) fn begin(
+        &mut self,
+        connection: ConnectionId,
+        transfer: u64,
+        (key, prompt): (&TransferKey, &Prompt),
+        (first_block, targets): (u32, &[u32]),
+        bytes: u64,
+    ) -> bool {
+        let Some(line) = self.lines.get_mut(&connection) else {
+            return false;
+        };
+        match line.line.begin(key, prompt, first_block, targets) {
+            Ok(true) => {
+                line.running = Some(Running {
+                    transfer,
+                    started: Instant::now(),
+                    bytes,
+                });
+                self.running.fetch_add(1, Ordering::Relaxed);
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                tracing::info!(%error, "a data connection ended");
+                self.lines.remove(&connection);
+                false
+            }
+        }
+    }
+
+    /// Reads what has come over one line.
+    pub(super) fn progress(&mut self, connection: ConnectionId) -> Option<TakeDone> {
+        let line = self.lines.get_mut(&connection)?;
+        match line.line.progress() {
+            Ok(None) => None,
+            Ok(Some(taken)) => {
+                let lease = match taken {
+                    Taken::Found(lease) => Some(lease),
+                    Taken::Absent => None,
+                };
+                let running = line.running.take();
+                self.done(running, lease)
+            }
+            Err(error) => {
+                tracing::info!(%error, "a data connection ended");
+                self.drop_line(connection)
+            }
+        }
+    }
+
+    /// Reads what has come over the lines on which takes run.
+    pub(super) fn progress_all(&mut self) -> Vec<TakeDone> {
+        let busy: Vec<ConnectionId> = self
+            .lines
+            .iter()
+            .filter(|(_, line)| line.running.is_some())
+            .map(|(&connection, _)| connection)
+            .collect();
+        busy.into_iter()
+            .filter_map(|connection| self.progress(connection))
+            .collect()
+    }
+
+    /// Ends a take at once: nothing writes its blocks any more. The line is closed with it.
+    pub(super) fn stop(&mut self, transfer: u64) -> Option<TakeDone> {
+        let is_it = |line: &Line| {
+            line.running
+                .as_ref()
+                .is_some_and(|running| running.transfer == transfer)
+        };
+        let (&connection, _) = self.lines.iter().find(|(_, line)| is_it(line))?;
+        self.drop_line(connection)
+    }
+
+    /// Closes a line, and ends what runs on it.
+    pub(super) fn drop_line(&mut self, connection: ConnectionId) -> Option<TakeDone> {
+        let running = self.lines.remove(&connection)?.running;
+        self.done(running, None)
+    }
+
+    /// Closes all lines.
+    pub(super) fn drop_all(&mut self) -> Vec<TakeDone> {
+        let connections: Vec<ConnectionId> = self.lines.keys().copied().collect();
+        connections
+            .into_iter()
+            .filter_map(|connection| self.drop_line(connection))
+            .collect()
+    }
+
+    fn done(&self, running: Option<Running>, lease: Option<Lease>) -> Option<TakeDone> {
+        let running = running?;
+        self.running.fetch_sub(1, Ordering::Relaxed);
+        Some(TakeDone {
+            transfer: running.transfer,
+            lease,
+            bytes: running.bytes,
+            elapsed: running.started.elapsed(),
+        })
+    }
+}
