@@ -63,19 +63,28 @@ def test_a_posted_prompt_arrives_while_prefill_does_not_run_and_is_given_back_wh
     decode.worker.close()
 
 
-def test_over_tcp_nobody_looks_into_prefills_memory(prefill):
+def test_over_tcp_a_stopped_prefill_costs_the_deadline_and_its_late_answer_is_written_nowhere(prefill):
     decode = connected(prefill, lane="tcp")
-    prefill.tell("offer", "whole", 3)
-    os.kill(prefill.process.pid, signal.SIGSTOP)
-    try:
-        assert outcome(decode, pull(decode, prefill, "whole", 1, [10])) == "timeout"
-    finally:
-        os.kill(prefill.process.pid, signal.SIGCONT)
+    for target in (10, 11):  # with a data connection that is known, and without
+        prefill.tell("offer", f"whole-{target}", 3)
+        nothing = decode.block(target)
+        os.kill(prefill.process.pid, signal.SIGSTOP)
+        try:
+            assert outcome(decode, pull(decode, prefill, f"whole-{target}", 1, [target])) == "timeout"
+        finally:
+            os.kill(prefill.process.pid, signal.SIGCONT)
+        time.sleep(0.1)
+        assert decode.block(target) == nothing
+    prefill.tell("offer", "next", 4)
+    assert outcome(decode, pull(decode, prefill, "next", 1, [12])) == "done"
+    assert decode.block(12) == content_of(4)
     decode.worker.close()
 
 
-def test_blocks_that_prefill_took_back_are_never_used(prefill):
-    decode = connected(prefill)
+@pytest.mark.parametrize("lane", ["auto", "tcp"])
+def test_blocks_that_prefill_took_back_are_never_used(prefill, lane):
+    decode = connected(prefill, lane)
+    time.sleep(0.2)  # over tcp: for the data connection over which small prompts are taken
     prefill.tell("offer", "whole", 3)
     prefill.tell("revoke", "whole")
     assert outcome(decode, pull(decode, prefill, "whole", 1, [10])) != "done"
@@ -87,8 +96,10 @@ def test_blocks_that_prefill_took_back_are_never_used(prefill):
     decode.worker.close()
 
 
-def test_a_key_that_is_offered_again_gives_the_new_blocks(prefill):
-    decode = connected(prefill)
+@pytest.mark.parametrize("lane", ["auto", "tcp"])
+def test_a_key_that_is_offered_again_gives_the_new_blocks(prefill, lane):
+    decode = connected(prefill, lane)
+    time.sleep(0.2)
     for block in (3, 4, 5):
         prefill.tell("offer", "again", block)
         assert outcome(decode, pull(decode, prefill, "again", 1, [10])) == "done"

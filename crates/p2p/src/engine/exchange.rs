@@ -208,6 +208,11 @@ impl Exchange {
             *self.stats.pulled_bytes.entry(Way::Tcp.name()).or_default() += done.bytes;
             *self.stats.pull_time.entry(Way::Tcp.name()).or_default() += done.elapsed;
         }
+        if !self.takes.has_line(done.connection)
+            && let Some(PeerState::Usable(peer)) = self.peers.get(&done.connection)
+        {
+            self.copies.open_line(done.connection, peer);
+        }
         let lease = done.lease.map(|lease| (lease.slot, lease.epoch));
         self.puller.took(done.transfer, lease);
     }
@@ -393,7 +398,8 @@ impl Machine for Exchange {
                 } else {
                     tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
                 }
-                if matches!(peer.way, Way::Tcp) && matches!(self.cache, LocalCache::Host(_)) {
+                let are_alike = peer.units.is_none() && matches!(self.cache, LocalCache::Host(_));
+                if are_alike && matches!(peer.way, Way::Tcp) {
                     self.copies.open_line(connection, &peer);
                 }
                 PeerState::Usable(peer)

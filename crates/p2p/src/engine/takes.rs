@@ -34,6 +34,7 @@ struct Running {
 
 /// A take that has ended.
 pub(super) struct TakeDone {
+    pub(super) connection: ConnectionId,
     pub(super) transfer: u64,
     /// Held behind the last byte. None: the blocks have to be got in another way.
     pub(super) lease: Option<Lease>,
@@ -50,6 +51,11 @@ impl Takes {
     /// A line to the peer of a connection.
     pub(super) fn add(&mut self, connection: ConnectionId, line: TakeLine) {
         self.lines.insert(connection, Line { line, running: None });
+    }
+
+    /// Whether there is a line to the peer of a connection.
+    pub(super) fn has_line(&self, connection: ConnectionId) -> bool {
+        self.lines.contains_key(&connection)
     }
 
     /// Whether a take can begin.
@@ -101,7 +107,7 @@ impl Takes {
                     Taken::Absent => None,
                 };
                 let running = line.running.take();
-                self.done(running, lease)
+                self.done(connection, running, lease)
             }
             Err(error) => {
                 tracing::info!(%error, "a data connection ended");
@@ -137,7 +143,7 @@ impl Takes {
     /// Closes a line, and ends what runs on it.
     pub(super) fn drop_line(&mut self, connection: ConnectionId) -> Option<TakeDone> {
         let running = self.lines.remove(&connection)?.running;
-        self.done(running, None)
+        self.done(connection, running, None)
     }
 
     /// Closes all lines.
@@ -149,10 +155,16 @@ impl Takes {
             .collect()
     }
 
-    fn done(&self, running: Option<Running>, lease: Option<Lease>) -> Option<TakeDone> {
+    fn done(
+        &self,
+        connection: ConnectionId,
+        running: Option<Running>,
+        lease: Option<Lease>,
+    ) -> Option<TakeDone> {
         let running = running?;
         self.running.fetch_sub(1, Ordering::Relaxed);
         Some(TakeDone {
+            connection,
             transfer: running.transfer,
             lease,
             bytes: running.bytes,
