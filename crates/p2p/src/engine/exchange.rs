@@ -208,13 +208,18 @@ impl Exchange {
             *self.stats.pulled_bytes.entry(Way::Tcp.name()).or_default() += done.bytes;
             *self.stats.pull_time.entry(Way::Tcp.name()).or_default() += done.elapsed;
         }
-        if !self.takes.has_line(done.connection)
-            && let Some(PeerState::Usable(peer)) = self.peers.get(&done.connection)
-        {
-            self.copies.open_line(done.connection, peer);
-        }
+        self.replace_line(done.connection);
         let lease = done.lease.map(|lease| (lease.slot, lease.epoch));
         self.puller.took(done.transfer, lease);
+    }
+
+    /// Makes a line anew that has ended, unless its peer has too.
+    fn replace_line(&self, connection: ConnectionId) {
+        if !self.takes.has_line(connection)
+            && let Some(PeerState::Usable(peer)) = self.peers.get(&connection)
+        {
+            self.copies.open_line(connection, peer);
+        }
     }
 
     fn start_take(&mut self, action: PullerAction) {
@@ -242,6 +247,7 @@ impl Exchange {
             bytes,
         );
         if !began {
+            self.replace_line(connection);
             self.puller.took(transfer, None);
         }
     }

@@ -48,9 +48,11 @@ impl Takes {
         &self.running
     }
 
-    /// A line to the peer of a connection.
+    /// A line to the peer of a connection. One is enough: a take may run on it.
     pub(super) fn add(&mut self, connection: ConnectionId, line: TakeLine) {
-        self.lines.insert(connection, Line { line, running: None });
+        self.lines
+            .entry(connection)
+            .or_insert(Line { line, running: None });
     }
 
     /// Whether there is a line to the peer of a connection.
