@@ -156,7 +156,8 @@ impl CacheShape {
                     product.checked_mul(digit.size)
                 });
             let bytes: usize = runs.iter().map(|run| run.len_bytes).sum();
-            if product != Some(bytes as u64) {
+            // None of them is zero then, so no product of some of them is larger.
+            if bytes == 0 || product != Some(bytes as u64) {
                 return refused(format!("dimensions of another size than its {bytes} bytes"));
             }
             let mut seen: Vec<Counts> = layer.digits.iter().map(|digit| digit.counts).collect();
@@ -164,6 +165,9 @@ impl CacheShape {
             seen.dedup();
             if seen.len() != layer.digits.len() || seen.len() > DIGITS_MAX {
                 return refused("two dimensions that count the same, or too many".to_owned());
+            }
+            if layer.digit(Counts::Tokens).is_some() && layer.digit(Counts::PackedTokens).is_some() {
+                return refused("tokens that are packed together, and tokens that are not".to_owned());
             }
             let tokens = layer.size(Counts::KernelBlocks) * layer.kernel_tokens();
             if tokens != u64::from(self.block_tokens) {

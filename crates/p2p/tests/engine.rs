@@ -286,7 +286,45 @@ fn who_asks_over_and_over_sees_every_end_once_and_right_bytes() {
                 fill(&pair.target, 2, [20 - block]);
             }
         }
+        // One at a time is, once there is a data connection for it: what fits into one exchange.
+        let takes = pair.decode.stats().takes;
+        assert_eq!(takes > 0, lane == LaneChoice::Tcp, "{takes} takes over {lane:?}");
     }
+}
+
+#[test]
+fn a_small_prompt_that_is_taken_is_released_at_once_and_one_that_was_taken_back_is_not_taken() {
+    let pair = pair(LaneChoice::Tcp);
+    fill(&pair.source, 1, 0..BLOCKS);
+    let hold = |name: &str| {
+        assert!(pair.prefill.offer(offer(name, name, &[3])).expect("accepted"));
+        pair.prefill.progress(&[(name, done(1))]).expect("accepted");
+        pair.prefill.finish(&name.into()).expect("accepted");
+    };
+    let pull = |name: &str| {
+        let job = pair.decode.pull(pair.order(name, 1, 0, &[5])).expect("accepted");
+        pair.wait(job)
+    };
+    let end = Instant::now() + PATIENCE;
+    for number in 0.. {
+        assert!(Instant::now() < end, "no data connection for takes");
+        let name = format!("{number}");
+        hold(&name);
+        assert_eq!(pull(&name), PullResult::Done);
+        assert_eq!(pair.ended(), [(name.as_str().into(), EndReason::Released)]);
+        if pair.decode.stats().takes == 3 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    hold("back");
+    assert!(pair.prefill.revoke("back").expect("accepted"));
+    fill(&pair.target, 2, [5]);
+    pair.prefill.give_up(&key("back")).expect("accepted");
+    assert_eq!(pull("back"), PullResult::Denied(DenyReason::Gone));
+    let bytes = pair.target.layer_bytes(0);
+    assert!(layer_of(&pair.target, 0, 5) == content(2, 0, 5, bytes));
+    assert_eq!(pair.decode.stats().takes, 3);
 }
 
 #[test]

@@ -4,6 +4,7 @@ import socket
 from hashlib import sha256
 from typing import Any
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
 
@@ -141,7 +142,8 @@ class KvlaneP2pConnector(KvlaneConnector):
         layout, facts = self._name_caches(kv_caches)
         config = self._vllm_config
         _, tp = ranks(config.parallel_config)
-        backends = identity.backends_of_layers(config)
+        # ROCm's backends share names with CUDA's, and lay their caches out in other ways.
+        backends = {} if torch.version.hip else identity.backends_of_layers(config)
         shape = shape_of(kv_caches, self._kv_cache_config, config.cache_config, total_kv_heads(config), tp, backends)
         if shape is not None:
             # What follows from these two servers agree on when they meet.

@@ -15,6 +15,9 @@ Axes = tuple[int, int | None, bool]
 #: (first KV head, heads, ranks of the tensor group, the axes of each layer), as `kvlane._native.P2pWorker` takes it.
 Shape = tuple[int, int, int, dict[str, Axes]]
 
+#: Peers that say that they have more are not believed (`kvlane_p2p::shape::TENSOR_RANKS_MAX`).
+TENSOR_RANKS_MAX = 64
+
 #: A token's keys and values of a head lie together in both: five dimensions, tokens in front of heads (up to 0.25), or
 #: (blocks, heads, tokens, keys and values).
 _BY_TOKEN = {"FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "TRITON_ATTN"}
@@ -38,6 +41,8 @@ def shape_of(
     """The shape of a worker's tensors, None if there is a doubt. `kv_heads`: of the whole model, None with MLA.
     `backends`: the attention backend of each layer."""
     rank, size = tp
+    if size > TENSOR_RANKS_MAX:
+        return None
     try:
         heads = heads_of_rank(kv_heads, rank, size)
     except ValueError:

@@ -65,7 +65,8 @@ def test_a_posted_prompt_arrives_while_prefill_does_not_run_and_is_given_back_wh
 
 def test_over_tcp_a_stopped_prefill_costs_the_deadline_and_its_late_answer_is_written_nowhere(prefill):
     decode = connected(prefill, lane="tcp")
-    for target in (10, 11):  # with a data connection that is known, and without
+    time.sleep(0.2)  # for the data connection over which small prompts are taken
+    for target in (10, 11):  # the first one ends it
         prefill.tell("offer", f"whole-{target}", 3)
         nothing = decode.block(target)
         os.kill(prefill.process.pid, signal.SIGSTOP)

@@ -102,3 +102,4 @@ def test_a_rank_says_which_heads_it_has():
     tensors = {"a": torch.empty((BLOCKS, HEADS, TOKENS, WIDTH), device="meta")}
     assert shape(tensors, heads=8, tp=(1, 2)) == (4, 4, 2, {"a": (2, 1, False)})
     assert shape(tensors, heads=6, tp=(1, 4)) is None
+    assert shape(tensors, heads=4 * 128, tp=(0, 128)) is None

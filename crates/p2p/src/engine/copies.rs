@@ -23,6 +23,8 @@ const LANES_MAX: usize = 256;
 /// How long a lane to a peer that is gone may be kept: it holds what it has mapped of the peer's memory, which an engine
 /// that starts there anew may need.
 const GONE_MAX: Duration = Duration::from_secs(1);
+/// Most data connections for takes that wait to be made.
+const LINES_MAX: usize = 64;
 /// A data connection that cannot be made in this time is no use to a transfer. A pull whose copies are not wanted any more
 /// ends so much later at most, and that only if the peer's machine has gone away since it was last heard.
 const DATA_CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -52,11 +54,11 @@ pub(super) struct CopyDone {
 #[derive(Clone)]
 pub(super) struct CopyPool {
     jobs: Sender<Job>,
+    lines: Sender<(ConnectionId, Arc<Peer>)>,
 }
 
 enum Job {
     Copy(CopyJob),
-    OpenLine(ConnectionId, Arc<Peer>),
     /// To be dropped by a thread that nobody waits for: the driver may take its time to unmap memory.
     Drop(#[allow(dead_code, reason = "only dropped")] Arc<Peer>),
 }
@@ -64,13 +66,21 @@ enum Job {
 /// The threads' end.
 pub(super) struct CopyQueue {
     jobs: Receiver<Job>,
+    lines: Receiver<(ConnectionId, Arc<Peer>)>,
 }
 
 impl CopyPool {
     /// A pool whose threads are not started yet.
     pub(super) fn new() -> (Self, CopyQueue) {
-        let (sender, receiver) = bounded(WAITING_MAX);
-        (Self { jobs: sender }, CopyQueue { jobs: receiver })
+        let (jobs, waiting_jobs) = bounded(WAITING_MAX);
+        let (lines, waiting_lines) = bounded(LINES_MAX);
+        (
+            Self { jobs, lines },
+            CopyQueue {
+                jobs: waiting_jobs,
+                lines: waiting_lines,
+            },
+        )
     }
 
     /// False: too many wait.
@@ -78,9 +88,9 @@ impl CopyPool {
         self.jobs.try_send(Job::Copy(job)).is_ok()
     }
 
-    /// Makes a data connection for takes, if there is a thread for it.
+    /// Makes a data connection for takes, if not too many are to be made.
     pub(super) fn open_line(&self, connection: ConnectionId, peer: &Arc<Peer>) {
-        let _ = self.jobs.try_send(Job::OpenLine(connection, Arc::clone(peer)));
+        let _ = self.lines.try_send((connection, Arc::clone(peer)));
     }
 
     /// Lets go of a peer whose connection has ended.
@@ -97,14 +107,21 @@ impl CopyQueue {
         threads: usize,
         config: &Arc<NetConfig>,
         done: impl Fn(CopyDone) + Clone + Send + 'static,
-        opened: impl Fn(ConnectionId, TakeLine) + Clone + Send + 'static,
+        opened: impl Fn(ConnectionId, TakeLine) + Send + 'static,
     ) -> Result<()> {
+        let (lines, line_config) = (self.lines, Arc::clone(config));
+        std::thread::Builder::new()
+            .name("kvlane-p2p-line".to_owned())
+            .spawn(move || make_lines(&lines, &line_config, opened))
+            .map_err(|source| Error::Io {
+                context: "starting a thread",
+                source,
+            })?;
         for _ in 0..threads {
-            let (jobs, config) = (self.jobs.clone(), Arc::clone(config));
-            let (done, opened) = (done.clone(), opened.clone());
+            let (jobs, config, done) = (self.jobs.clone(), Arc::clone(config), done.clone());
             std::thread::Builder::new()
                 .name("kvlane-p2p-copy".to_owned())
-                .spawn(move || run(&jobs, &config, done, opened))
+                .spawn(move || run(&jobs, &config, done))
                 .map_err(|source| Error::Io {
                     context: "starting a thread",
                     source,
@@ -114,12 +131,20 @@ impl CopyQueue {
     }
 }
 
-fn run(
-    jobs: &Receiver<Job>,
-    config: &Arc<NetConfig>,
-    done: impl Fn(CopyDone),
+/// Makes data connections for takes, one after the other: a peer that does not answer holds up only others' lines.
+fn make_lines(
+    lines: &Receiver<(ConnectionId, Arc<Peer>)>,
+    config: &NetConfig,
     opened: impl Fn(ConnectionId, TakeLine),
 ) {
+    while let Ok((connection, peer)) = lines.recv() {
+        if let Some(line) = open_line(&peer, config) {
+            opened(connection, line);
+        }
+    }
+}
+
+fn run(jobs: &Receiver<Job>, config: &Arc<NetConfig>, done: impl Fn(CopyDone)) {
     let mut lanes = Lanes::default();
     loop {
         let job = if lanes.open.is_empty() {
@@ -130,11 +155,6 @@ fn run(
         lanes.forget_gone();
         match job {
             Ok(Job::Copy(job)) => done(lanes.copy_or_fail(&job, config)),
-            Ok(Job::OpenLine(connection, peer)) => {
-                if let Some(line) = open_line(&peer, config) {
-                    opened(connection, line);
-                }
-            }
             Ok(Job::Drop(peer)) => drop(peer),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,

@@ -180,13 +180,23 @@ impl Exchange {
     }
 
     /// Whether a pull is best begun by taking its blocks.
-    pub(super) fn may_take(&self, connection: ConnectionId, request: &PullRequest) -> bool {
+    pub(super) fn may_take(&mut self, now: Instant, connection: ConnectionId, request: &PullRequest) -> bool {
         let Some(PeerState::Usable(peer)) = self.peers.get(&connection) else {
             return false;
         };
+        let are_alike = peer.units.is_none() && matches!(self.cache, LocalCache::Host(_));
         let layers = 0..self.cache.map().layer_count();
         let bytes = peer.pairing.payload_bytes(&layers, request.targets.len());
-        bytes <= TAKE_BYTES_MAX && self.takes.is_free(connection)
+        let blocks = request.prompt.block_count(self.options.block_tokens) as usize;
+        let is_small = bytes <= TAKE_BYTES_MAX && blocks <= POSTED_BLOCKS_MAX;
+        if !are_alike || !matches!(peer.way, Way::Tcp) || !is_small {
+            return false;
+        }
+        self.takes.is_free(now, connection).unwrap_or_else(|| {
+            // For the next one.
+            self.copies.open_line(connection, peer);
+            false
+        })
     }
 
     /// A data connection for takes was made, if the peer's blocks can be taken.
@@ -207,19 +217,10 @@ impl Exchange {
         if done.lease.is_some() {
             *self.stats.pulled_bytes.entry(Way::Tcp.name()).or_default() += done.bytes;
             *self.stats.pull_time.entry(Way::Tcp.name()).or_default() += done.elapsed;
+            self.stats.takes += 1;
         }
-        self.replace_line(done.connection);
         let lease = done.lease.map(|lease| (lease.slot, lease.epoch));
         self.puller.took(done.transfer, lease);
-    }
-
-    /// Makes a line anew that has ended, unless its peer has too.
-    fn replace_line(&self, connection: ConnectionId) {
-        if !self.takes.has_line(connection)
-            && let Some(PeerState::Usable(peer)) = self.peers.get(&connection)
-        {
-            self.copies.open_line(connection, peer);
-        }
     }
 
     fn start_take(&mut self, action: PullerAction) {
@@ -247,7 +248,6 @@ impl Exchange {
             bytes,
         );
         if !began {
-            self.replace_line(connection);
             self.puller.took(transfer, None);
         }
     }
@@ -404,10 +404,6 @@ impl Machine for Exchange {
                 } else {
                     tracing::info!(peer = %address, engine = open.engine_id, lane, "connected to a prefill server");
                 }
-                let are_alike = peer.units.is_none() && matches!(self.cache, LocalCache::Host(_));
-                if are_alike && matches!(peer.way, Way::Tcp) {
-                    self.copies.open_line(connection, &peer);
-                }
                 PeerState::Usable(peer)
             }
             Err(reason) => {
@@ -445,7 +441,7 @@ impl Machine for Exchange {
         }
         self.lanes_here.remove(&connection);
         self.puller.closed(connection);
-        if let Some(done) = self.takes.drop_line(connection) {
+        if let Some(done) = self.takes.closed(connection) {
             self.took(&done);
         }
         self.readers.remove(&connection);
@@ -519,7 +515,12 @@ impl Machine for Exchange {
 
     fn next_deadline(&self) -> Option<Instant> {
         let holder = self.holder.as_ref().and_then(Holder::next_deadline);
-        holder.into_iter().chain(self.puller.next_deadline()).min()
+        let takes = self.takes.next_deadline();
+        holder
+            .into_iter()
+            .chain(self.puller.next_deadline())
+            .chain(takes)
+            .min()
     }
 
     fn tick(&mut self, now: Instant) {
@@ -527,6 +528,9 @@ impl Machine for Exchange {
             holder.tick(now);
         }
         self.puller.tick(now);
+        for done in self.takes.stop_late(now) {
+            self.took(&done);
+        }
     }
 
     fn next_message(&mut self) -> Option<(ConnectionId, Message)> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `kvlane-p2p` | all control connections of one value: reads, deadlines, heartbeats |
 //! | `kvlane-p2p-dial` | one connection being made, name look-up included; ends with it |
+//! | `kvlane-p2p-line` | makes data connections over which small pulls are taken; what comes over them is read by the engine or by `kvlane-p2p` |
 //! | `kvlane-p2p-copy` | copies spans of blocks over a lane; [`WorkerOptions::copy_threads`](crate::WorkerOptions) of them |
 //! | `kvlane-nccl` | all calls of NCCL for one communicator; ends with it |
 //! | `kvlane-p2p-event` | waits for a device's compute stream, where the cache is on one |

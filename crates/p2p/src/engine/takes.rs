@@ -10,13 +10,19 @@ use crate::key::{Prompt, TransferKey};
 use crate::lanes::{Lease, TakeLine, Taken};
 use crate::proto::ConnectionId;
 
-/// More bytes take so long that one more exchange of messages is not seen, and a thread of their own is worth it.
+/// More bytes take so long that one more exchange of messages is not seen, and they are read under a lock.
 pub(super) const TAKE_BYTES_MAX: u64 = 64 << 10;
+/// A take is over in a fraction of a millisecond. After so long the holder is asked in the other way, which may end sooner.
+const TAKE_MAX: Duration = Duration::from_millis(500);
+/// A line that could not be made, or has ended, is not made anew sooner.
+const LINE_PAUSE: Duration = Duration::from_secs(2);
 
 /// One line to each peer that has one.
 #[derive(Default)]
 pub(super) struct Takes {
     lines: HashMap<ConnectionId, Line>,
+    /// When a line to a peer was last asked for.
+    asked: HashMap<ConnectionId, Instant>,
     /// Takes that run, for who only wants to know whether there are any.
     running: Arc<AtomicUsize>,
 }
@@ -34,7 +40,6 @@ struct Running {
 
 /// A take that has ended.
 pub(super) struct TakeDone {
-    pub(super) connection: ConnectionId,
     pub(super) transfer: u64,
     /// Held behind the last byte. None: the blocks have to be got in another way.
     pub(super) lease: Option<Lease>,
@@ -55,16 +60,50 @@ impl Takes {
             .or_insert(Line { line, running: None });
     }
 
-    /// Whether there is a line to the peer of a connection.
-    pub(super) fn has_line(&self, connection: ConnectionId) -> bool {
-        self.lines.contains_key(&connection)
+    /// Whether a take can begin. None: a line to this peer must be made first, and is not being made.
+    pub(super) fn is_free(&mut self, now: Instant, connection: ConnectionId) -> Option<bool> {
+        if let Some(line) = self.lines.get(&connection) {
+            return Some(line.running.is_none());
+        }
+        let was_asked = self
+            .asked
+            .get(&connection)
+            .is_some_and(|asked| now < *asked + LINE_PAUSE);
+        if was_asked {
+            return Some(false);
+        }
+        self.asked.insert(connection, now);
+        None
     }
 
-    /// Whether a take can begin.
-    pub(super) fn is_free(&self, connection: ConnectionId) -> bool {
-        self.lines
-            .get(&connection)
-            .is_some_and(|line| line.running.is_none())
+    /// When [`stop_late`](Self::stop_late) must be called, at the latest.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let running = self.lines.values().filter_map(|line| line.running.as_ref());
+        running.map(|running| running.started + TAKE_MAX).min()
+    }
+
+    /// Ends the takes that last too long, and their lines.
+    pub(super) fn stop_late(&mut self, now: Instant) -> Vec<TakeDone> {
+        let is_late = |line: &Line| {
+            line.running
+                .as_ref()
+                .is_some_and(|running| running.started + TAKE_MAX <= now)
+        };
+        let late: Vec<ConnectionId> = self
+            .lines
+            .iter()
+            .filter(|(_, line)| is_late(line))
+            .map(|(&connection, _)| connection)
+            .collect();
+        late.into_iter()
+            .filter_map(|connection| self.drop_line(connection))
+            .collect()
+    }
+
+    /// A peer is no more.
+    pub(super) fn closed(&mut self, connection: ConnectionId) -> Option<TakeDone> {
+        self.asked.remove(&connection);
+        self.drop_line(connection)
     }
 
     /// False: nothing was asked for.
@@ -109,7 +148,7 @@ impl Takes {
                     Taken::Absent => None,
                 };
                 let running = line.running.take();
-                self.done(connection, running, lease)
+                self.done(running, lease)
             }
             Err(error) => {
                 tracing::info!(%error, "a data connection ended");
@@ -143,9 +182,9 @@ impl Takes {
     }
 
     /// Closes a line, and ends what runs on it.
-    pub(super) fn drop_line(&mut self, connection: ConnectionId) -> Option<TakeDone> {
+    fn drop_line(&mut self, connection: ConnectionId) -> Option<TakeDone> {
         let running = self.lines.remove(&connection)?.running;
-        self.done(connection, running, None)
+        self.done(running, None)
     }
 
     /// Closes all lines.
@@ -157,16 +196,10 @@ impl Takes {
             .collect()
     }
 
-    fn done(
-        &self,
-        connection: ConnectionId,
-        running: Option<Running>,
-        lease: Option<Lease>,
-    ) -> Option<TakeDone> {
+    fn done(&self, running: Option<Running>, lease: Option<Lease>) -> Option<TakeDone> {
         let running = running?;
         self.running.fetch_sub(1, Ordering::Relaxed);
         Some(TakeDone {
-            connection,
             transfer: running.transfer,
             lease,
             bytes: running.bytes,

@@ -63,6 +63,8 @@ pub struct WorkerStats {
     pub pulled_bytes: HashMap<&'static str, u64>,
     /// Time spent copying them, by lane.
     pub pull_time: HashMap<&'static str, Duration>,
+    /// Pulls whose blocks were taken in one exchange.
+    pub takes: u64,
     /// Ended pulls, by result.
     pub pulls: HashMap<PullResult, u64>,
     /// Ended holds, by reason.
@@ -602,7 +604,9 @@ fn begin_pull(
         deadline,
     };
     match core.machine.posted(connection, &request) {
-        None if core.machine.may_take(connection, &request) => core.machine.puller.take(connection, request),
+        None if core.machine.may_take(now, connection, &request) => {
+            core.machine.puller.take(connection, request)
+        }
         posted => core.machine.puller.pull(connection, request, posted),
     }
 }

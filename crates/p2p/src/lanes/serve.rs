@@ -211,6 +211,9 @@ impl<L: Leases> Server<'_, L> {
         let mut bytes = [0; TAKE_BYTES];
         self.receive_all(&mut bytes, patience)?;
         check_layers(layers, self.pairing.local().map().layer_count())?;
+        if self.pairing.remote_slice().is_some() {
+            return Err(LaneError::Protocol("a take of units".to_owned()));
+        }
         let (key, digest) = decode_prompt(&bytes);
         let posted = self.leases.find_posted(&key, &digest);
         let wanted = first_block as usize..first_block as usize + block_count;

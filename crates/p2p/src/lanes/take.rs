@@ -2,7 +2,7 @@
 //!
 //! The holder looks among its posted prompts. Nobody waits here: whoever has a moment looks whether something has come.
 
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
 use super::offer_board::key_hash;
@@ -181,6 +181,14 @@ impl TakeLine {
                 moved.total()
             ))),
         }
+    }
+}
+
+impl Drop for TakeLine {
+    /// Also where a child of this process has a copy of the descriptor.
+    fn drop(&mut self) {
+        // Fails only where the connection is gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 

@@ -135,6 +135,11 @@ fn tokens_that_a_kernel_packs_together_are_not_cut() {
         shape.check([runs(&shape).as_slice()].into_iter()).unwrap();
         shape
     };
+    let mut both = packed(16, 16);
+    both.block_tokens = 32;
+    both.layers[0].digits.push(digit(Counts::Tokens, 2, 1));
+    let told = both.check([runs(&both).as_slice()].into_iter()).unwrap_err();
+    assert!(told.contains("and tokens that are not"), "{told}");
     let told = agree(&packed(16, 16), &packed(32, 32)).unwrap_err();
     assert!(
         told.contains("blocks of 32 tokens and ours of 16") && told.contains("must be equal"),

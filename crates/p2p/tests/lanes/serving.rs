@@ -75,6 +75,7 @@ fn requests_outside_of_the_cache_or_of_the_protocol_close_the_connection_without
         ),
         ("a check that names blocks", request(CHECK, (0, 0), 1, &[0])),
         ("an unknown kind", request(7, (0, 1), 1, &[0])),
+        ("a cut of what is not known", request(5, (0, 0), 0, &[])),
         (
             "another protocol",
             b"GET / HTTP/1.1\r\nHost: localhost:1234\r\n\r\n".to_vec(),

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
@@ -11,6 +11,7 @@ use kvlane_p2p::lanes::{
     EpochTable, LaneError, Lease, Leases, LocalCache, OfferBoard, Pairing, PostedPrompt, RemoteCache,
     TakeLine, Taken, serve,
 };
+use kvlane_p2p::shape::{Axes, CacheShape};
 use kvlane_p2p::{Prompt, TransferKey};
 
 use crate::holder::content;
@@ -28,12 +29,12 @@ struct Posted {
     board: OfferBoard,
     epochs: EpochTable,
     lapses_at: Option<u32>,
-    looks: std::sync::atomic::AtomicU32,
+    looks: AtomicU32,
 }
 
 impl Leases for Posted {
     fn is_held(&self, lease: Lease) -> bool {
-        let looks = self.looks.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let looks = self.looks.fetch_add(1, Ordering::Relaxed);
         self.lapses_at.is_none_or(|at| looks < at) && self.epochs.get(lease.slot) == lease.epoch
     }
 
@@ -55,7 +56,7 @@ fn posted(lapses_at: Option<u32>) -> Posted {
         board,
         epochs,
         lapses_at,
-        looks: std::sync::atomic::AtomicU32::new(0),
+        looks: AtomicU32::new(0),
     }
 }
 
@@ -203,4 +204,46 @@ fn lies_and_ends_are_errors_behind_which_the_line_is_of_no_use() {
             assert!(outcome(&mut line).is_err());
         });
     }
+}
+
+#[test]
+fn a_take_behind_a_cut_closes_the_connection_because_its_blocks_would_be_taken_for_units() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let theirs = SMALL.filled(1);
+    let axes = Axes {
+        tokens: 2,
+        are_tokens_packed: false,
+        heads: Some(3),
+    };
+    let shape = CacheShape::of(theirs.map(), 1, 0..1, 1, &[axes; SMALL.layers]).unwrap();
+    let ended = std::thread::scope(|scope| {
+        let serving = scope.spawn(|| {
+            let (socket, _) = listener.accept().unwrap();
+            let stop = AtomicBool::new(false);
+            serve(
+                socket,
+                &theirs,
+                Some(&shape),
+                posted(None),
+                &stop,
+                Duration::from_secs(20),
+            )
+        });
+        let mut socket = TcpStream::connect(address).unwrap();
+        let (cut, take) = ([5, 1, 0, 0, 1, 0, 0], [6, 0, 1, 0, 0, 0, 3]);
+        for request in [cut, take] {
+            socket.write_all(b"kvQ1").unwrap();
+            for number in request {
+                socket.write_all(&u32::to_le_bytes(number)).unwrap();
+            }
+        }
+        socket.write_all(&[0; 64]).unwrap();
+        let mut answer = Vec::new();
+        // A reset is a way to close, too.
+        let _ = socket.read_to_end(&mut answer);
+        assert!(answer.is_empty(), "{answer:?}");
+        serving.join().unwrap()
+    });
+    assert!(matches!(ended, Err(LaneError::Protocol(_))), "{ended:?}");
 }

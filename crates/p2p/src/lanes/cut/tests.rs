@@ -128,16 +128,17 @@ proptest! {
     #[test]
     fn whatever_a_peer_says_units_stay_inside_its_blocks(
         sizes in prop::collection::vec((number(), number()), 5),
-        (element_bytes, has_heads) in (prop_oneof![Just(1u64), Just(2), number()], any::<bool>()),
+        (element_bytes, has_heads, is_packed) in (prop_oneof![Just(1u64), Just(2), number()], any::<bool>(), any::<bool>()),
         (unit_tokens, first_head, head_count) in (number(), number(), number()),
         gap in 0usize..3,
     ) {
-        let counts = [Counts::KernelBlocks, Counts::Heads, Counts::Tokens, Counts::Other(0), Counts::Other(3)];
+        let tokens = if is_packed { Counts::PackedTokens } else { Counts::Tokens };
+        let counts = [Counts::KernelBlocks, Counts::Heads, tokens, Counts::Other(0), Counts::Other(3)];
         let digits = counts.into_iter().zip(&sizes).filter(|(_, (size, _))| *size != 1);
         let digits = digits.map(|(counts, &(size, stride_bytes))| CountedDigit { counts, size, stride_bytes });
         let layer = LayerShape { digits: digits.collect(), element_bytes, has_heads };
         let size = |counts| layer.digits.iter().find(|digit| digit.counts == counts).map_or(1, |digit| digit.size);
-        let (block_tokens, heads) = (size(Counts::KernelBlocks).wrapping_mul(size(Counts::Tokens)), size(Counts::Heads));
+        let (block_tokens, heads) = (size(Counts::KernelBlocks).wrapping_mul(size(tokens)), size(Counts::Heads));
         let bytes = layer.digits.iter().map(|digit| digit.size).fold(element_bytes, u64::wrapping_mul);
         let shape = CacheShape {
             block_tokens: block_tokens as u32,

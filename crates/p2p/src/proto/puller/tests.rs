@@ -504,3 +504,75 @@ fn a_copy_that_meets_the_deadline_first_ends_the_pull_as_timed_out() {
     puller.copied(1, Copied::Late);
     assert!(actions(&mut puller).contains(&ended(PullResult::TimedOut)));
 }
+
+/// A pull of three blocks that is being taken.
+fn being_taken(now: Instant) -> Puller {
+    let mut puller = puller();
+    puller.take(PEER, request(7, 2, &[10, 11, 12], now));
+    assert!(matches!(
+        actions(&mut puller)[..],
+        [PullerAction::Take {
+            transfer: 1,
+            first_block: 2,
+            ..
+        }]
+    ));
+    puller
+}
+
+/// This rank needs nothing of the hold, whatever lease it has.
+fn nothing(transfer: u64) -> PullerAction {
+    let want = Message::Want {
+        transfer,
+        key: TransferKey::new("a").unwrap(),
+        prompt: request(7, 2, &[], Instant::now()).prompt,
+        first_block: 0,
+        block_count: 0,
+        block_tokens: 20,
+        readers: 1,
+    };
+    PullerAction::Send(PEER, want)
+}
+
+#[test]
+fn what_was_taken_is_said_once_with_its_lease_and_nothing_is_asked_for() {
+    let mut puller = being_taken(Instant::now());
+    puller.took(1, Some((3, 9)));
+    assert_eq!(actions(&mut puller), [taken(), ended(PullResult::Done)]);
+    assert_eq!(puller.pull_count(), 0);
+}
+
+#[test]
+fn what_could_not_be_taken_is_asked_for_and_pulled() {
+    let mut puller = being_taken(Instant::now());
+    puller.took(1, None);
+    assert_eq!(actions(&mut puller), [want()]);
+    puller.receive(PEER, grant()).unwrap();
+    puller.receive(PEER, ready(&[20, 21, 22], 5, 5, 0)).unwrap();
+    assert_eq!(copies(&mut puller), [(0..4, vec![20, 21, 22], vec![10, 11, 12])]);
+    puller.copied(1, Copied::Held);
+    let done = PullerAction::Send(PEER, Message::Done { transfer: 1 });
+    assert_eq!(actions(&mut puller), [done, ended(PullResult::Done)]);
+}
+
+#[test]
+fn a_take_that_is_not_wanted_any_more_ends_the_pull_only_when_it_has_ended_itself() {
+    let now = Instant::now();
+    for result in [PullResult::Cancelled, PullResult::TimedOut] {
+        let mut puller = being_taken(now);
+        match result {
+            PullResult::Cancelled => puller.cancel(7),
+            _ => puller.tick(now + Duration::from_secs(5)),
+        }
+        let stop = PullerAction::StopCopies { transfer: 1 };
+        // Which lease it is is not known, and it need not be held for this rank.
+        assert_eq!(actions(&mut puller), [nothing(2), stop]);
+        puller.took(1, None);
+        assert_eq!(actions(&mut puller), [ended(result)]);
+    }
+    let mut puller = being_taken(now);
+    puller.closed(PEER);
+    assert_eq!(actions(&mut puller), [PullerAction::StopCopies { transfer: 1 }]);
+    puller.took(1, None);
+    assert_eq!(actions(&mut puller), [ended(PullResult::Unreachable)]);
+}
