@@ -74,11 +74,28 @@ def test_options_reach_the_native_module(hub, tmp_path):
         "lane": "tcp", "lease_ms": 5000, "transfer_timeout_ms": 7000, "connections": 3, "max_leased_blocks": 16,
         "peer_timeout_ms": 9000,
         "readers": 1,
+        "shape": None,  # no layer has a backend that is known
     }  # fmt: skip
     # What a peer of another namespace is told: short enough to read.
     assert facts["model dtype"] == "torch.float32"
     assert "tensors" in facts
     assert all(len(value) <= 400 for value in facts.values())
+
+
+def test_where_it_is_known_what_blocks_hold_the_namespace_leaves_their_size_and_the_rank_to_the_two_servers(
+    hub, monkeypatch
+):
+    facts, namespaces = {}, {}
+    for shape in (None, (0, 2, 1, {"layer.0": (2, 1, False)})):
+        monkeypatch.setattr(p2p_connector, "shape_of", lambda *_, shape=shape: shape)
+        with PaperEngine("producer", None, transfer={**MANIFEST, "kv_role": "kv_producer"}):
+            (worker,) = hub.workers.values()
+        assert worker.options["shape"] == shape
+        facts[shape is None], namespaces[shape is None] = dict(worker.options["facts"]), worker.namespace
+    of_shape = {"block tokens", "tensor rank", "layout"}
+    assert of_shape <= facts[True].keys()
+    assert facts[False].keys() == facts[True].keys() - of_shape
+    assert namespaces[False] != namespaces[True]
 
 
 def test_servers_of_another_model_have_another_namespace(hub):
