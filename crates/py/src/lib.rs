@@ -12,6 +12,7 @@ mod ints;
 mod layout;
 mod logs;
 mod p2p;
+mod p2p_options;
 mod ping;
 
 use pyo3::prelude::*;
