@@ -46,38 +46,8 @@ def test_two_tensor_parallel_ranks_each_find_their_own_heads(processes, store, m
 
 
 @newest_only
-def test_two_tensor_parallel_ranks_each_pull_from_the_prefill_rank_with_their_heads(processes, model, prompts):
-    prefill, decode, single = processes
-    every_cpu = sorted(os.sched_getaffinity(0))
-    settings = engine_settings(model, chunked=True, **TWO_RANKS)
-    requests = [ask(f"{count}", prompts.tokens(count)) for count in (20, 4 * BLOCK_TOKENS + 1, 1003)]
-    kv_port = free_port_row(2)
-    named = [{**request, "id": proxys_id(kv_port)} for request in requests]
-
-    single.open(settings, None, every_cpu)
-    first, second = single.run(requests), single.run(requests)
-    single.close()
-    # Both are open at once, and one of them works at a time: prefill only keeps its blocks while decode runs.
-    options = {**PATIENT, "host": "127.0.0.1"}
-    prefill.open(settings, p2p_config("producer", kv_port, **options), every_cpu)
-    decode.open(settings, p2p_config("consumer", kv_port, **options), every_cpu)
-    try:
-        prefill.run([{**request, "max_tokens": 1} for request in named])
-        answers = decode.run(named)
-        external_tokens = decode.counters()[EXTERNAL_HITS]
-        assert prefill.settled_free_blocks() == prefill.free_blocks_at_start
-    finally:
-        decode.close()
-        prefill.close()
-
-    assert external_tokens == expected_whole(requests)
-    for request, other in zip(requests, named, strict=True):
-        assert_same(answers[other["id"]], first[request["id"]], second[request["id"]], what=request["id"])
-
-
-@newest_only
-@pytest.mark.parametrize(("prefill_ranks", "decode_ranks", "lane"), [(2, 1, "shm"), (1, 2, "tcp")])
-def test_servers_of_another_tensor_parallel_size_find_their_heads(
+@pytest.mark.parametrize(("prefill_ranks", "decode_ranks", "lane"), [(2, 2, "auto"), (2, 1, "shm"), (1, 2, "tcp")])
+def test_every_rank_pulls_its_heads_from_the_prefill_ranks_that_have_them(
     processes, model, prompts, prefill_ranks, decode_ranks, lane
 ):
     prefill, decode, single = processes
@@ -92,6 +62,7 @@ def test_servers_of_another_tensor_parallel_size_find_their_heads(
     single.open(settings(decode_ranks), None, every_cpu)
     first, second = single.run(requests), single.run(requests)
     single.close()
+    # Both are open at once, and one of them works at a time: prefill only keeps its blocks while decode runs.
     options = {**PATIENT, "host": "127.0.0.1", "lane": lane}
     prefill.open(settings(prefill_ranks), p2p_config("producer", kv_port, **options), every_cpu)
     decode.open(settings(decode_ranks), p2p_config("consumer", kv_port, **options), every_cpu)

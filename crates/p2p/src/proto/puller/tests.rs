@@ -321,12 +321,16 @@ fn posted(blocks: &[u32]) -> Option<PostedBlocks> {
 }
 
 fn want() -> PullerAction {
+    want_of(1, 2, 3)
+}
+
+fn want_of(transfer: u64, first_block: u32, block_count: u32) -> PullerAction {
     let want = Message::Want {
-        transfer: 1,
+        transfer,
         key: TransferKey::new("a").unwrap(),
         prompt: request(7, 2, &[], Instant::now()).prompt,
-        first_block: 2,
-        block_count: 3,
+        first_block,
+        block_count,
         block_tokens: 20,
         readers: 1,
     };
@@ -520,20 +524,6 @@ fn being_taken(now: Instant) -> Puller {
     puller
 }
 
-/// This rank needs nothing of the hold, whatever lease it has.
-fn nothing(transfer: u64) -> PullerAction {
-    let want = Message::Want {
-        transfer,
-        key: TransferKey::new("a").unwrap(),
-        prompt: request(7, 2, &[], Instant::now()).prompt,
-        first_block: 0,
-        block_count: 0,
-        block_tokens: 20,
-        readers: 1,
-    };
-    PullerAction::Send(PEER, want)
-}
-
 #[test]
 fn what_was_taken_is_said_once_with_its_lease_and_nothing_is_asked_for() {
     let mut puller = being_taken(Instant::now());
@@ -566,7 +556,7 @@ fn a_take_that_is_not_wanted_any_more_ends_the_pull_only_when_it_has_ended_itsel
         }
         let stop = PullerAction::StopCopies { transfer: 1 };
         // Which lease it is is not known, and it need not be held for this rank.
-        assert_eq!(actions(&mut puller), [nothing(2), stop]);
+        assert_eq!(actions(&mut puller), [want_of(2, 0, 0), stop]);
         puller.took(1, None);
         assert_eq!(actions(&mut puller), [ended(result)]);
     }
