@@ -138,8 +138,13 @@ fn make_lines(
     opened: impl Fn(ConnectionId, TakeLine),
 ) {
     while let Ok((connection, peer)) = lines.recv() {
-        if let Some(line) = open_line(&peer, config) {
-            opened(connection, line);
+        let made = AssertUnwindSafe(|| {
+            if let Some(line) = open_line(&peer, config) {
+                opened(connection, line);
+            }
+        });
+        if catch_unwind(made).is_err() {
+            tracing::error!(peer = %peer.address, "internal error: making a data connection panicked");
         }
     }
 }
@@ -253,6 +258,9 @@ pub(super) fn tcp_lane(
 
 /// A data connection for takes. Without one, small pulls take one more exchange of messages.
 fn open_line(peer: &Peer, config: &NetConfig) -> Option<TakeLine> {
+    if peer.is_gone.load(Ordering::Relaxed) {
+        return None;
+    }
     let deadline = Instant::now() + DATA_CONNECT_MAX;
     let socket = dial::data_connection(config, &peer.address, peer.start_id, deadline, &peer.is_gone).ok()?;
     TakeLine::new(socket, Arc::clone(&peer.pairing)).ok()?

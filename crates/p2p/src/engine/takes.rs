@@ -14,8 +14,8 @@ use crate::proto::ConnectionId;
 pub(super) const TAKE_BYTES_MAX: u64 = 64 << 10;
 /// A take is over in a fraction of a millisecond. After so long the holder is asked in the other way, which may end sooner.
 const TAKE_MAX: Duration = Duration::from_millis(500);
-/// A line that could not be made, or has ended, is not made anew sooner.
-const LINE_PAUSE: Duration = Duration::from_secs(2);
+/// A line to a peer is not asked for more often. Longer than making one may take, so only one is being made.
+const LINE_PAUSE: Duration = Duration::from_secs(6);
 
 /// One line to each peer that has one.
 #[derive(Default)]
