@@ -1,8 +1,8 @@
 """What the dimensions of KV tensors count, so that servers with other block sizes or tensor-parallel sizes can be met.
 
 It cannot be read from a tensor: kernels may see the same memory with other eyes. So it is said only for attention
-backends whose source was read (vLLM 0.15 to 0.32), and where anything else leaves a doubt, nothing is said. Then only
-servers of exactly the same layout exchange KV.
+backends whose source was read (in vLLM 0.32; of older versions what they register), and where anything else leaves a
+doubt, nothing is said. Then only servers of exactly the same layout exchange KV.
 """
 
 from typing import Any

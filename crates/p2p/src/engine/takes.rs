@@ -89,13 +89,8 @@ impl Takes {
                 .as_ref()
                 .is_some_and(|running| running.started + TAKE_MAX <= now)
         };
-        let late: Vec<ConnectionId> = self
-            .lines
-            .iter()
-            .filter(|(_, line)| is_late(line))
-            .map(|(&connection, _)| connection)
-            .collect();
-        late.into_iter()
+        self.lines_that(is_late)
+            .into_iter()
             .filter_map(|connection| self.drop_line(connection))
             .collect()
     }
@@ -159,13 +154,8 @@ impl Takes {
 
     /// Reads what has come over the lines on which takes run.
     pub(super) fn progress_all(&mut self) -> Vec<TakeDone> {
-        let busy: Vec<ConnectionId> = self
-            .lines
-            .iter()
-            .filter(|(_, line)| line.running.is_some())
-            .map(|(&connection, _)| connection)
-            .collect();
-        busy.into_iter()
+        self.lines_that(|line| line.running.is_some())
+            .into_iter()
             .filter_map(|connection| self.progress(connection))
             .collect()
     }
@@ -181,6 +171,11 @@ impl Takes {
         self.drop_line(connection)
     }
 
+    fn lines_that(&self, are_meant: impl Fn(&Line) -> bool) -> Vec<ConnectionId> {
+        let lines = self.lines.iter().filter(|(_, line)| are_meant(line));
+        lines.map(|(&connection, _)| connection).collect()
+    }
+
     /// Closes a line, and ends what runs on it.
     fn drop_line(&mut self, connection: ConnectionId) -> Option<TakeDone> {
         let running = self.lines.remove(&connection)?.running;
@@ -189,8 +184,7 @@ impl Takes {
 
     /// Closes all lines.
     pub(super) fn drop_all(&mut self) -> Vec<TakeDone> {
-        let connections: Vec<ConnectionId> = self.lines.keys().copied().collect();
-        connections
+        self.lines_that(|_| true)
             .into_iter()
             .filter_map(|connection| self.drop_line(connection))
             .collect()

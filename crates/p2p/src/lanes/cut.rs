@@ -79,11 +79,6 @@ impl Cut {
             layers,
         })
     }
-
-    /// Units of a block.
-    pub fn units_per_block(&self) -> u32 {
-        self.units_per_block
-    }
 }
 
 fn cut_layer(

@@ -59,7 +59,7 @@ fn cut(slice: (u32, u32, u32)) -> Result<Cut, LaneError> {
 #[test]
 fn units_lie_where_their_tokens_and_heads_do() {
     let both = cut((2, 0, 2)).unwrap();
-    assert_eq!(both.units_per_block(), 4);
+    assert_eq!(both.units_per_block, 4);
     assert_eq!(both.layers[0].runs, [run(0, 20), run(1000, 20)]);
     assert_eq!(both.layers[0].offsets, [0, 20, 40, 60]);
     assert_eq!(both.layers[0].places[3], [(0, 60), (1, 60)]);
