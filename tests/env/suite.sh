@@ -22,8 +22,11 @@ if [ "$1" = --summary ]; then
     if grep -qs FAILED "$result"; then
       name=$(basename "$result" .result)
       echo "kvlane: failed in $name"
-      { grep -hE '^(FAILED|ERROR) |\.\.\. FAILED$|: FAILED \([0-9.]+ s\)$|^error(\[|: (test failed|could not))|^E   ' "$logs/$name.log" || true; } |
-        cut -c1-300 | head -n 40 | sed 's/^/  /'
+      # Names first: what a test says of itself can be very long. Every part reads its input to the end, since a pipe that is
+      # closed early is an error here.
+      for lines in '^(FAILED|ERROR) |\.\.\. FAILED$|: FAILED \([0-9.]+ s\)$|^error(\[|: (test failed|could not))' '^E   '; do
+        { grep -hE "$lines" "$logs/$name.log" || true; } | cut -c1-300 | awk 'NR <= 40 { print "  " $0 }'
+      done
     fi
   done
   # One line per statement, whatever the harness printed in front of it. Pytest prints a skip twice.

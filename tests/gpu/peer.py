@@ -78,6 +78,12 @@ class Peer:
     def stopped(self) -> Any:
         os.kill(self._process.pid, signal.SIGSTOP)
         try:
+            # The other threads run on until one has taken the signal.
+            deadline = time.monotonic() + END_S
+            while not self._stands_still():
+                if time.monotonic() > deadline:
+                    raise PeerFailed(f"the process does not stand still {END_S:.0f} s after SIGSTOP")
+                time.sleep(0.001)
             yield
         finally:
             os.kill(self._process.pid, signal.SIGCONT)
@@ -99,6 +105,14 @@ class Peer:
 
     def is_running(self) -> bool:
         return self._process.poll() is None
+
+    def _stands_still(self) -> bool:
+        for thread in Path(f"/proc/{self._process.pid}/task").iterdir():
+            # Else this thread has just ended.
+            with contextlib.suppress(OSError):
+                if (thread / "stat").read_text().rpartition(")")[2].split()[0] not in "TZX":
+                    return False
+        return True
 
     def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

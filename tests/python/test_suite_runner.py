@@ -57,6 +57,18 @@ def test_the_summary_names_every_suite_and_what_could_not_run_once(checkout: Pat
     assert summary.count("NOT RUN: cgroup: no user namespaces") == 1
 
 
+def test_the_summary_names_the_failed_tests_of_every_suite_however_much_they_say(checkout: Path) -> None:
+    # More than a pipe holds, in lines that a reader of the log looks for, and the names behind them as pytest prints them.
+    says_much = "yes 'E   assert [0] == [1]' | head -n 100000; echo 'FAILED tests/a.py::test_one'; exit 1"
+    suite(checkout, "one", says_much)
+    suite(checkout, "two", says_much.replace("one", "two"))
+    summary = run(checkout, "tests/env/suite.sh", "--summary")
+    assert summary.returncode == 0, summary.stderr
+    assert "FAILED tests/a.py::test_one" in summary.stdout
+    assert "FAILED tests/a.py::test_two" in summary.stdout
+    assert len(summary.stdout.splitlines()) < 120
+
+
 def test_the_gate_passes_when_everything_ran_and_passed(checkout: Path) -> None:
     write_makefile(checkout, "echo 3 passed")
     finished = run(checkout, ".ci/run")

@@ -1,11 +1,15 @@
-"""Ends what a test started: a process and everything in its session, and nothing else."""
+"""Ends or stops what a test started: a process and everything in its session, and nothing else."""
 
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 # Python's resource tracker outlives the others by a moment, in which it removes their shared memory from /dev/shm.
 REST_LIMIT_S = 3
+# A thread in the middle of a call to the kernel stops when the call ends.
+STOP_LIMIT_S = 30
 
 
 def end_session(process):
@@ -21,6 +25,37 @@ def kill_session(process):
     """Kills everything in the session that `process` leads, without a word before."""
     _signal(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def stopped(*pids):
+    """Inside the block these processes stand still (SIGSTOP).
+
+    All threads of a process stop only once one of them has taken the signal. Until then, some milliseconds on a busy
+    machine, the others still answer.
+    """
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + STOP_LIMIT_S
+        while not all(_stands_still(pid) for pid in pids):
+            assert time.monotonic() < deadline, f"of the processes {pids} not all stand still {STOP_LIMIT_S} s after SIGSTOP"
+            time.sleep(0.001)
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _stands_still(pid):
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        # Else this thread has just ended.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "TZX":  # stopped, or ended
+                return False
+    return True
 
 
 def _signal(group, number):

@@ -15,7 +15,8 @@ import httpx
 
 from support.client import MODEL_NAME
 from support.places import log_path, make_temporary, remove_temporary
-from support.processes import end_session, kill_session
+from support.processes import end_session, kill_session, stopped
+from support.resources import session_pids
 from support.vllm_environment import vllm_environment
 
 VLLM_READY_LIMIT_S = 300
@@ -113,11 +114,8 @@ class Server:
     @contextlib.contextmanager
     def suspended(self):
         """Inside the block no process of the server runs, as if its machine had been taken away (SIGSTOP)."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
-        try:
+        with stopped(*session_pids(self._process.pid)):
             yield
-        finally:
-            os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self):
         """Kills all processes of the server at once (SIGKILL), as when its machine loses power. stop() is still due."""

@@ -1,11 +1,10 @@
 """Prompts that decode finds in prefill's memory. Risk: blocks that prefill has taken back are used, a prefill server
 that does not run keeps decode waiting, or what nobody asked for is never given back."""
 
-import os
-import signal
 import time
 
 import pytest
+from support.processes import stopped
 
 from p2p_worker_process import BLOCK_TOKENS, PrefillProcess, WorkerOfCache, content_of
 
@@ -51,13 +50,10 @@ def test_a_posted_prompt_arrives_while_prefill_does_not_run_and_is_given_back_wh
     prefill.tell("offer", "whole", 3, 4, 5)
     prefill.tell("offer", "tail", 6, 7, 8)
     prefill.tell("begin", "begun", 9)
-    os.kill(prefill.process.pid, signal.SIGSTOP)
-    try:
+    with stopped(prefill.process.pid):
         assert outcome(decode, pull(decode, prefill, "whole", 3, [10, 11, 12])) == "done"
         assert outcome(decode, pull(decode, prefill, "tail", 3, [13], first_block=2)) == "done"
         assert outcome(decode, pull(decode, prefill, "begun", 1, [14])) == "timeout"
-    finally:
-        os.kill(prefill.process.pid, signal.SIGCONT)
     assert [decode.block(target) for target in (10, 11, 12, 13)] == [content_of(block) for block in (3, 4, 5, 8)]
     released(prefill, ["first", "whole", "tail"])
     decode.worker.close()
@@ -69,11 +65,8 @@ def test_over_tcp_a_stopped_prefill_costs_the_deadline_and_its_late_answer_is_wr
     for target in (10, 11):  # the first one ends it
         prefill.tell("offer", f"whole-{target}", 3)
         nothing = decode.block(target)
-        os.kill(prefill.process.pid, signal.SIGSTOP)
-        try:
+        with stopped(prefill.process.pid):
             assert outcome(decode, pull(decode, prefill, f"whole-{target}", 1, [target])) == "timeout"
-        finally:
-            os.kill(prefill.process.pid, signal.SIGCONT)
         time.sleep(0.1)
         assert decode.block(target) == nothing
     prefill.tell("offer", "next", 4)
