@@ -58,7 +58,7 @@ def test_the_summary_names_every_suite_and_what_could_not_run_once(checkout: Pat
 
 
 def test_the_summary_names_the_failed_tests_of_every_suite_however_much_they_say(checkout: Path) -> None:
-    # More than a pipe holds, in lines that a reader of the log looks for, and the names behind them as pytest prints them.
+    # More than a pipe holds of what a reader of the log looks for, and behind it the name, as pytest prints it.
     says_much = "yes 'E   assert [0] == [1]' | head -n 100000; echo 'FAILED tests/a.py::test_one'; exit 1"
     suite(checkout, "one", says_much)
     suite(checkout, "two", says_much.replace("one", "two"))

@@ -39,7 +39,7 @@ def stopped(*pids):
     try:
         deadline = time.monotonic() + STOP_LIMIT_S
         while not all(_stands_still(pid) for pid in pids):
-            assert time.monotonic() < deadline, f"of the processes {pids} not all stand still {STOP_LIMIT_S} s after SIGSTOP"
+            assert time.monotonic() < deadline, f"some of {pids} run {STOP_LIMIT_S} s after SIGSTOP"
             time.sleep(0.001)
         yield
     finally:

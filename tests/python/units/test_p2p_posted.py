@@ -4,9 +4,9 @@ that does not run keeps decode waiting, or what nobody asked for is never given 
 import time
 
 import pytest
-from support.processes import stopped
 
 from p2p_worker_process import BLOCK_TOKENS, PrefillProcess, WorkerOfCache, content_of
+from support.processes import stopped
 
 TIMEOUT_MS = 1500
 
