@@ -29,7 +29,8 @@ LEAST_BLOCKS, MOST_BLOCKS = 3, 9
 CACHE_BLOCKS = 24
 MODEL_LEN_TOKENS = 14 * BLOCK_TOKENS
 REQUESTS_PER_PAIR = 6
-OUTPUT_TOKENS = 8
+# Many, so that decode is busy with one while prefill computes the next: else decode never fills, and prefill neither.
+OUTPUT_TOKENS = 32
 # (metric, label, value) of what only a deadline counts.
 OF_DEADLINES = [
     ("vllm:kvlane_p2p_leases", "end", "expired"),
