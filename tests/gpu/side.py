@@ -22,7 +22,7 @@ from layouts import ELEMENT_BYTES, LAYOUTS, Image, Layout, image
 from slow_work import slow_work
 
 HOST = "127.0.0.1"
-LEASE_MS, PEER_TIMEOUT_MS = 60_000, 5000
+LEASE_MS, PEER_TIMEOUT_MS = 60_000, 60_000
 NCCL = "libnccl.so.2"
 #: NCCL refuses two ends on one GPU, unless they say that they are on two machines. It then moves bytes over sockets.
 NCCL_HOST_VARIABLE = "NCCL_HOSTID"

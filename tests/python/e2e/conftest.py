@@ -8,7 +8,7 @@ import random
 import pytest
 
 from p2p_pair import P2pPair
-from settings import BLOCK_TOKENS, engine_settings
+from settings import BLOCK_TOKENS, PATIENT_FS, engine_settings
 from support import cpus
 from support.connector import transfer_config
 from support.engine import Engine
@@ -93,9 +93,12 @@ class Pair:
         decode = decode or {}
         self.dtype = decode.get("dtype", "float32")
         self.single.begin_open(engine_settings(self.model, **(single or decode)))
-        self.prefill.begin_open(engine_settings(self.model, **(prefill or {})), transfer_config("producer", self.store))
+        self.prefill.begin_open(
+            engine_settings(self.model, **(prefill or {})), transfer_config("producer", self.store, **PATIENT_FS)
+        )
+        options = {**PATIENT_FS, **(options or {})}
         self.decode.begin_open(
-            engine_settings(self.model, **decode), transfer_config("consumer", self.store, **(options or {}))
+            engine_settings(self.model, **decode), transfer_config("consumer", self.store, **options)
         )
         for engine in (self.single, self.prefill, self.decode):
             engine.finish_open()

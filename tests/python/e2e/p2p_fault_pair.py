@@ -20,7 +20,7 @@ from support.metrics import pulled_bytes
 from support.outcome import assert_same
 from support.prompts import Prompts
 from support.resources import session_pids
-from support.servers import free_port_to_come_back_to, vllm_server
+from support.servers import free_port, vllm_server
 from support.tiny_model import token_bytes, vocabulary_size
 
 PREFILL, DECODE = "prefill", "decode"
@@ -49,7 +49,7 @@ class FaultPair:
         self._model = model
         self._cpus = dict(zip((PREFILL, DECODE), cpus.halves(), strict=True))
         self._starts = 0
-        self.kv_port = free_port_to_come_back_to()
+        self.kv_port = free_port()
         self.lane = random.Random(seed).choice(["shm", "tcp"])
         self.servers = {}
         draw = Prompts(vocabulary_size(model), seed)
@@ -195,6 +195,15 @@ class Load:
         wanted = self.answered(side) + count
         deadline = time.monotonic() + limit_s
         while self.answered(side) < wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def wait_until_asked(self, side, since_s, limit_s):
+        """Until this server has had a call since then; the time limit is no claim."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            with self._lock:
+                if any(call.side == side and (call.ended_s or deadline) > since_s for call, _ in self._calls):
+                    return
             time.sleep(0.05)
 
     def answered(self, side):

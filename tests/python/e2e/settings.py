@@ -7,6 +7,10 @@ CACHE_BLOCKS = 768
 # Small enough that a 2000-token prompt takes many steps.
 CHUNK_TOKENS = 256
 
+# Far above what the slowest machine needs for a store or a load: these tests are not about a copying thread that is
+# held up for two seconds.
+PATIENT_FS = {"store_timeout_ms": 60_000, "load_timeout_ms": 60_000}
+
 # Around a block border, and long.
 LENGTHS_TOKENS = {
     "under one block": BLOCK_TOKENS - 12,

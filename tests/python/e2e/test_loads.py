@@ -4,7 +4,7 @@ a load write into blocks that belong to somebody else by then."""
 import pytest
 
 from conftest import OUTPUT_TOKENS, ask, expected_external
-from settings import BLOCK_TOKENS, CHUNK_TOKENS, engine_settings
+from settings import BLOCK_TOKENS, CHUNK_TOKENS, PATIENT_FS, engine_settings
 from support.connector import transfer_config
 from support.metrics import EXTERNAL_HITS
 from support.outcome import LOGPROB_TOLERANCE, logprob_difference
@@ -141,7 +141,9 @@ def test_decode_that_is_told_of_a_prefill_waits_for_all_of_it(pair, prompts):
 def test_an_engine_of_both_roles_loads_what_it_stored(processes, shared_store, model, prompts, options):
     _, both, single = processes
     single.begin_open(engine_settings(model, prefix_caching=True))
-    both.open(engine_settings(model, prefix_caching=True), transfer_config("both", shared_store, **options))
+    both.open(
+        engine_settings(model, prefix_caching=True), transfer_config("both", shared_store, **{**PATIENT_FS, **options})
+    )
     single.finish_open()
     request = ask("first", prompts.tokens(7 * BLOCK_TOKENS + 3))
     before = both.counters().get(EXTERNAL_HITS, 0)

@@ -30,7 +30,7 @@ CACHE_BLOCKS = 24
 MODEL_LEN_TOKENS = 14 * BLOCK_TOKENS
 REQUESTS_PER_PAIR = 6
 # Many, so that decode is busy with one while prefill computes the next: else decode never fills, and prefill neither.
-OUTPUT_TOKENS = 32
+OUTPUT_TOKENS = 64
 # (metric, label, value) of what only a deadline counts.
 OF_DEADLINES = [
     ("vllm:kvlane_p2p_leases", "end", "expired"),
@@ -83,7 +83,8 @@ class Crosswise:
             names[name] = request["id"]
             of_engine[self.prefills[prefill].name].append({**request, "id": name, "max_tokens": 1})
             of_engine[self.decodes[decode].name].append({**request, "id": name})
-        for engine in self.all:
+        # Decodes first: what prefill has done before it is asked for need not be kept.
+        for engine in (*self.decodes, *self.prefills):
             requests = of_engine[engine.name]
             engine.begin_run(draw.sample(requests, len(requests)), RUN_LIMIT_S)
         answers = {}
@@ -92,6 +93,12 @@ class Crosswise:
             if engine in self.decodes:
                 answers |= {names[name]: answer for name, answer in ended.items()}
         return answers
+
+    def pulled(self):
+        """Pulls of the decodes that have arrived."""
+        begun = self.count(self.decodes, "vllm:kvlane_p2p_requests", "outcome", "pulled")
+        failed = [engine.counters_by_label("vllm:kvlane_p2p_failed_pulls", "reason") for engine in self.decodes]
+        return begun - sum(sum(by_reason.values()) for by_reason in failed)
 
     def count(self, engines, metric, label, value):
         return sum(engine.counters_by_label(metric, label).get(value, 0) for engine in engines)
@@ -111,7 +118,7 @@ def test_two_and_two_with_full_caches_make_progress_without_a_deadline(processes
         for prompt in [prompts.tokens(draw.randint((LEAST_BLOCKS - 1) * BLOCK_TOKENS + 1, MOST_BLOCKS * BLOCK_TOKENS))]
     ]
     before = [crosswise.count(crosswise.all, *counter) for counter in OF_DEADLINES]
-    pulled = crosswise.count(crosswise.decodes, "vllm:kvlane_p2p_requests", "outcome", "pulled")
+    pulled = crosswise.pulled()
     preemptions = [engine.counters().get("vllm:num_preemptions", 0) for engine in crosswise.all]
 
     answers = crosswise.run(pairs, draw)
@@ -126,7 +133,7 @@ def test_two_and_two_with_full_caches_make_progress_without_a_deadline(processes
     # After settling: the last figures are told with the steps that take blocks back.
     after = [crosswise.count(crosswise.all, *counter) for counter in OF_DEADLINES]
     assert after == before, f"deadlines fired: {OF_DEADLINES}"
-    pulled = crosswise.count(crosswise.decodes, "vllm:kvlane_p2p_requests", "outcome", "pulled") - pulled
+    pulled = crosswise.pulled() - pulled
     lowest = {engine.name: engine.lowest_free_blocks() for engine in crosswise.all}
     preempted = {
         engine.name: engine.counters().get("vllm:num_preemptions", 0) - count

@@ -7,14 +7,15 @@ import vllm
 
 from conftest import ask, expected_external
 from p2p_pair import PATIENT, expected_whole, proxys_id
-from settings import BLOCK_TOKENS, engine_settings
+from settings import BLOCK_TOKENS, PATIENT_FS, engine_settings
 from support.connector import p2p_config, transfer_config
 from support.metrics import EXTERNAL_HITS
 from support.outcome import assert_same
 from support.servers import free_port_row
 
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-
+# Three times two ranks on two cores.
+pytestmark = pytest.mark.timeout(900)
 
 newest_only = pytest.mark.skipif(
     vllm.__version__.startswith("0.15."), reason="two ranks on the CPU are tested with the newest vLLM only"
@@ -29,13 +30,13 @@ def test_two_tensor_parallel_ranks_each_find_their_own_heads(processes, store, m
     requests = [ask(f"{count}", prompts.tokens(count)) for count in (20, 4 * BLOCK_TOKENS + 1, 1003)]
 
     # One after the other: two engines of two ranks on the same CPUs would slow each other down many times.
-    prefill.open(settings, transfer_config("producer", store), every_cpu)
+    prefill.open(settings, transfer_config("producer", store, **PATIENT_FS), every_cpu)
     prefill.run([{**request, "max_tokens": 1} for request in requests])
     prefill.close()
     single.open(settings, None, every_cpu)
     first, second = single.run(requests), single.run(requests)
     single.close()
-    decode.open(settings, transfer_config("consumer", store), every_cpu)
+    decode.open(settings, transfer_config("consumer", store, **PATIENT_FS), every_cpu)
     answers = decode.run(requests)
     external_tokens = decode.counters()[EXTERNAL_HITS]
     decode.close()

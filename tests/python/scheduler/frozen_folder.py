@@ -6,6 +6,7 @@ A frozen file system accepts no write: whoever tries one waits for the thaw, in 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -51,7 +52,6 @@ def main():
         "medium": medium,
         "capacity_bytes": "16MiB",
         "segment_bytes": "2MiB",
-        "store_timeout_ms": STORE_TIMEOUT_MS,
         "load_timeout_ms": LOAD_TIMEOUT_MS,
         "prefix_caching": False,
     }
@@ -71,6 +71,9 @@ def main():
         ask(writer, "before", stored)
         ask(reader, "before", stored)
         assert reader.loaded_tokens["before"] == 8 * BLOCK_TOKENS
+        writer.worker._worker._options = dataclasses.replace(
+            writer.worker._worker._options, store_timeout_ms=STORE_TIMEOUT_MS
+        )
         with frozen(mount):
             ask(writer, "frozen: fresh", fresh)
             ask(reader, "frozen: the same", fresh)

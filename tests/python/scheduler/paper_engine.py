@@ -59,7 +59,9 @@ class PaperEngine:
         transfer=None,
         **options,
     ):
-        transfer = transfer or (role and transfer_config(role, store, **options))
+        # A store that is given up because the machine stood still for a moment looks like one that was forgotten.
+        patient = {"store_timeout_ms": 60_000} | options
+        transfer = transfer or (role and transfer_config(role, store, **patient))
         config = _vllm_config(transfer, prefix_caching, step_tokens, requests_at_once)
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.async_scheduling = asynchronous

@@ -1,19 +1,12 @@
 """A prefill and a decode engine on paper, joined by the native P2P backend or by a stand-in for it."""
 
-import socket
 import time
 
-from paper_engine import PaperEngine
+from paper_engine import RUN_LIMIT_S, PaperEngine
 from support.fake_p2p import Hub
+from support.servers import free_port
 
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-PREFILL_PORT, DECODE_PORT = _free_port(), 14600
+PREFILL_PORT, DECODE_PORT = free_port(), 14600
 _ADDRESSES = f"___prefill_addr_127.0.0.1:{PREFILL_PORT}___decode_addr_127.0.0.1:{DECODE_PORT}_"
 
 
@@ -92,5 +85,7 @@ class PaperPair:
 
     def settle(self):
         """Whether every block, lease and pull is given back."""
-        free = [engine.settle(limit_s=2) == engine.free_blocks_at_start for engine in (self.decode, self.prefill)]
+        free = [
+            engine.settle(limit_s=RUN_LIMIT_S) == engine.free_blocks_at_start for engine in (self.decode, self.prefill)
+        ]
         return all(free) and not (self.hub and self.hub.jobs())

@@ -128,11 +128,11 @@ def test_abort_of_a_prefill_stores_only_what_was_computed(store, prompts, asynch
             prefill.step()
         prefill.abort("gone")
         assert prefill.settle() == prefill.free_blocks_at_start
-    with PaperEngine("consumer", store) as engine:
+    with PaperEngine("consumer", store, load_timeout_ms=60_000) as engine:
         assert engine.answer("a", prompt) == expected_tokens(prompt, 8)
         assert engine.loaded_tokens["a"] <= steps * 24
         # Nobody computes the rest any more, so there is nothing to wait for.
-        assert engine.seconds["a"] < 2
+        assert engine.seconds["a"] < 15
 
 
 def watch_reports(engine):

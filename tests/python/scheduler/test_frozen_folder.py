@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from frozen_folder import LOAD_TIMEOUT_MS, STORE_TIMEOUT_MS
+from frozen_folder import LOAD_TIMEOUT_MS, STORE_TIMEOUT_MS, THAW_AFTER_S
 
 HERE = pathlib.Path(__file__).resolve().parent
 IMAGE_BYTES = 64 << 20
@@ -19,7 +19,9 @@ LIMIT_S = 240
 @pytest.mark.parametrize("medium", ["disk", "memory"])
 def test_an_engine_answers_by_recomputing_while_the_file_system_is_frozen(tmp_path, medium):
     seconds = on_ext4(tmp_path, HERE / "frozen_folder.py", medium)
-    limit_s = (STORE_TIMEOUT_MS + LOAD_TIMEOUT_MS) / 1e3 + 2
+    # What can be told apart: waiting for the deadlines, and waiting for the thaw.
+    limit_s = (STORE_TIMEOUT_MS + LOAD_TIMEOUT_MS) / 1e3 + 15
+    assert limit_s < THAW_AFTER_S / 2
     assert {name: took_s for name, took_s in seconds.items() if took_s > limit_s} == {}
     assert sum(name.startswith("frozen") for name in seconds) == 4, "each was answered"
 

@@ -16,7 +16,8 @@ STEPS = 40_000  # half a millisecond each, at least
 
 @pytest.fixture(params=["shm", "tcp"])
 def pair(request):
-    with PaperPair(None, lane=request.param, prefill={"step_tokens": 24}) as made:
+    patient = {"peer_timeout_ms": 60_000}  # nobody dies here
+    with PaperPair(None, lane=request.param, prefill={"step_tokens": 24}, **patient) as made:
         yield made
 
 
@@ -60,7 +61,7 @@ def test_another_prompt_under_the_same_key_is_not_used(pair, prompts):
     pair.ask_prefill("u1", first)
     pair.prefill.run()
     own_id = pair.ask_decode("u1", second)
-    pair.run(200)
+    pair.run(STEPS)
     assert pair.decode.answers[own_id] == expected_tokens(second, 8)
     assert pair.decode.loads[own_id] == 0
 

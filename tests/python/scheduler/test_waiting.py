@@ -10,6 +10,8 @@ from paper_model import expected_tokens
 PROXY_ID = "cmpl-___prefill_addr_127.0.0.1:8100___decode_addr_127.0.0.1:8200_0123456789abcdef-0-89abcdef"
 PROMPT_BLOCKS = 8
 CHUNK_TOKENS = 2 * BLOCK_TOKENS
+# Far from what a deadline of a minute costs, and far from what a busy machine does.
+AT_ONCE_S = 15
 
 
 def test_decode_waits_while_prefill_writes_and_then_loads_all(store, prompts, asynchronous):
@@ -45,7 +47,7 @@ def test_waiting_for_a_prefill_that_hangs_is_bounded(store, prompts, asynchronou
         prefill.step()
         prefill.step()
         assert decode.answer(PROXY_ID, prompt) == expected_tokens(prompt, 8)
-        assert 0.4 < decode.seconds[PROXY_ID] < 3
+        assert 0.4 < decode.seconds[PROXY_ID] < AT_ONCE_S
         assert decode.loaded_tokens[PROXY_ID] <= 2 * CHUNK_TOKENS
 
 
@@ -53,15 +55,15 @@ def test_a_prefill_that_never_starts_costs_a_short_grace(store, prompts, asynchr
     prompt = prompts(3 * BLOCK_TOKENS + 5)
     with PaperEngine("consumer", store, asynchronous=asynchronous, prefill_grace_ms=300) as decode:
         assert decode.answer(PROXY_ID, prompt) == expected_tokens(prompt, 8)
-        assert 0.2 < decode.seconds[PROXY_ID] < 2
+        assert 0.2 < decode.seconds[PROXY_ID] < AT_ONCE_S
         assert decode.loaded_tokens[PROXY_ID] == 0
 
 
 def test_a_request_without_a_prefill_does_not_wait(store, prompts, asynchronous):
     prompt = prompts(3 * BLOCK_TOKENS + 5)
-    with PaperEngine("consumer", store, asynchronous=asynchronous, prefill_grace_ms=5000) as decode:
+    with PaperEngine("consumer", store, asynchronous=asynchronous, prefill_grace_ms=60_000) as decode:
         assert decode.answer("plain", prompt) == expected_tokens(prompt, 8)
-        assert decode.seconds["plain"] < 2
+        assert decode.seconds["plain"] < AT_ONCE_S
 
 
 def test_others_run_while_one_waits(store, prompts, asynchronous):
@@ -84,7 +86,7 @@ def test_abort_and_preemption_of_a_prefill_end_the_waiting(store, prompts, async
     prompt = prompts(PROMPT_BLOCKS * BLOCK_TOKENS + 5)
     with (
         PaperEngine("producer", store, step_tokens=CHUNK_TOKENS) as prefill,
-        PaperEngine("consumer", store, asynchronous=asynchronous, load_timeout_ms=15_000) as decode,
+        PaperEngine("consumer", store, asynchronous=asynchronous, load_timeout_ms=60_000) as decode,
     ):
         prefill.add("prefill", prompt, max_tokens=1)
         prefill.step()
@@ -96,7 +98,7 @@ def test_abort_and_preemption_of_a_prefill_end_the_waiting(store, prompts, async
         prefill.step()
         decode.run()
         assert decode.answers[PROXY_ID] == expected_tokens(prompt, 8)
-        assert decode.seconds[PROXY_ID] < 5
+        assert decode.seconds[PROXY_ID] < AT_ONCE_S
 
 
 LENGTHS_TOKENS = [1, BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 4 * BLOCK_TOKENS, 4 * BLOCK_TOKENS + 1, 100]

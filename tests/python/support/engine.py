@@ -136,9 +136,10 @@ class Engine:
         """The fewest that were free behind any step since the engine was opened."""
         return self._call("lowest_free_blocks")
 
-    def settled_free_blocks(self, limit_s=15):
+    def settled_free_blocks(self, limit_s=60):
         """Free blocks once every block of ended requests has come back, or after the limit."""
-        return self._call("settle", free_blocks=self.free_blocks_at_start, deadline_s=limit_s)
+        self._send("settle", free_blocks=self.free_blocks_at_start, deadline_s=limit_s)
+        return self._receive(limit_s + ANSWER_SLACK_S)
 
     def reset_prefix_cache(self):
         return self._call("reset_prefix_cache")

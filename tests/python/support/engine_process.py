@@ -107,9 +107,16 @@ class EngineHost:
         return self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks()
 
     def settle(self, free_blocks, deadline_s):
-        """Steps without work until so many blocks are free again: an aborted load may hold its blocks for a while."""
-        deadline = time.perf_counter() + deadline_s
-        while self.free_blocks() != free_blocks and time.perf_counter() < deadline:
+        """Steps without work until so many blocks are free again: an aborted load may hold its blocks for a while.
+
+        vLLM up to 0.21 makes no step without a request, so now and then there is a short one of no prefill server.
+        """
+        started = time.perf_counter()
+        next_request_s, count = 1, 0
+        while self.free_blocks() != free_blocks and (waited_s := time.perf_counter() - started) < deadline_s:
+            if waited_s >= next_request_s:
+                next_request_s, count = waited_s + 1, count + 1
+                self.run([{"id": f"settle-{count}", "prompt": [5, 6, 7], "max_tokens": 1}], deadline_s)
             self._engine.step()
             time.sleep(0.002)
         return self.free_blocks()

@@ -34,9 +34,10 @@ def stopped(*pids):
     All threads of a process stop only once one of them has taken the signal. Until then, some milliseconds on a busy
     machine, the others still answer.
     """
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         deadline = time.monotonic() + STOP_LIMIT_S
         while not all(_stands_still(pid) for pid in pids):
             assert time.monotonic() < deadline, f"some of {pids} run {STOP_LIMIT_S} s after SIGSTOP"
@@ -49,8 +50,12 @@ def stopped(*pids):
 
 
 def _stands_still(pid):
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        # Else this thread has just ended.
+    # What has ended meanwhile does not run either.
+    try:
+        threads = [*Path(f"/proc/{pid}/task").iterdir()]
+    except FileNotFoundError:
+        return True
+    for thread in threads:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
             if state not in "TZX":  # stopped, or ended

@@ -20,7 +20,7 @@ OPTIONS = {
     "allowed_peers": [],
     "lease_ms": 60_000,
     "transfer_timeout_ms": 60_000,
-    "peer_timeout_ms": 5000,
+    "peer_timeout_ms": 60_000,
     "connections": 1,
     "max_leased_blocks": BLOCKS,
     "readers": 1,

@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from kvlane._native import Chain, RecentChains
-from kvlane.vllm import identity
+from kvlane.vllm import identity, weights
 
 RANK = ((0, 1), (0, 2))
 # What vLLM makes of two images.
@@ -421,6 +421,7 @@ def test_the_same_adapter_name_and_path_with_other_content_of_one_size_and_time_
     for content in (b"first", b"other"):
         (folder / "model.safetensors").write_bytes(content)
         os.utime(folder / "model.safetensors", (0, 0))
+        weights._samples_hash.cache_clear()  # the files are of two servers
         found.add(str(chain_keys(request(lora_request=adapter(folder)))))
     assert len(found) == 2
     assert "None" not in found
@@ -464,7 +465,7 @@ def test_a_hanging_file_system_costs_an_engine_one_short_wait(folder, short_wait
     start = time.monotonic()
     for _ in range(1000):
         assert adapters.identity(adapter(folder)) is None
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10, "not one wait of 20 ms, but a thousand"
     assert slow.looks == 1, "every request started a thread that hangs"
     slow.answers.set()
     settle(lambda: adapters.identity(adapter(folder)) is not None)
@@ -635,7 +636,7 @@ def test_names_do_not_depend_on_the_hash_seed_of_python(folder):
     script = """
         import sys
         sys.path[:0] = [sys.argv[2]]
-        from kvlane.vllm import identity
+        from kvlane.vllm import identity, weights
         identity.ADAPTER_WAIT_S = 10.0
         from test_identity import CAT, DOG, adapter, chain_keys, engine, hashed_request, image, namespace, request
         folder = sys.argv[1]

@@ -19,6 +19,20 @@ cache = numpy.ones(8 << 20, numpy.uint8)
 layout = _native.Layout([("layer", cache.ctypes.data, "cpu", 1, [8, 1 << 20], [1 << 20, 1])], 8, 0)
 namespace = _native.namespace_id([("model", "log test")])
 
+logged = []
+class Remembers(logging.Handler):
+    def emit(self, record):
+        logged.append(record.getMessage())
+
+# Behind the one that prints: what is remembered has been printed.
+logging.getLogger().addHandler(Remembers())
+
+def until_logged(part):
+    end = time.monotonic() + 30
+    while not any(part in line for line in logged):
+        assert time.monotonic() < end, (part, logged)
+        time.sleep(0.01)
+
 def open_worker(**options):
     options = {"capacity_bytes": 64 << 20, **options}
     return _native.FsWorker(folder, namespace, layout, cache, options)
@@ -70,7 +84,7 @@ def test_a_warning_of_a_copying_thread_arrives_while_the_engine_runs(tmp_path):
         chain.extend(range(8))
         bad, reason = worker.wait(worker.load(chain.keys(0, 8), list(range(8)), 10_000), 10_000)
         assert len(bad) == 1, (bad, reason)
-        time.sleep(1)
+        until_logged("checksum")
         print("before the end")
         worker.close()
         """,
@@ -140,14 +154,14 @@ def test_a_forked_process_logs_its_own_lines_and_ends(tmp_path):
         tmp_path,
         """
         worker = open_worker()
-        time.sleep(0.5)
+        until_logged("opened the KV store")
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             other = os.path.join(folder, "child")
             os.mkdir(other)
             _native.FsWorker(other, namespace, layout, cache, {"capacity_bytes": 64 << 20}).close()
-            time.sleep(1)
+            until_logged("/child")
             sys.stdout.flush()
             os._exit(0)
         deadline = time.monotonic() + 20
@@ -165,7 +179,9 @@ def test_a_forked_process_logs_its_own_lines_and_ends(tmp_path):
 def test_an_engine_process_that_ends_at_once_logs_its_last_lines(tmp_path, way):
     """As vLLM makes them; a slow handler, so that the lines are still queued when the process ends."""
     (tmp_path / "engine.py").write_text(
-        SETUP.replace("folder = sys.argv[1]", "folder = os.environ['FOLDER']")
+        SETUP.replace("folder = sys.argv[1]", "folder = os.environ['FOLDER']").replace(
+            "from kvlane import _native", "from kvlane import _native, logs"
+        )
         + textwrap.dedent(
             """
             class Slow(logging.StreamHandler):
@@ -174,6 +190,7 @@ def test_an_engine_process_that_ends_at_once_logs_its_last_lines(tmp_path, way):
                     print(record.getMessage(), flush=True)
 
             def run():
+                logs._EXIT_WAIT_S = 30
                 logging.getLogger().handlers[:] = [Slow()]
                 open_worker().close()
             """

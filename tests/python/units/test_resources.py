@@ -22,7 +22,13 @@ for line in sys.stdin:
     if kind == "resident_bytes": kept.append(bytearray(b"x") * (64 << 20))
     print("done", flush=True)
 """
-LEADER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+# It says when the start of its child is behind it, which takes a descriptor for a moment.
+LEADER = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', {CHILD!r}])
+print("started", flush=True)
+child.wait()
+"""
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def leader():
     process = subprocess.Popen(
         [sys.executable, "-c", LEADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout.readline() == "ready\n"
+    assert {process.stdout.readline(), process.stdout.readline()} == {"ready\n", "started\n"}
     yield process
     end_session(process)
 
