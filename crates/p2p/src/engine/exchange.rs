@@ -144,9 +144,9 @@ impl Exchange {
     }
 
     /// Ends a hold at once, if there is a holder.
-    pub(super) fn revoke(&mut self, hold: &str) -> Option<bool> {
+    pub(super) fn revoke(&mut self, now: Instant, hold: &str) -> Option<bool> {
         self.offers.remove(hold);
-        let is_known = self.holder.as_mut()?.revoke(hold);
+        let is_known = self.holder.as_mut()?.revoke(now, hold);
         if is_known {
             *self.stats.holds.entry(EndReason::Revoked).or_default() += 1;
         }

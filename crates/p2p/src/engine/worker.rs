@@ -290,7 +290,7 @@ impl P2pWorker {
     /// The engine needs the blocks: others may write them as soon as this returns, and no end of the hold is told any more.
     /// An offer may follow. False: the hold is unknown.
     pub fn revoke(&self, hold: &str) -> Result<bool> {
-        let is_known = self.net.shared().with(|core, _| core.machine.revoke(hold));
+        let is_known = self.net.shared().with(|core, now| core.machine.revoke(now, hold));
         let is_known = is_known.ok_or(Error::Role("offer"))?;
         self.results.forget_hold(hold);
         Ok(is_known)

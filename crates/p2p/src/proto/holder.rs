@@ -129,6 +129,8 @@ pub struct Holder {
     gone: LruCache<TransferKey, Instant>,
     /// Ranks that said that they need nothing, before the request was here, and when the last of them did.
     early_releases: LruCache<TransferKey, EarlyRelease>,
+    /// By slot and epoch the holds that were posted and revoked: somebody may have taken them just before.
+    revoked_posts: LruCache<(u32, u64), (Arc<str>, Prompt)>,
     free_slots: Vec<u32>,
     epochs: Vec<u64>,
     readers: HashMap<(ConnectionId, u64), Reader>,
@@ -212,6 +214,7 @@ impl Holder {
             keys: HashMap::new(),
             gone: LruCache::new(remembered),
             early_releases: LruCache::new(remembered),
+            revoked_posts: LruCache::new(remembered),
             free_slots: (0..limits.slots).rev().collect(),
             epochs: vec![1; limits.slots as usize],
             readers: HashMap::new(),
@@ -235,7 +238,7 @@ impl Holder {
         if self.holds.get(&offer.hold).is_some_and(|known| known.is_finished) {
             self.end(now, &offer.hold, EndReason::Replaced);
         } else {
-            self.revoke(&offer.hold);
+            self.revoke(now, &offer.hold);
         }
         if let Some(older) = self.keys.get(&offer.key).cloned() {
             self.end(now, &older, EndReason::Replaced);
@@ -358,23 +361,30 @@ impl Holder {
 
     /// The engine takes the blocks back; whatever reads them finds out. An offer may follow: questions wait for it.
     /// False: the hold is unknown.
-    pub fn revoke(&mut self, hold: &str) -> bool {
+    pub fn revoke(&mut self, now: Instant, hold: &str) -> bool {
         let Some((hold, _)) = self.holds.get_key_value(hold) else {
             return false;
         };
         let hold = Arc::clone(hold);
         if let Some(known) = self.holds.get(&hold)
             && let Some(lease) = &known.lease
-            && let Some(released) = lease.last_release
         {
-            // Offered again, as behind a preemption, it is still nothing to the ranks that have it.
-            let early = EarlyRelease {
-                prompt: known.prompt,
-                ranks: lease.released,
-                readers: lease.needed,
-                told: released,
-            };
-            self.early_releases.put(known.key.clone(), early);
+            // Offered again, as behind a preemption, it is still nothing to the ranks that have it, nor to those that read it
+            // now: they have it, which they have said or are about to, or compute it themselves.
+            let ranks = lease.released + u32::try_from(lease.readers.len()).unwrap_or(READERS_MAX);
+            if ranks > 0 {
+                let early = EarlyRelease {
+                    prompt: known.prompt,
+                    ranks,
+                    readers: lease.needed,
+                    told: now,
+                };
+                self.early_releases.put(known.key.clone(), early);
+            }
+            if known.is_posted {
+                let lease = (lease.slot, self.epochs[lease.slot as usize]);
+                self.revoked_posts.put(lease, (Arc::clone(&hold), known.prompt));
+            }
         }
         self.close(&hold, EndReason::Revoked);
         self.holds.remove(&hold);
@@ -471,7 +481,7 @@ impl Holder {
                 if !(1..=READERS_MAX).contains(&readers) {
                     return Err("blocks taken for no or too many ranks");
                 }
-                self.taken(now, &key, slot, epoch, readers);
+                self.taken(now, key, slot, epoch, readers);
                 Ok(())
             }
             _ => Err("a message that only prefill sends"),

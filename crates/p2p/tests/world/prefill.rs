@@ -44,7 +44,7 @@ impl World {
         };
         if self.hits(self.faults.preemptions) {
             // Its blocks go to somebody else at once.
-            self.holder.revoke(&hold);
+            self.holder.revoke(now, &hold);
             self.apply_holder();
             let Some(request) = self.requests.get_mut(&number) else {
                 return;

@@ -135,17 +135,38 @@ impl Holder {
         early.told = now;
     }
 
-    /// A rank has what it found posted under a lease. Of a later lease of that key it has nothing.
-    pub(super) fn taken(&mut self, now: Instant, key: &TransferKey, slot: u32, epoch: u64, readers: u32) {
-        let Some(id) = self.keys.get(key).cloned() else {
+    /// A rank has what it found posted under a lease. Of another request's lease of that key it has nothing.
+    pub(super) fn taken(&mut self, now: Instant, key: TransferKey, slot: u32, epoch: u64, readers: u32) {
+        // It was preempted before this came: as it will be, or has been, offered again.
+        let revoked = self.revoked_posts.pop(&(slot, epoch));
+        let Some(id) = self.keys.get(&key).cloned() else {
+            if let Some((_, prompt)) = revoked
+                && !self.is_gone(now, &key)
+            {
+                let blocks = 0..0;
+                self.release_early(
+                    now,
+                    key,
+                    &Wanted {
+                        prompt,
+                        blocks,
+                        readers,
+                    },
+                );
+            }
             return;
         };
         let Some(hold) = self.holds.get_mut(&id) else {
             return;
         };
         let Some(lease) = &mut hold.lease else { return };
-        if lease.slot != slot || self.epochs.get(slot as usize) != Some(&epoch) {
+        let is_this = lease.slot == slot && self.epochs.get(slot as usize) == Some(&epoch);
+        let is_again = revoked.is_some_and(|(hold, _)| hold == id);
+        if !is_this && !is_again {
             return;
+        }
+        if is_again {
+            lease.released_early += 1;
         }
         if !std::mem::replace(&mut lease.is_claimed, true) && hold.is_finished {
             self.unclaimed_blocks -= hold.blocks.len();

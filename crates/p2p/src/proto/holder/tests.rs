@@ -238,7 +238,7 @@ fn a_question_behind_the_end_of_a_hold_is_answered_at_once() {
     ));
     // Preempted: it comes back, so the question waits.
     holder.offer(now, offer("s", "b", &[1]));
-    holder.revoke("s");
+    holder.revoke(now, "s");
     actions(&mut holder);
     ask(&mut holder, now, 2, "b", 1);
     assert_eq!(told(&mut holder), []);
@@ -471,7 +471,7 @@ fn a_holder_that_closes_takes_every_lease_away_and_tells_of_finished_requests() 
     let reason = EndReason::Closed;
     let hold: Arc<str> = "finished".into();
     assert!(done.contains(&HolderAction::Ended { hold, reason }));
-    holder.revoke("running");
+    holder.revoke(now, "running");
     assert_eq!(holder.load(), (0, 0, 0, 0));
     assert!(!holder.offer(now, offer("late", "c", &[3])));
     assert_eq!(holder.next_deadline(), None);
@@ -763,7 +763,7 @@ fn a_request_that_was_taken_and_is_preempted_is_not_held_when_it_comes_again() {
             want(&mut holder, now, 1, "a", 1);
             let done = Message::Done { transfer: 1 };
             holder.receive(now, READER, true, done).unwrap();
-            assert!(holder.revoke("r"));
+            assert!(holder.revoke(now, "r"));
         }
     }
     actions(&mut holder);
@@ -774,6 +774,66 @@ fn a_request_that_was_taken_and_is_preempted_is_not_held_when_it_comes_again() {
         matches!(last, Some(HolderAction::Ended { reason, .. }) if reason == released),
         "{last:?}"
     );
+}
+
+#[test]
+fn who_reads_a_request_that_is_preempted_is_not_waited_for_when_it_comes_again() {
+    let now = Instant::now();
+    // Done is told behind the revocation, or never: the reader has lost its blocks and computes the prompt itself.
+    for says_done in [true, false] {
+        let mut holder = Holder::new(limits());
+        assert!(holder.offer(now, offer("r", "a", &[1])));
+        holder.progress("r", done(1));
+        want(&mut holder, now, 1, "a", 1);
+        assert!(holder.revoke(now, "r"));
+        for is_again in [false, true] {
+            if says_done && !is_again {
+                let done = Message::Done { transfer: 1 };
+                holder.receive(now, READER, true, done).unwrap();
+            }
+            assert!(holder.offer(now, offer("r", "a", &[2])));
+        }
+        holder.finish(now, &"r".into());
+        assert_released(&mut holder);
+    }
+}
+
+#[test]
+fn what_was_taken_and_is_preempted_before_that_is_heard_is_not_held_when_it_comes_again() {
+    let now = Instant::now();
+    for is_heard_early in [true, false] {
+        let mut holder = Holder::new(HolderLimits {
+            posted_blocks: 1,
+            ..limits()
+        });
+        assert!(holder.offer(now, offer("r", "a", &[1])));
+        holder.progress("r", done(1));
+        assert!(holder.revoke(now, "r"));
+        let taken = Message::Taken {
+            key: key("a"),
+            slot: 0,
+            epoch: 1,
+            readers: 1,
+        };
+        if is_heard_early {
+            holder.receive(now, READER, true, taken.clone()).unwrap();
+        }
+        held(&mut holder, now, "r", "a", &[2]);
+        if !is_heard_early {
+            holder.receive(now, READER, true, taken).unwrap();
+        }
+        assert_released(&mut holder);
+    }
+}
+
+fn assert_released(holder: &mut Holder) {
+    let last = actions(holder).pop();
+    let released = EndReason::Released;
+    assert!(
+        matches!(last, Some(HolderAction::Ended { reason, .. }) if reason == released),
+        "{last:?}"
+    );
+    assert_eq!(holder.load(), (0, 0, 0, 0));
 }
 
 mod readers;

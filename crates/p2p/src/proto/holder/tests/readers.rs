@@ -48,7 +48,7 @@ fn as_many_ranks_must_release_a_hold_as_one_of_them_has_said() {
     for _ in 0..2 {
         assert!(holder.offer(now, offer("r", "a", &blocks)));
         actions(&mut holder);
-        assert!(holder.revoke("r"));
+        assert!(holder.revoke(now, "r"));
     }
     held(&mut holder, now, "r", "a", &blocks);
     assert!(!actions(&mut holder).contains(&released));
