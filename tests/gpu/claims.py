@@ -15,7 +15,7 @@ LAYOUT = "K and V outermost"
 COMPUTED, OLD, LATER = 1, 2, 3
 #: Long against all that does not wait for the stream, also on a machine that is busy. The stand-in runs where threads
 #: are held up for a second.
-BUSY_MS = 1600 if driver().is_stand_in else 400
+BUSY_MS = 1200 if driver().is_stand_in else 400
 PATIENCE_S = 20.0
 
 

@@ -150,10 +150,15 @@ class Ends(Claims):
                     prefill.tell("rest")
 
     def seconds_of_a_pull(self, prefill: Peer, decode: Side, lane: str) -> float:
-        prefill.tell("hold", f"{lane} timed", SOURCES)
-        started_s = time.monotonic()
-        self.assert_arrives(decode, decode.pull(f"{lane} timed", prefill.port, TARGETS))
-        return time.monotonic() - started_s
+        """Of the fastest: one that the machine held up says nothing of the next."""
+
+        def once(key: str) -> float:
+            prefill.tell("hold", key, SOURCES)
+            started_s = time.monotonic()
+            self.assert_arrives(decode, decode.pull(key, prefill.port, TARGETS))
+            return time.monotonic() - started_s
+
+        return min(once(f"{lane} timed {number}") for number in range(5))
 
     def test_a_prefill_that_stands_still_ends_a_pull_at_its_deadline_and_writes_nothing_later(self) -> None:
         prefill = self.prefill()
