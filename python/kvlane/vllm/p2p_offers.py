@@ -176,10 +176,12 @@ class Offers:
         earlier = self._prompts.get(owner)
         if earlier is not None:
             self._revoke(earlier)
+            # For good: what decode has of this one is nothing to the next.
+            self.orders.append(Revoke(earlier.key))
             del self._prompts[owner]
         elif owner in self._held:
             # The workers name it as sent then.
-            self.orders.append(Revoke(self._held[owner]))
+            self.orders += [Revoke(self._held[owner])] * 2
 
     def _lose_blocks(self, prompt: Prompt) -> None:
         self._revoke(prompt)

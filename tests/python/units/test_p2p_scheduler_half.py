@@ -336,7 +336,7 @@ def test_the_last_request_with_a_key_has_it():
         half.matched_tokens(asked, 0)
     schedule(half, first, list(range(1, 8)))
     step = schedule(half, second, list(range(11, 18)))
-    assert [type(order) for order in step.orders] == [Revoke, Offer]
+    assert [type(order) for order in step.orders] == [Revoke, Revoke, Offer]
     assert half.finished(first) == (False, None)
     assert half.step(output()).is_idle, "the key is another's now"
     assert half.finished(second)[0] is True
@@ -364,7 +364,7 @@ def test_a_second_try_takes_the_key_of_a_held_request():
     assert half.finished(first)[0] is True
     half.matched_tokens(second, 0)
     step = schedule(half, second, list(range(11, 18)))
-    assert [type(order) for order in step.orders] == [Finish, Revoke, Offer]
+    assert [type(order) for order in step.orders] == [Finish, Revoke, Revoke, Offer]
     half.workers_sent([first.request_id])
     assert half.finished(second)[0] is True
     half.workers_sent([second.request_id])

@@ -129,8 +129,10 @@ pub struct Holder {
     gone: LruCache<TransferKey, Instant>,
     /// Ranks that said that they need nothing, before the request was here, and when the last of them did.
     early_releases: LruCache<TransferKey, EarlyRelease>,
+    /// Who read a hold when it was revoked: it may have been done just before, which is heard later.
+    revoked_readers: LruCache<(ConnectionId, u64), Revoked>,
     /// By slot and epoch the holds that were posted and revoked: somebody may have taken them just before.
-    revoked_posts: LruCache<(u32, u64), (Arc<str>, Prompt)>,
+    revoked_posts: LruCache<(u32, u64), Revoked>,
     free_slots: Vec<u32>,
     epochs: Vec<u64>,
     readers: HashMap<(ConnectionId, u64), Reader>,
@@ -179,6 +181,15 @@ struct EarlyRelease {
     told: Instant,
 }
 
+/// A hold that was revoked.
+#[derive(Clone, Debug)]
+struct Revoked {
+    key: TransferKey,
+    prompt: Prompt,
+    /// Ranks that had to release it.
+    readers: u32,
+}
+
 #[derive(Debug)]
 struct Lease {
     slot: u32,
@@ -190,7 +201,6 @@ struct Lease {
     released_early: u32,
     is_claimed: bool,
     last_want: Option<Instant>,
-    last_release: Option<Instant>,
     expires: Option<Instant>,
 }
 
@@ -214,6 +224,7 @@ impl Holder {
             keys: HashMap::new(),
             gone: LruCache::new(remembered),
             early_releases: LruCache::new(remembered),
+            revoked_readers: LruCache::new(remembered),
             revoked_posts: LruCache::new(remembered),
             free_slots: (0..limits.slots).rev().collect(),
             epochs: vec![1; limits.slots as usize],
@@ -270,7 +281,6 @@ impl Holder {
                 released_early: released,
                 is_claimed: released > 0,
                 last_want: None,
-                last_release: (released > 0).then_some(now),
                 expires: None,
             }),
             is_posted: false,
@@ -369,21 +379,24 @@ impl Holder {
         if let Some(known) = self.holds.get(&hold)
             && let Some(lease) = &known.lease
         {
-            // Offered again, as behind a preemption, it is still nothing to the ranks that have it, nor to those that read it
-            // now: they have it, which they have said or are about to, or compute it themselves.
-            let ranks = lease.released + u32::try_from(lease.readers.len()).unwrap_or(READERS_MAX);
-            if ranks > 0 {
+            let (key, prompt, readers) = (known.key.clone(), known.prompt, lease.needed);
+            if lease.released > 0 {
+                // Offered again, as behind a preemption, it is still nothing to the ranks that have it.
                 let early = EarlyRelease {
-                    prompt: known.prompt,
-                    ranks,
-                    readers: lease.needed,
+                    prompt,
+                    ranks: lease.released,
+                    readers,
                     told: now,
                 };
-                self.early_releases.put(known.key.clone(), early);
+                self.early_releases.put(key.clone(), early);
+            }
+            let revoked = Revoked { key, prompt, readers };
+            for &reader in &lease.readers {
+                self.revoked_readers.put(reader, revoked.clone());
             }
             if known.is_posted {
-                let lease = (lease.slot, self.epochs[lease.slot as usize]);
-                self.revoked_posts.put(lease, (Arc::clone(&hold), known.prompt));
+                let epoch = self.epochs[lease.slot as usize];
+                self.revoked_posts.put((lease.slot, epoch), revoked);
             }
         }
         self.close(&hold, EndReason::Revoked);
@@ -396,6 +409,8 @@ impl Holder {
         if !self.keys.contains_key(key) {
             // What was said of this one is not about the next one with its key.
             self.early_releases.pop(key);
+            forget_of(key, &mut self.revoked_readers);
+            forget_of(key, &mut self.revoked_posts);
             self.gone.put(key.clone(), now);
             self.answer_waiting(key, |_| Verdict::None);
             self.grant_waiting(now, key);
@@ -470,6 +485,9 @@ impl Holder {
                     self.release_early(now, key, &wanted);
                 }
                 self.reader_left(now, (connection, transfer));
+                if let Some(revoked) = self.revoked_readers.pop(&(connection, transfer)) {
+                    self.release_late(now, revoked);
+                }
                 Ok(())
             }
             Message::Taken {
@@ -481,7 +499,7 @@ impl Holder {
                 if !(1..=READERS_MAX).contains(&readers) {
                     return Err("blocks taken for no or too many ranks");
                 }
-                self.taken(now, key, slot, epoch, readers);
+                self.taken(now, &key, slot, epoch, readers);
                 Ok(())
             }
             _ => Err("a message that only prefill sends"),
@@ -548,6 +566,17 @@ impl Holder {
 
     fn send(&mut self, connection: ConnectionId, message: Message) {
         self.actions.push_back(HolderAction::Send(connection, message));
+    }
+}
+
+fn forget_of<K: Copy + Eq + std::hash::Hash>(key: &TransferKey, revoked: &mut LruCache<K, Revoked>) {
+    let of_key: Vec<K> = revoked
+        .iter()
+        .filter(|(_, of)| of.key == *key)
+        .map(|(&id, _)| id)
+        .collect();
+    for id in of_key {
+        revoked.pop(&id);
     }
 }
 

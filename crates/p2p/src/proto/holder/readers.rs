@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCKS_PER_MESSAGE, EarlyRelease, EndReason, Holder, Reader, Wanted};
+use super::{BLOCKS_PER_MESSAGE, EarlyRelease, EndReason, Hold, Holder, Reader, Revoked, Wanted};
 use crate::key::{Prompt, TransferKey};
 use crate::proto::ConnectionId;
 use crate::proto::message::{DenyReason, Message, Progress};
@@ -86,7 +86,10 @@ impl Holder {
                 self.unclaimed_blocks -= hold.blocks.len();
             }
         }
-        if !range.is_empty() && lease.readers.is_empty() {
+        if !range.is_empty()
+            && lease.readers.is_empty()
+            && lease.released_early >= lease.needed.max(wanted.readers)
+        {
             // A client's second try: the first one's early release does not end the lease under this one.
             lease.released = lease.released.saturating_sub(lease.released_early);
             lease.released_early = 0;
@@ -135,14 +138,12 @@ impl Holder {
         early.told = now;
     }
 
-    /// A rank has what it found posted under a lease. Of another request's lease of that key it has nothing.
-    pub(super) fn taken(&mut self, now: Instant, key: TransferKey, slot: u32, epoch: u64, readers: u32) {
-        // It was preempted before this came: as it will be, or has been, offered again.
-        let revoked = self.revoked_posts.pop(&(slot, epoch));
+    /// What a rank has of a hold that was revoked before this was heard. It will be, or has been, offered again, and that
+    /// rank does not come for it.
+    pub(super) fn release_late(&mut self, now: Instant, revoked: Revoked) {
+        let Revoked { key, prompt, readers } = revoked;
         let Some(id) = self.keys.get(&key).cloned() else {
-            if let Some((_, prompt)) = revoked
-                && !self.is_gone(now, &key)
-            {
+            if !self.is_gone(now, &key) {
                 let blocks = 0..0;
                 self.release_early(
                     now,
@@ -156,26 +157,45 @@ impl Holder {
             }
             return;
         };
-        let Some(hold) = self.holds.get_mut(&id) else {
+        let is_again = |hold: &&mut Hold| hold.prompt.digest == prompt.digest;
+        if let Some(hold) = self.holds.get_mut(&id).filter(is_again)
+            && let Some(lease) = &mut hold.lease
+        {
+            lease.released_early += 1;
+            self.released(now, &id, readers);
+        }
+    }
+
+    /// A rank has what it found posted under a lease. Of another request's lease of that key it has nothing.
+    pub(super) fn taken(&mut self, now: Instant, key: &TransferKey, slot: u32, epoch: u64, readers: u32) {
+        // Not forgotten with the first one: every rank may have taken it.
+        if let Some(revoked) = self.revoked_posts.get(&(slot, epoch)).cloned()
+            && revoked.key == *key
+        {
+            return self.release_late(now, Revoked { readers, ..revoked });
+        }
+        let Some(id) = self.keys.get(key).cloned() else {
+            return;
+        };
+        let lease = self.holds.get(&id).and_then(|hold| hold.lease.as_ref());
+        if lease.is_some_and(|lease| lease.slot == slot && self.epochs.get(slot as usize) == Some(&epoch)) {
+            self.released(now, &id, readers);
+        }
+    }
+
+    /// One rank more needs nothing of a hold, of so many that must say so.
+    fn released(&mut self, now: Instant, id: &Arc<str>, readers: u32) {
+        let Some(hold) = self.holds.get_mut(id) else {
             return;
         };
         let Some(lease) = &mut hold.lease else { return };
-        let is_this = lease.slot == slot && self.epochs.get(slot as usize) == Some(&epoch);
-        let is_again = revoked.is_some_and(|(hold, _)| hold == id);
-        if !is_this && !is_again {
-            return;
-        }
-        if is_again {
-            lease.released_early += 1;
-        }
         if !std::mem::replace(&mut lease.is_claimed, true) && hold.is_finished {
             self.unclaimed_blocks -= hold.blocks.len();
         }
         lease.needed = lease.needed.max(readers);
         lease.released += 1;
-        lease.last_release = Some(now);
         if hold.is_finished && lease.released >= lease.needed {
-            self.end(now, &id, EndReason::Released);
+            self.end(now, id, EndReason::Released);
         }
     }
 
@@ -246,7 +266,6 @@ impl Holder {
         let Some(lease) = &mut hold.lease else { return };
         lease.readers.retain(|other| *other != id);
         lease.released += 1;
-        lease.last_release = Some(now);
         if hold.is_finished && lease.released >= lease.needed {
             self.end(now, &reader.hold, EndReason::Released);
         }
