@@ -268,7 +268,7 @@ def test_the_run_fails_for_wrong_bytes_and_broken_workers_only(tmp_path, monkeyp
     before = {*BENCH.glob("kvlane-bench.*")}
     assert run.main() == status
     assert said in "".join(capfd.readouterr())
-    assert {*BENCH.glob("kvlane-bench.*")} == before
+    assert {*BENCH.glob("kvlane-bench.*")} <= before
     if status == 0:
         written = json.loads(result.read_text())
         assert [(row["system"], row["case"]) for row in written["rows"]] == [("memcpy", "copy"), ("kvlane", "store")]

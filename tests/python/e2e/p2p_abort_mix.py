@@ -5,19 +5,15 @@ import concurrent.futures
 import time
 from dataclasses import dataclass
 
-import vllm
-from packaging.version import Version
-
 from p2p_fault_pair import ANSWER_LIMIT_S, DECODE, LEASE_MS, PREFILL, SHORT_TOKENS
 from support.client import complete
 from support.metrics import scrape
 from support.resources import resources_of_session
+from support.vllm_environment import TAKES_BACK_WITH_A_REQUEST
 
 CLIENTS = 8
 ABORTED_OF_FIVE = 1
 OUTPUT_TOKENS = 4
-#: vLLM up to 0.21 makes no steps without requests, so it takes back what was let go with the next one only.
-TAKES_BACK_WITH_A_REQUEST = Version(vllm.__version__).release < (0, 22)
 IDLE_LIMIT_S = 60
 
 

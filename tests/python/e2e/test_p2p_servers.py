@@ -22,6 +22,7 @@ from support.outcome import assert_same, whole_prompt_tokens
 from support.prompts import Prompts
 from support.servers import free_ports, kvlane_proxy, vllm_server
 from support.tiny_model import token_bytes, vocabulary_size
+from support.vllm_environment import TAKES_BACK_WITH_A_REQUEST
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -58,9 +59,9 @@ class Servers:
         """Claims that both servers come to rest, with no lease left."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            # vLLM up to 0.21 takes back what has ended with the next request only.
-            for server in (self.prefill, self.decode):
-                complete(server.url, [5, 6, 7], 1)
+            if TAKES_BACK_WITH_A_REQUEST:
+                for server in (self.prefill, self.decode):
+                    complete(server.url, [5, 6, 7], 1)
             figures = [scrape(server.url) for server in (self.prefill, self.decode)]
             # A lease keeps blocks of the cache.
             names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")

@@ -198,7 +198,7 @@ def test_a_prefill_that_stops_in_the_middle_costs_a_recompute_within_the_load_ti
         prompt = prompts.tokens(count)
         before = kvlane_figures(decode.url)
         answer, took_s = answer_of_decode_while_prefill_stands_still(servers, prompts, prompt, filling_s)
-        assert took_s < LOAD_TIMEOUT_MS / 1e3 + 3 * recompute_s + 20, f"recomputing alone takes {recompute_s:.1f} s"
+        assert took_s < LOAD_TIMEOUT_MS / 1e3 + 3 * recompute_s + 6, f"recomputing alone takes {recompute_s:.1f} s"
         assert_like_single(servers, answer, prompt, OUTPUT_TOKENS)
         # It has gone on where it stood: the rest of that prompt is there now.
         assert complete(decode.url, prompt, OUTPUT_TOKENS).cached_tokens == blocks * BLOCK_TOKENS
@@ -222,15 +222,16 @@ def answer_of_decode_while_prefill_stands_still(servers, prompts, prompt, fillin
         filling = pool.submit(complete, prefill.url, prompt, 1, request_id=request_id)
         # Early enough to see what is promised, as the blocks in the making are not to be seen after the stop.
         time.sleep(0.3 * filling_s)
+        waits_since_s = time.monotonic()
         waiting = pool.submit(timed, decode.url, prompt, request_id=request_id)
         time.sleep(0.2 * filling_s)
         with prefill.suspended():
             # Others are served while that request waits.
-            _, other_s = timed(decode.url, prompts.tokens(3 * BLOCK_TOKENS), 4)
+            complete(decode.url, prompts.tokens(3 * BLOCK_TOKENS), 4)
+            other_s = time.monotonic() - waits_since_s
             answer, took_s = waiting.result(ANSWER_S)
         filling.result(ANSWER_S)
-    # Behind the one that waits it would take nearly the whole time; that one began a moment before.
-    assert other_s < LOAD_TIMEOUT_MS / 1e3 * 0.8
+    assert other_s < LOAD_TIMEOUT_MS / 1e3
     return answer, took_s
 
 

@@ -16,7 +16,8 @@ STEPS = 40_000  # half a millisecond each, at least
 
 @pytest.fixture(params=["shm", "tcp"])
 def pair(request):
-    patient = {"peer_timeout_ms": 60_000}  # nobody dies here
+    # Nothing here waits for a deadline. One that did would not end within the steps.
+    patient = dict.fromkeys(("peer_timeout_ms", "ask_timeout_ms", "lease_ms"), 600_000)
     with PaperPair(None, lane=request.param, prefill={"step_tokens": 24}, **patient) as made:
         yield made
 

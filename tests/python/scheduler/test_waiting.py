@@ -53,7 +53,9 @@ def test_waiting_for_a_prefill_that_hangs_is_bounded(store, prompts, asynchronou
 
 def test_a_prefill_that_never_starts_costs_a_short_grace(store, prompts, asynchronous):
     prompt = prompts(3 * BLOCK_TOKENS + 5)
-    with PaperEngine("consumer", store, asynchronous=asynchronous, prefill_grace_ms=300) as decode:
+    with PaperEngine(
+        "consumer", store, asynchronous=asynchronous, prefill_grace_ms=300, load_timeout_ms=60_000
+    ) as decode:
         assert decode.answer(PROXY_ID, prompt) == expected_tokens(prompt, 8)
         assert 0.2 < decode.seconds[PROXY_ID] < AT_ONCE_S
         assert decode.loaded_tokens[PROXY_ID] == 0
@@ -61,7 +63,9 @@ def test_a_prefill_that_never_starts_costs_a_short_grace(store, prompts, asynchr
 
 def test_a_request_without_a_prefill_does_not_wait(store, prompts, asynchronous):
     prompt = prompts(3 * BLOCK_TOKENS + 5)
-    with PaperEngine("consumer", store, asynchronous=asynchronous, prefill_grace_ms=60_000) as decode:
+    with PaperEngine(
+        "consumer", store, asynchronous=asynchronous, prefill_grace_ms=60_000, load_timeout_ms=60_000
+    ) as decode:
         assert decode.answer("plain", prompt) == expected_tokens(prompt, 8)
         assert decode.seconds["plain"] < AT_ONCE_S
 

@@ -13,7 +13,7 @@ import time
 from support.cpus import omp_binding
 from support.places import log_path, make_temporary, remove_temporary
 from support.processes import end_session
-from support.vllm_environment import vllm_environment
+from support.vllm_environment import TAKES_BACK_WITH_A_REQUEST, vllm_environment
 
 HERE = pathlib.Path(__file__).resolve().parent
 OPEN_LIMIT_S = 180
@@ -138,7 +138,8 @@ class Engine:
 
     def settled_free_blocks(self, limit_s=60):
         """Free blocks once every block of ended requests has come back, or after the limit."""
-        self._send("settle", free_blocks=self.free_blocks_at_start, deadline_s=limit_s)
+        with_requests = TAKES_BACK_WITH_A_REQUEST
+        self._send("settle", free_blocks=self.free_blocks_at_start, deadline_s=limit_s, with_requests=with_requests)
         return self._receive(limit_s + ANSWER_SLACK_S)
 
     def reset_prefix_cache(self):

@@ -106,19 +106,20 @@ class EngineHost:
     def free_blocks(self):
         return self._scheduler().kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def settle(self, free_blocks, deadline_s):
+    def settle(self, free_blocks, deadline_s, with_requests):
         """Steps without work until so many blocks are free again: an aborted load may hold its blocks for a while.
 
-        vLLM up to 0.21 makes no step without a request, so now and then there is a short one of no prefill server.
+        `with_requests`: a step is made for a request only, so now and then there is a short one of no prefill server.
         """
-        started = time.perf_counter()
+        started, lowest_free_blocks = time.perf_counter(), self._lowest_free_blocks
         next_request_s, count = 1, 0
         while self.free_blocks() != free_blocks and (waited_s := time.perf_counter() - started) < deadline_s:
-            if waited_s >= next_request_s:
+            if with_requests and waited_s >= next_request_s:
                 next_request_s, count = waited_s + 1, count + 1
-                self.run([{"id": f"settle-{count}", "prompt": [5, 6, 7], "max_tokens": 1}], deadline_s)
+                self.run([{"id": f"settle-{count}", "prompt": [5, 6, 7], "max_tokens": 1}], deadline_s - waited_s)
             self._engine.step()
             time.sleep(0.002)
+        self._lowest_free_blocks = lowest_free_blocks
         return self.free_blocks()
 
     def reset_prefix_cache(self):

@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+from support.resources import session_pids
+
 # Python's resource tracker outlives the others by a moment, in which it removes their shared memory from /dev/shm.
 REST_LIMIT_S = 3
 # A thread in the middle of a call to the kernel stops when the call ends.
@@ -28,25 +30,23 @@ def kill_session(process):
 
 
 @contextlib.contextmanager
-def stopped(*pids):
-    """Inside the block these processes stand still (SIGSTOP).
+def stopped(pid, is_group=False):
+    """Inside the block this process, or all of the session that it leads, stands still (SIGSTOP).
 
     All threads of a process stop only once one of them has taken the signal. Until then, some milliseconds on a busy
     machine, the others still answer.
     """
+    send = os.killpg if is_group else os.kill
+    send(pid, signal.SIGSTOP)
     try:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
         deadline = time.monotonic() + STOP_LIMIT_S
-        while not all(_stands_still(pid) for pid in pids):
-            assert time.monotonic() < deadline, f"some of {pids} run {STOP_LIMIT_S} s after SIGSTOP"
+        while not all(_stands_still(each) for each in (session_pids(pid) if is_group else [pid])):
+            assert time.monotonic() < deadline, f"{pid} still runs {STOP_LIMIT_S} s after SIGSTOP"
             time.sleep(0.001)
         yield
     finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            send(pid, signal.SIGCONT)
 
 
 def _stands_still(pid):

@@ -16,7 +16,6 @@ import httpx
 from support.client import MODEL_NAME
 from support.places import log_path, make_temporary, remove_temporary
 from support.processes import end_session, kill_session, stopped
-from support.resources import session_pids
 from support.vllm_environment import vllm_environment
 
 VLLM_READY_LIMIT_S = 300
@@ -103,7 +102,7 @@ class Server:
     @contextlib.contextmanager
     def suspended(self):
         """Inside the block no process of the server runs, as if its machine had been taken away (SIGSTOP)."""
-        with stopped(*session_pids(self._process.pid)):
+        with stopped(self._process.pid, is_group=True):
             yield
 
     def kill(self):

@@ -1,8 +1,14 @@
-"""Environment variables under which every vLLM of the tests runs."""
+"""The vLLM of the tests, and the environment variables under which every one runs."""
 
+import importlib.metadata
 import os
 
+from packaging.version import Version
+
 from support.cpus import omp_binding
+
+#: vLLM up to 0.21 makes no steps without requests, so it takes back what was let go with the next one only.
+TAKES_BACK_WITH_A_REQUEST = Version(importlib.metadata.version("vllm")).release < (0, 22)
 
 
 def vllm_environment(cpus, kv_cache_gb=1):

@@ -12,6 +12,8 @@ from support.processes import stopped
 FIRST = ["first", "second"]
 #: For pulls that end in time, and for those that cannot.
 PATIENT_MS, TIMEOUT_MS = 60_000, 1500
+#: Within this the latter end, whatever the machine does: far from the former's deadline.
+SOON_S = 15
 
 
 @pytest.fixture
@@ -26,9 +28,11 @@ def pull(decode, prefill, key, blocks, targets, first_block=0, timeout_ms=PATIEN
     )
 
 
-def outcome(decode, job):
+def outcome(decode, job, limit_s=PATIENT_MS / 1000):
+    started_s = time.monotonic()
     ended = decode.worker.wait(job, PATIENT_MS)
     assert ended is not None, "a pull without an end"
+    assert time.monotonic() - started_s <= limit_s
     return ended[1]
 
 
@@ -59,7 +63,7 @@ def test_a_posted_prompt_arrives_while_prefill_does_not_run_and_is_given_back_wh
     with stopped(prefill.process.pid):
         assert outcome(decode, pull(decode, prefill, "whole", 3, [10, 11, 12])) == "done"
         assert outcome(decode, pull(decode, prefill, "tail", 3, [13], first_block=2)) == "done"
-        assert outcome(decode, pull(decode, prefill, "begun", 1, [14], timeout_ms=TIMEOUT_MS)) == "timeout"
+        assert outcome(decode, pull(decode, prefill, "begun", 1, [14], timeout_ms=TIMEOUT_MS), SOON_S) == "timeout"
     assert [decode.block(target) for target in (10, 11, 12, 13)] == [content_of(block) for block in (3, 4, 5, 8)]
     released(prefill, [*FIRST, "whole", "tail"])
     decode.worker.close()
@@ -72,7 +76,7 @@ def test_over_tcp_a_stopped_prefill_costs_the_deadline_and_its_late_answer_is_wr
         nothing = decode.block(target)
         with stopped(prefill.process.pid):
             job = pull(decode, prefill, f"whole-{target}", 1, [target], timeout_ms=TIMEOUT_MS)
-            assert outcome(decode, job) == "timeout"
+            assert outcome(decode, job, SOON_S) == "timeout"
         time.sleep(0.1)
         assert decode.block(target) == nothing
     prefill.tell("offer", "next", 4)
@@ -86,10 +90,10 @@ def test_blocks_that_prefill_took_back_are_never_used(prefill, lane):
     decode = connected(prefill, lane)
     prefill.tell("offer", "whole", 3)
     prefill.tell("revoke", "whole")
-    assert outcome(decode, pull(decode, prefill, "whole", 1, [10], timeout_ms=TIMEOUT_MS)) != "done"
+    assert outcome(decode, pull(decode, prefill, "whole", 1, [10], timeout_ms=TIMEOUT_MS), SOON_S) != "done"
     # The place of the lease is taken again, by a prompt in other blocks.
     prefill.tell("offer", "next", 4)
-    assert outcome(decode, pull(decode, prefill, "whole", 1, [10], timeout_ms=TIMEOUT_MS)) != "done"
+    assert outcome(decode, pull(decode, prefill, "whole", 1, [10], timeout_ms=TIMEOUT_MS), SOON_S) != "done"
     assert outcome(decode, pull(decode, prefill, "next", 1, [11])) == "done"
     assert decode.block(11) == content_of(4)
     decode.worker.close()
