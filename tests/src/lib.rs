@@ -13,6 +13,7 @@ pub mod fixture;
 pub mod layouts;
 pub mod process;
 pub mod soak;
+pub mod timing;
 pub mod worker;
 
 /// Generates one `#[test]` per claim for the factory that the expression names.

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use kvlane_core::PagedMemory;
 use kvlane_cuda::{CacheOffer, CudaError};
 use kvlane_p2p::lanes::{CudaLane, Lane, LaneError, LocalCache, Pairing, RemoteCache, RemoteRegion, TcpLane};
+use kvlane_tests::timing::within;
 use rustix::process::Signal;
 
 use crate::fixture::Form;
 use crate::holder::{Holder, Kind, Layout, check_device, content, patient};
-use crate::{LEASE, Place, SMALL, copy, holder_for, span};
+use crate::{LEASE, Place, SLACK, SMALL, copy, holder_for, span};
 
 fn cuda_holder() -> Holder {
     holder_for(Kind::Cuda, SMALL, Place::Child)
@@ -107,42 +108,42 @@ fn a_layout_outside_of_what_was_offered_closes_the_lane_before_a_byte_is_copied(
 #[test]
 fn a_stopped_peer_never_overruns_the_deadline_and_nothing_is_written_afterwards() {
     for kind in [Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
-        let mut holder = holder_for(kind, SMALL, Place::Child);
-        let local = kind.filled(SMALL, 2);
-        let mut lane = holder.lane(kind, &local);
-        copy(lane.as_mut(), &span(0..1, &[0], &[0])).unwrap();
-        holder.signal(Signal::STOP);
-        let lasts = Duration::from_millis(100);
-        let start = Instant::now();
-        let ended = lane.copy(
-            &span(0..3, &[5, 6], &[7, 8]),
-            LEASE,
-            start + lasts,
-            &AtomicBool::new(false),
-        );
-        let took = start.elapsed();
-        assert!(
-            matches!(ended, Err(LaneError::TimedOut { .. })),
-            "{kind:?}: {ended:?}"
-        );
-        assert!(
-            took >= lasts && took < lasts + Duration::from_millis(400),
-            "{kind:?}: {took:?}"
-        );
-        assert!(!lane.is_open());
-        // The engine has given the blocks to somebody else.
-        for layer in 0..SMALL.layers {
-            local.write_layer(layer, 7, &content(3, layer, 7, SMALL.layer_bytes));
-        }
-        holder.signal(Signal::CONT);
-        holder.set(1, 1);
-        std::thread::sleep(Duration::from_millis(50));
-        let mut bytes = vec![0; SMALL.layer_bytes];
-        for layer in 0..SMALL.layers {
-            local.read_layer(layer, 7, &mut bytes);
-            assert!(bytes == content(3, layer, 7, SMALL.layer_bytes), "{kind:?}");
-        }
-        check_device(&local);
+        within(SLACK, || {
+            let mut holder = holder_for(kind, SMALL, Place::Child);
+            let local = kind.filled(SMALL, 2);
+            let mut lane = holder.lane(kind, &local);
+            copy(lane.as_mut(), &span(0..1, &[0], &[0])).unwrap();
+            holder.signal(Signal::STOP);
+            let lasts = Duration::from_millis(100);
+            let start = Instant::now();
+            let ended = lane.copy(
+                &span(0..3, &[5, 6], &[7, 8]),
+                LEASE,
+                start + lasts,
+                &AtomicBool::new(false),
+            );
+            let took = start.elapsed();
+            assert!(
+                matches!(ended, Err(LaneError::TimedOut { .. })),
+                "{kind:?}: {ended:?}"
+            );
+            assert!(took >= lasts, "{kind:?}: {took:?}");
+            assert!(!lane.is_open());
+            // The engine has given the blocks to somebody else.
+            for layer in 0..SMALL.layers {
+                local.write_layer(layer, 7, &content(3, layer, 7, SMALL.layer_bytes));
+            }
+            holder.signal(Signal::CONT);
+            holder.set(1, 1);
+            std::thread::sleep(Duration::from_millis(50));
+            let mut bytes = vec![0; SMALL.layer_bytes];
+            for layer in 0..SMALL.layers {
+                local.read_layer(layer, 7, &mut bytes);
+                assert!(bytes == content(3, layer, 7, SMALL.layer_bytes), "{kind:?}");
+            }
+            check_device(&local);
+            took - lasts
+        });
     }
 }
 

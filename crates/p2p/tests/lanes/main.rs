@@ -35,6 +35,9 @@ const SMALL: Layout = Layout {
     layer_bytes: 2 * 1237,
 };
 
+/// What a deadline may be overrun by.
+const SLACK: Duration = Duration::from_millis(400);
+
 /// Where the holder is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {

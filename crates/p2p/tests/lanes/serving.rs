@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvlane_p2p::lanes::{LaneError, Served, serve};
+use kvlane_tests::timing::within;
 
 use crate::SMALL;
 
@@ -13,11 +14,12 @@ const LAST_BLOCK: u32 = SMALL.blocks - 1;
 const FETCH: u32 = 1;
 const CHECK: u32 = 2;
 
-/// Runs `client` against a serving end, which holds every lease, and returns how the serving ended.
-fn serve_to(
+/// Runs `client` against a serving end, which holds every lease, and returns how the serving ended. What the client returns,
+/// such as the socket, is kept until then.
+fn serve_to<T>(
     timeout: Duration,
     stop: &AtomicBool,
-    client: impl FnOnce(TcpStream),
+    client: impl FnOnce(TcpStream) -> T,
 ) -> Result<Served, LaneError> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -27,7 +29,12 @@ fn serve_to(
             let (socket, _) = listener.accept().unwrap();
             serve(socket, &cache, None, |_| true, stop, timeout)
         });
-        client(TcpStream::connect(address).unwrap());
+        let kept = client(TcpStream::connect(address).unwrap());
+        let end = Instant::now() + LONG;
+        while !serving.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(kept);
         serving.join().unwrap()
     })
 }
@@ -146,7 +153,7 @@ fn a_peer_that_takes_no_bytes_is_given_up() {
         |mut socket| {
             socket.write_all(&request(FETCH, (0, 3), 4096, &blocks)).unwrap();
             // 30 MB are more than the two sockets hold.
-            std::thread::sleep(Duration::from_millis(300));
+            socket
         },
     );
     assert!(
@@ -160,12 +167,16 @@ fn a_peer_that_takes_no_bytes_is_given_up() {
 fn an_idle_connection_ends_when_the_peer_closes_it_and_when_it_should_stop() {
     let ended = serve_to(LONG, &AtomicBool::new(false), drop);
     assert_eq!(ended.unwrap(), Served::default());
-    let stop = AtomicBool::new(false);
-    let ended = serve_to(LONG, &stop, |mut socket| {
-        stop.store(true, Ordering::Relaxed);
-        let start = Instant::now();
-        let _ = socket.read_to_end(&mut Vec::new());
-        assert!(start.elapsed() < Duration::from_secs(1));
+    within(Duration::from_secs(1), || {
+        let stop = AtomicBool::new(false);
+        let mut took = Duration::ZERO;
+        let ended = serve_to(LONG, &stop, |mut socket| {
+            stop.store(true, Ordering::Relaxed);
+            let start = Instant::now();
+            let _ = socket.read_to_end(&mut Vec::new());
+            took = start.elapsed();
+        });
+        assert_eq!(ended.unwrap(), Served::default());
+        took
     });
-    assert_eq!(ended.unwrap(), Served::default());
 }

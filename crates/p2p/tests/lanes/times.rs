@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
 use kvlane_p2p::lanes::{LaneError, LocalCache, Pairing, RemoteCache, Span, TcpLane, serve};
+use kvlane_tests::timing::{attempts, within};
 use rustix::process::Signal;
 
 use crate::fixture::Form;
 use crate::holder::{Kind, Layout};
-use crate::{EVERYWHERE, LEASE, Place, SMALL, copy, holder, holder_for, soon, span};
+use crate::{EVERYWHERE, LEASE, Place, SLACK, SMALL, copy, holder, holder_for, soon, span};
 
 const LARGE: Layout = Layout {
     form: Form::BlockMajor,
@@ -26,8 +27,14 @@ fn long() -> Span {
     span(0..LARGE.layers, &blocks, &blocks)
 }
 
-/// What a machine under load may add to a deadline.
-const SLACK: Duration = Duration::from_millis(400);
+/// Copies over and over until a copy fails: whoever ends it finds one to end, however late.
+fn copy_until_it_fails(mut copy: impl FnMut() -> Result<(), LaneError>) -> (LaneError, Instant) {
+    loop {
+        if let Err(error) = copy() {
+            return (error, Instant::now());
+        }
+    }
+}
 
 fn bytes_of(cache: &LocalCache) -> Vec<u8> {
     let mut all = Vec::new();
@@ -45,19 +52,23 @@ fn bytes_of(cache: &LocalCache) -> Vec<u8> {
 fn a_deadline_in_the_middle_of_a_copy_ends_it() {
     for (kind, place) in EVERYWHERE {
         let holder = holder_for(kind, LARGE, place);
-        let mut lane = holder.lane(kind, kind.cache(LARGE));
         let lasts = Duration::from_millis(150);
-        let start = Instant::now();
-        let ended = lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false));
-        let took = start.elapsed();
-        assert!(
-            matches!(ended, Err(LaneError::TimedOut { done_bytes }) if done_bytes > 0),
-            "{kind:?} {place:?}: {ended:?}"
-        );
-        assert!(
-            took >= lasts && took < lasts + SLACK,
-            "{kind:?} {place:?}: {took:?}"
-        );
+        attempts(|| {
+            let mut lane = holder.lane(kind, kind.cache(LARGE));
+            copy(lane.as_mut(), &span(0..1, &[0], &[0])).unwrap();
+            let start = Instant::now();
+            let ended = lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false));
+            let took = start.elapsed();
+            let Err(LaneError::TimedOut { done_bytes }) = ended else {
+                panic!("{kind:?} {place:?}: {ended:?}");
+            };
+            assert!(took >= lasts, "{kind:?} {place:?}: {took:?}");
+            if done_bytes > 0 && took < lasts + SLACK {
+                Ok(())
+            } else {
+                Err(format!("{kind:?} {place:?}: {done_bytes} bytes, {took:?}"))
+            }
+        });
     }
 }
 
@@ -65,24 +76,24 @@ fn a_deadline_in_the_middle_of_a_copy_ends_it() {
 fn a_copy_in_the_middle_ends_when_it_is_cancelled() {
     for (kind, place) in EVERYWHERE {
         let holder = holder_for(kind, LARGE, place);
-        let mut lane = holder.lane(kind, kind.cache(LARGE));
-        let cancelled = AtomicBool::new(false);
-        let (ended, since) = std::thread::scope(|scope| {
-            let copying = scope.spawn(|| {
-                let ended = lane.copy(&long(), LEASE, soon(), &cancelled);
-                (ended, Instant::now())
+        within(SLACK, || {
+            let mut lane = holder.lane(kind, kind.cache(LARGE));
+            let cancelled = AtomicBool::new(false);
+            let (ended, since) = std::thread::scope(|scope| {
+                let copying =
+                    scope.spawn(|| copy_until_it_fails(|| lane.copy(&long(), LEASE, soon(), &cancelled)));
+                std::thread::sleep(Duration::from_millis(40));
+                cancelled.store(true, Ordering::Relaxed);
+                let since = Instant::now();
+                let (ended, at) = copying.join().unwrap();
+                (ended, at.saturating_duration_since(since))
             });
-            std::thread::sleep(Duration::from_millis(40));
-            cancelled.store(true, Ordering::Relaxed);
-            let since = Instant::now();
-            let (ended, at) = copying.join().unwrap();
-            (ended, at.saturating_duration_since(since))
+            assert!(
+                matches!(ended, LaneError::Cancelled { .. }),
+                "{kind:?} {place:?}: {ended:?}"
+            );
+            since
         });
-        assert!(
-            matches!(ended, Err(LaneError::Cancelled { .. })),
-            "{kind:?} {place:?}: {ended:?}"
-        );
-        assert!(since < SLACK, "{kind:?} {place:?}: {since:?}");
     }
 }
 
@@ -117,98 +128,108 @@ fn what_is_over_before_it_starts_copies_nothing_and_leaves_the_lane_open() {
 #[test]
 fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
     for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
-        let mut holder = holder_for(kind, SMALL, Place::Child);
-        let mut lane = holder.lane(kind, kind.cache(SMALL));
-        holder.signal(Signal::KILL);
-        let start = Instant::now();
-        let gone = copy(lane.as_mut(), &span(0..1, &[1], &[1])).unwrap_err();
-        assert!(matches!(gone, LaneError::PeerGone { .. }), "{kind:?}: {gone}");
-        if kind == Kind::Shm {
-            assert_eq!(gone.errno(), Some(libc::ESRCH));
-        }
-        assert!(start.elapsed() < SLACK);
-        assert!(!lane.is_open());
-        let closed = copy(lane.as_mut(), &span(0..1, &[1], &[1])).unwrap_err();
-        assert!(matches!(closed, LaneError::Closed), "{kind:?}: {closed}");
-        assert!(matches!(
-            lane.is_held(LEASE, soon(), &AtomicBool::new(false)),
-            Err(LaneError::Closed)
-        ));
+        within(SLACK, || {
+            let mut holder = holder_for(kind, SMALL, Place::Child);
+            let mut lane = holder.lane(kind, kind.cache(SMALL));
+            holder.signal(Signal::KILL);
+            let start = Instant::now();
+            let gone = copy(lane.as_mut(), &span(0..1, &[1], &[1])).unwrap_err();
+            let took = start.elapsed();
+            assert!(matches!(gone, LaneError::PeerGone { .. }), "{kind:?}: {gone}");
+            if kind == Kind::Shm {
+                assert_eq!(gone.errno(), Some(libc::ESRCH));
+            }
+            assert!(!lane.is_open());
+            let closed = copy(lane.as_mut(), &span(0..1, &[1], &[1])).unwrap_err();
+            assert!(matches!(closed, LaneError::Closed), "{kind:?}: {closed}");
+            assert!(matches!(
+                lane.is_held(LEASE, soon(), &AtomicBool::new(false)),
+                Err(LaneError::Closed)
+            ));
+            took
+        });
     }
 }
 
 #[test]
 fn a_peer_that_dies_in_the_middle_of_a_copy_ends_it() {
     for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
-        let mut holder = holder_for(kind, LARGE, Place::Child);
-        let mut lane = holder.lane(kind, kind.cache(LARGE));
-        let (ended, since) = std::thread::scope(|scope| {
-            let copying = scope.spawn(|| (copy(lane.as_mut(), &long()), Instant::now()));
-            std::thread::sleep(Duration::from_millis(40));
-            holder.signal(Signal::KILL);
-            let since = Instant::now();
-            let (ended, at) = copying.join().unwrap();
-            (ended, at.saturating_duration_since(since))
+        within(SLACK, || {
+            let mut holder = holder_for(kind, LARGE, Place::Child);
+            let mut lane = holder.lane(kind, kind.cache(LARGE));
+            let (ended, since) = std::thread::scope(|scope| {
+                let copying = scope.spawn(|| copy_until_it_fails(|| copy(lane.as_mut(), &long())));
+                std::thread::sleep(Duration::from_millis(40));
+                holder.signal(Signal::KILL);
+                let since = Instant::now();
+                let (ended, at) = copying.join().unwrap();
+                (ended, at.saturating_duration_since(since))
+            });
+            assert!(matches!(ended, LaneError::PeerGone { .. }), "{kind:?}: {ended:?}");
+            assert!(!lane.is_open());
+            since
         });
-        assert!(
-            matches!(ended, Err(LaneError::PeerGone { .. })),
-            "{kind:?}: {ended:?}"
-        );
-        assert!(since < SLACK, "{kind:?}: {since:?}");
-        assert!(!lane.is_open());
     }
 }
 
 #[test]
 fn a_stopped_peer_is_read_over_shm_and_never_overruns_a_deadline_over_tcp() {
-    let mut holder = holder(SMALL, Place::Child);
-    let local = Kind::Shm.filled(SMALL, 2);
-    let mut shm = holder.lane(Kind::Shm, &local);
-    let mut tcp = holder.lane(Kind::Tcp, &local);
-    copy(tcp.as_mut(), &span(0..1, &[0], &[0])).unwrap();
-    holder.signal(Signal::STOP);
-    copy(shm.as_mut(), &span(0..3, &[1, 2], &[3, 4])).unwrap();
+    within(SLACK, || {
+        let mut holder = holder(SMALL, Place::Child);
+        let local = Kind::Shm.filled(SMALL, 2);
+        let mut shm = holder.lane(Kind::Shm, &local);
+        let mut tcp = holder.lane(Kind::Tcp, &local);
+        copy(tcp.as_mut(), &span(0..1, &[0], &[0])).unwrap();
+        holder.signal(Signal::STOP);
+        copy(shm.as_mut(), &span(0..3, &[1, 2], &[3, 4])).unwrap();
 
-    let before = bytes_of(&local);
-    let lasts = Duration::from_millis(100);
-    let start = Instant::now();
-    let ended = tcp.copy(
-        &span(0..3, &[5, 6], &[7, 8]),
-        LEASE,
-        start + lasts,
-        &AtomicBool::new(false),
-    );
-    let took = start.elapsed();
-    assert!(matches!(ended, Err(LaneError::TimedOut { .. })), "{ended:?}");
-    assert!(took >= lasts && took < lasts + SLACK, "{took:?}");
-    assert!(!tcp.is_open());
+        let before = bytes_of(&local);
+        let lasts = Duration::from_millis(100);
+        let start = Instant::now();
+        let ended = tcp.copy(
+            &span(0..3, &[5, 6], &[7, 8]),
+            LEASE,
+            start + lasts,
+            &AtomicBool::new(false),
+        );
+        let took = start.elapsed();
+        assert!(matches!(ended, Err(LaneError::TimedOut { .. })), "{ended:?}");
+        assert!(took >= lasts, "{took:?}");
+        assert!(!tcp.is_open());
 
-    // It goes on, finds the request, and answers into the void.
-    holder.signal(Signal::CONT);
-    holder.set(1, 1);
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(bytes_of(&local) == before, "a byte came after the copy had ended");
+        // It goes on, finds the request, and answers into the void.
+        holder.signal(Signal::CONT);
+        holder.set(1, 1);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(bytes_of(&local) == before, "a byte came after the copy had ended");
+        took - lasts
+    });
 }
 
 #[test]
 fn a_peer_that_stops_in_the_middle_of_a_copy_never_overruns_the_deadline() {
     for kind in [Kind::Tcp, Kind::Nccl] {
-        let mut holder = holder_for(kind, LARGE, Place::Child);
-        let mut lane = holder.lane(kind, kind.cache(LARGE));
-        let lasts = Duration::from_millis(250);
-        let start = Instant::now();
-        let ended = std::thread::scope(|scope| {
-            let copying = scope.spawn(|| lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false)));
-            std::thread::sleep(Duration::from_millis(40));
-            holder.signal(Signal::STOP);
-            copying.join().unwrap()
+        within(SLACK, || {
+            let mut holder = holder_for(kind, LARGE, Place::Child);
+            let mut lane = holder.lane(kind, kind.cache(LARGE));
+            let lasts = Duration::from_millis(250);
+            let start = Instant::now();
+            let (ended, took) = std::thread::scope(|scope| {
+                let copying = scope.spawn(|| {
+                    let ended = lane.copy(&long(), LEASE, start + lasts, &AtomicBool::new(false));
+                    (ended, start.elapsed())
+                });
+                std::thread::sleep(Duration::from_millis(40));
+                holder.signal(Signal::STOP);
+                copying.join().unwrap()
+            });
+            assert!(
+                matches!(ended, Err(LaneError::TimedOut { .. })),
+                "{kind:?}: {ended:?}"
+            );
+            assert!(took >= lasts, "{kind:?}: {took:?}");
+            took - lasts
         });
-        let took = start.elapsed();
-        assert!(
-            matches!(ended, Err(LaneError::TimedOut { .. })),
-            "{kind:?}: {ended:?}"
-        );
-        assert!(took >= lasts && took < lasts + SLACK, "{kind:?}: {took:?}");
     }
 }
 
