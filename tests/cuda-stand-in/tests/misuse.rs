@@ -2,7 +2,7 @@
 
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvlane_core::{BlockMap, Device, TensorView};
 use kvlane_cuda::{CudaError, DeviceCache, DeviceTensors, StreamHandle, probe};
@@ -10,6 +10,8 @@ use kvlane_cuda_stand_in::{Control, load};
 
 const BYTES: usize = 4096;
 const KERNEL: Duration = Duration::from_millis(100);
+/// One that still runs when its bytes are misused, however late that is. Nobody waits for its end.
+const LONG_KERNEL: Duration = Duration::from_secs(30);
 /// The variable that says what to do in a process of its own: a device that was lost stays so.
 const VARIABLE: &str = "KVLANE_CUDA_STAND_IN_TEST";
 
@@ -43,9 +45,9 @@ impl Rig {
         }
     }
 
-    fn compute(&self, byte: u8) {
+    fn compute(&self, byte: u8, kernel: Duration) {
         self.stand_in
-            .write(self.stream, self.address, &[byte; BYTES], KERNEL);
+            .write(self.stream, self.address, &[byte; BYTES], kernel);
     }
 
     fn order(&self) {
@@ -57,7 +59,7 @@ impl Rig {
     fn read(&self) -> Result<Vec<u8>, CudaError> {
         let mut bytes = vec![0; BYTES / 4];
         let patience = kvlane_cuda::Patience {
-            deadline: std::time::Instant::now() + Duration::from_secs(10),
+            deadline: Instant::now() + Duration::from_secs(10),
             cancelled: &|| false,
         };
         self.cache.read(0, 1, &mut bytes, &patience).map(|()| bytes)
@@ -71,13 +73,13 @@ fn in_a_process_of_its_own() {
     let rig = Rig::new();
     let told = match what.as_str() {
         "read behind the kernel" => {
-            rig.compute(7);
+            rig.compute(7, KERNEL);
             rig.order();
             assert!(rig.read().expect("read").iter().all(|&byte| byte == 7));
             "right".to_owned()
         }
         "read beside the kernel" => {
-            rig.compute(7);
+            rig.compute(7, LONG_KERNEL);
             // Whether this read still comes through, the misuse is noticed.
             format!(
                 "{:?}",
@@ -85,10 +87,13 @@ fn in_a_process_of_its_own() {
             )
         }
         "kernel beside a stream that was not waited for" => {
-            rig.compute(7);
+            rig.compute(7, LONG_KERNEL);
             let other = rig.stand_in.compute_stream();
             rig.stand_in.write(other, rig.address, &[8; 16], Duration::ZERO);
-            std::thread::sleep(2 * KERNEL);
+            let end = Instant::now() + LONG_KERNEL;
+            while rig.stand_in.violations().is_empty() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             format!("{:?}", rig.read().map(|_| ()))
         }
         "refused call" => {

@@ -17,7 +17,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -191,6 +191,23 @@ impl ComputeStream {
             duration,
         });
     }
+
+    /// Holds up what comes on the stream from now on, until what this returns is dropped: a kernel that lasts as long as a
+    /// test wants. After [`HELD`] it is over all the same, so that who waits for it fails and does not hang.
+    pub fn hold(&self) -> Held {
+        let (held, released) = channel();
+        self.stream.push(Work::Hold(released));
+        Held { _held: held }
+    }
+}
+
+/// How long a stream is held up at most.
+pub const HELD: Duration = Duration::from_secs(20);
+
+/// A stream is held up while this lives.
+#[derive(Debug)]
+pub struct Held {
+    _held: Sender<()>,
 }
 
 /// Everything that the driver's functions find by number.
@@ -285,6 +302,7 @@ enum Work {
         bytes: Vec<u8>,
         duration: Duration,
     },
+    Hold(Receiver<()>),
     Record(Arc<FakeEvent>, usize),
     Wait(Arc<FakeEvent>, usize),
 }
@@ -347,6 +365,9 @@ fn carry_out(device: &FakeDevice, work: Work) {
         } => {
             std::thread::sleep(duration);
             copy(bytes.as_ptr().expose_provenance(), address, bytes.len());
+        }
+        Work::Hold(released) => {
+            let _ = released.recv_timeout(HELD);
         }
         Work::Record(event, number) => {
             let mut reached = lock(&event.reached);
