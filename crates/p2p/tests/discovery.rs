@@ -10,9 +10,10 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvlane_p2p::discovery::{Discovery, DiscoverySettings, PING_INTERVAL, PingRole, PingValue};
+use kvlane_tests::timing::{attempts, within};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Far below what any wait of the ping takes.
+/// Below what any wait of the ping takes, that for its thread included.
 const AT_ONCE: Duration = Duration::from_millis(150);
 
 const IDENTITY: &str = "10.0.0.1:14579";
@@ -38,10 +39,11 @@ fn until(what: &str, mut reached: impl FnMut() -> bool) {
     }
 }
 
-fn drop_at_once(discovery: Discovery) {
+/// Ends it and says how long that took.
+fn end(discovery: Discovery) -> Duration {
     let started = Instant::now();
     drop(discovery);
-    assert!(started.elapsed() < AT_ONCE, "{:?}", started.elapsed());
+    started.elapsed()
 }
 
 /// As much of a ROUTER as a DEALER needs to see.
@@ -86,45 +88,49 @@ fn read_frame(stream: &mut TcpStream, flags: u8) -> Vec<u8> {
 
 #[test]
 fn pings_go_on_and_come_back_after_every_restart_of_the_proxy() {
-    let router = Router::bind("127.0.0.1:0");
-    let port = router.port();
-    let discovery = Discovery::start(&settings(port)).unwrap();
-    let first = {
+    within(AT_ONCE, || {
+        let router = Router::bind("127.0.0.1:0");
+        let port = router.port();
+        let discovery = Discovery::start(&settings(port)).unwrap();
+        let first = {
+            let mut stream = router.accept();
+            let first = read_frame(&mut stream, 0);
+            for _ in 0..3 {
+                assert_eq!(read_frame(&mut stream, 0), first);
+            }
+            until("it is counted", || {
+                discovery.counts().connected && discovery.counts().pings >= 4
+            });
+            first
+        };
+        // Connections that end are made again, whether the proxy is gone for a moment or takes a while.
         let mut stream = router.accept();
-        let first = read_frame(&mut stream, 0);
-        for _ in 0..3 {
-            assert_eq!(read_frame(&mut stream, 0), first);
-        }
-        until("it is counted", || {
-            discovery.counts().connected && discovery.counts().pings >= 4
+        assert_eq!(read_frame(&mut stream, 0), first);
+        drop((router, stream));
+        until("the end is seen", || {
+            discovery.counts().failures > 1 && !discovery.counts().connected
         });
-        first
-    };
-    // Connections that end are made again, whether the proxy is gone for a moment or takes a while.
-    let mut stream = router.accept();
-    assert_eq!(read_frame(&mut stream, 0), first);
-    drop((router, stream));
-    until("the end is seen", || {
-        discovery.counts().failures > 1 && !discovery.counts().connected
+        let router = Router::bind(&format!("127.0.0.1:{port}"));
+        assert_eq!(read_frame(&mut router.accept(), 0), first);
+        end(discovery)
     });
-    let router = Router::bind(&format!("127.0.0.1:{port}"));
-    assert_eq!(read_frame(&mut router.accept(), 0), first);
-    drop_at_once(discovery);
 }
 
 #[test]
 fn a_heartbeat_is_answered_with_its_context() {
-    let router = Router::bind("127.0.0.1:0");
-    let slow = DiscoverySettings {
-        interval: Duration::from_secs(600),
-        ..settings(router.port())
-    };
-    let discovery = Discovery::start(&slow).unwrap();
-    let mut stream = router.accept();
-    read_frame(&mut stream, 0);
-    stream.write_all(b"\x04\x0a\x04PING\x00\x0aabc").unwrap();
-    assert_eq!(read_frame(&mut stream, 4), b"\x04PONGabc");
-    drop_at_once(discovery);
+    within(AT_ONCE, || {
+        let router = Router::bind("127.0.0.1:0");
+        let slow = DiscoverySettings {
+            interval: Duration::from_secs(600),
+            ..settings(router.port())
+        };
+        let discovery = Discovery::start(&slow).unwrap();
+        let mut stream = router.accept();
+        read_frame(&mut stream, 0);
+        stream.write_all(b"\x04\x0a\x04PING\x00\x0aabc").unwrap();
+        assert_eq!(read_frame(&mut stream, 4), b"\x04PONGabc");
+        end(discovery)
+    });
 }
 
 #[test]
@@ -145,51 +151,62 @@ fn a_proxy_at_an_ipv6_address_gets_pings() {
 #[test]
 fn the_end_waits_for_nothing() {
     // Nothing listens.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = nobody.local_addr().unwrap().port();
-    drop(nobody);
-    let discovery = Discovery::start(&settings(port)).unwrap();
-    until("it is tried again", || discovery.counts().failures >= 2);
-    drop_at_once(discovery);
+    within(AT_ONCE, || {
+        let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = nobody.local_addr().unwrap().port();
+        drop(nobody);
+        let discovery = Discovery::start(&settings(port)).unwrap();
+        until("it is tried again", || discovery.counts().failures >= 2);
+        end(discovery)
+    });
     // A listener that never answers: the handshake hangs.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let discovery = Discovery::start(&settings(silent.local_addr().unwrap().port())).unwrap();
-    let (_stream, _) = silent.accept().unwrap();
-    drop_at_once(discovery);
+    within(AT_ONCE, || {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let discovery = Discovery::start(&settings(silent.local_addr().unwrap().port())).unwrap();
+        let (_stream, _) = silent.accept().unwrap();
+        end(discovery)
+    });
     // A network that swallows everything: the connection hangs.
-    let swallowed = DiscoverySettings {
-        proxy_host: "192.0.2.1".to_owned(),
-        ..settings(9)
-    };
-    drop_at_once(Discovery::start(&swallowed).unwrap());
+    within(AT_ONCE, || {
+        let swallowed = DiscoverySettings {
+            proxy_host: "192.0.2.1".to_owned(),
+            ..settings(9)
+        };
+        end(Discovery::start(&swallowed).unwrap())
+    });
     // Between two pings.
-    let router = Router::bind("127.0.0.1:0");
-    let slow = DiscoverySettings {
-        interval: PING_INTERVAL,
-        ..settings(router.port())
-    };
-    let discovery = Discovery::start(&slow).unwrap();
-    let mut stream = router.accept();
-    read_frame(&mut stream, 0);
-    drop_at_once(discovery);
-    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection is closed");
+    within(AT_ONCE, || {
+        let router = Router::bind("127.0.0.1:0");
+        let slow = DiscoverySettings {
+            interval: PING_INTERVAL,
+            ..settings(router.port())
+        };
+        let discovery = Discovery::start(&slow).unwrap();
+        let mut stream = router.accept();
+        read_frame(&mut stream, 0);
+        let took = end(discovery);
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection is closed");
+        took
+    });
 }
 
 #[test]
 fn garbage_and_other_protocols_are_given_up_and_tried_again() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let discovery = Discovery::start(&settings(listener.local_addr().unwrap().port())).unwrap();
-    for (failures, answer) in (1..).zip([
-        &b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"[..],
-        &[0xff; 200],
-    ]) {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(answer).unwrap();
-        // Kept open: it is not the end of the connection that ends it.
-        until("it is given up", || discovery.counts().failures >= failures);
-    }
-    assert_eq!(discovery.counts().pings, 0);
-    drop_at_once(discovery);
+    within(AT_ONCE, || {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let discovery = Discovery::start(&settings(listener.local_addr().unwrap().port())).unwrap();
+        for (failures, answer) in (1..).zip([
+            &b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"[..],
+            &[0xff; 200],
+        ]) {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(answer).unwrap();
+            // Kept open: it is not the end of the connection that ends it.
+            until("it is given up", || discovery.counts().failures >= failures);
+        }
+        assert_eq!(discovery.counts().pings, 0);
+        end(discovery)
+    });
 }
 
 /// A ROUTER of libzmq in a process of its own, which reads the maps as receivers do.
@@ -274,17 +291,19 @@ fn libzmqs_router_gets_the_map_under_the_identity_and_again_after_its_restart() 
     let Some(python) = RealRouter::python() else {
         return;
     };
-    let mut router = RealRouter::start(&python, 0, &[]);
-    let port = router.port;
-    let discovery = Discovery::start(&settings(port)).unwrap();
-    for _ in 0..3 {
+    within(AT_ONCE, || {
+        let mut router = RealRouter::start(&python, 0, &[]);
+        let port = router.port;
+        let discovery = Discovery::start(&settings(port)).unwrap();
+        for _ in 0..3 {
+            assert_eq!(router.next_ping(), EXPECTED);
+        }
+        drop(router);
+        until("the end is seen", || discovery.counts().failures > 0);
+        let mut router = RealRouter::start(&python, port, &[]);
         assert_eq!(router.next_ping(), EXPECTED);
-    }
-    drop(router);
-    until("the end is seen", || discovery.counts().failures > 0);
-    let mut router = RealRouter::start(&python, port, &[]);
-    assert_eq!(router.next_ping(), EXPECTED);
-    drop_at_once(discovery);
+        end(discovery)
+    });
 }
 
 #[test]
@@ -292,15 +311,20 @@ fn libzmqs_heartbeats_keep_the_connection_between_two_pings() {
     let Some(python) = RealRouter::python() else {
         return;
     };
-    let mut router = RealRouter::start(&python, 0, &["heartbeat"]);
-    let slow = DiscoverySettings {
-        // Many times what the router waits for an answer.
-        interval: Duration::from_secs(1),
-        ..settings(router.port)
-    };
-    let discovery = Discovery::start(&slow).unwrap();
-    for _ in 0..2 {
-        assert_eq!(router.next_ping(), EXPECTED);
-    }
-    assert_eq!(discovery.counts().failures, 0);
+    attempts(|| {
+        let mut router = RealRouter::start(&python, 0, &["heartbeat"]);
+        let slow = DiscoverySettings {
+            // Many times what the router waits for an answer.
+            interval: Duration::from_secs(1),
+            ..settings(router.port)
+        };
+        let discovery = Discovery::start(&slow).unwrap();
+        for _ in 0..2 {
+            assert_eq!(router.next_ping(), EXPECTED);
+        }
+        match discovery.counts().failures {
+            0 => Ok(()),
+            failures => Err(format!("{failures} connections were lost")),
+        }
+    });
 }

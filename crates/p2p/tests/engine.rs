@@ -17,6 +17,7 @@ use kvlane_p2p::{
     Asked, AskerOptions, LaneChoice, P2pAsker, P2pWorker, PeerAddress, Prompt, PullOrder, TransferKey,
     WorkerOptions,
 };
+use kvlane_tests::timing::attempts;
 
 const BLOCK_TOKENS: u32 = 16;
 const LAYERS: usize = 3;
@@ -165,11 +166,18 @@ impl Pair {
     }
 
     fn asked(&self, text: &str, count: u32) -> Asked {
-        let end = Instant::now() + PATIENCE;
+        let answer = self.asked_for(text, count, PATIENCE);
+        assert_ne!(answer, Asked::Pending, "no answer");
+        answer
+    }
+
+    /// `Pending`: for so long there was no answer.
+    fn asked_for(&self, text: &str, count: u32, patience: Duration) -> Asked {
+        let end = Instant::now() + patience;
         loop {
-            match self.asker.ask(&key(text), &self.address, prompt(count), PATIENCE) {
-                Asked::Pending => assert!(Instant::now() < end, "no answer"),
-                other => return other,
+            let answer = self.asker.ask(&key(text), &self.address, prompt(count), PATIENCE);
+            if answer != Asked::Pending || Instant::now() >= end {
+                return answer;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -416,17 +424,23 @@ fn revoked_blocks_never_count_and_are_not_reported_as_released() {
 
 #[test]
 fn a_hold_that_nobody_wants_expires() {
-    let pair = pair_with(LaneChoice::Auto, |prefill, _| {
-        prefill.lease = Duration::from_secs(1)
+    attempts(|| {
+        let pair = pair_with(LaneChoice::Auto, |prefill, _| {
+            prefill.lease = Duration::from_secs(1)
+        });
+        pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
+        pair.prefill.progress(&[("r", done(2))]).expect("accepted");
+        let start = Instant::now();
+        pair.prefill.finish(&"r".into()).expect("accepted");
+        assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
+        assert!(start.elapsed() >= Duration::from_secs(1));
+        // For as long again nobody waits for it. Who asks later does.
+        match pair.asked_for("a", 2, Duration::from_secs(2)) {
+            Asked::None => Ok(()),
+            Asked::Pending => Err("a question about it waits".to_owned()),
+            other => panic!("{other:?}"),
+        }
     });
-    pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
-    pair.prefill.progress(&[("r", done(2))]).expect("accepted");
-    let start = Instant::now();
-    pair.prefill.finish(&"r".into()).expect("accepted");
-    assert_eq!(pair.ended(), [("r".into(), EndReason::Expired)]);
-    assert!(start.elapsed() >= Duration::from_secs(1));
-    // For as long again nobody waits for it.
-    assert_eq!(pair.asked("a", 2), Asked::None);
 }
 
 #[test]
@@ -580,11 +594,17 @@ fn what_does_not_speak_the_protocol_is_cut_off_and_others_are_served() {
     }
     pair.prefill.offer(offer("r", "a", &[1, 2])).expect("accepted");
     pair.prefill.progress(&[("r", done(2))]).expect("accepted");
-    let job = pair
-        .decode
-        .pull(pair.order("a", 2, 0, &[4, 5]))
-        .expect("accepted");
-    assert_eq!(pair.wait(job), PullResult::Done);
+    // Under load a handshake may take longer than this prefill server waits for one.
+    let end = Instant::now() + PATIENCE;
+    let result = loop {
+        let order = pair.order("a", 2, 0, &[4, 5]);
+        let result = pair.wait(pair.decode.pull(order).expect("accepted"));
+        if result != PullResult::Unreachable || Instant::now() >= end {
+            break result;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(result, PullResult::Done);
 }
 
 /// A peer that has shaken hands, and what it says from then on.
@@ -639,39 +659,42 @@ fn shaken_hands(pair: &Pair) -> TcpStream {
 
 #[test]
 fn a_peer_that_never_stops_talking_does_not_keep_the_engine_waiting() {
-    let pair = pair(LaneChoice::Auto);
-    let mut stream = shaken_hands(&pair);
-    let is_over = Arc::new(AtomicBool::new(false));
-    let flood = std::thread::spawn({
-        let is_over = Arc::clone(&is_over);
-        move || {
-            let mut pings = Vec::new();
-            (0..10_000).for_each(|_| encode(&Message::Ping, &mut pings));
-            let mut sent_bytes = 0;
-            // An error: it was cut off, which is as good.
-            while !is_over.load(Ordering::Relaxed) && stream.write_all(&pings).is_ok() {
-                sent_bytes += pings.len();
+    attempts(|| {
+        let pair = pair(LaneChoice::Auto);
+        let mut stream = shaken_hands(&pair);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let flood = std::thread::spawn({
+            let is_over = Arc::clone(&is_over);
+            move || {
+                let mut pings = Vec::new();
+                (0..10_000).for_each(|_| encode(&Message::Ping, &mut pings));
+                let mut sent_bytes = 0;
+                // An error: it was cut off, which is as good.
+                while !is_over.load(Ordering::Relaxed) && stream.write_all(&pings).is_ok() {
+                    sent_bytes += pings.len();
+                }
+                sent_bytes
             }
-            sent_bytes
+        });
+        let end = Instant::now() + Duration::from_secs(2);
+        let (mut calls, mut longest) = (0, Duration::ZERO);
+        while Instant::now() < end {
+            let start = Instant::now();
+            pair.prefill.progress(&[("nothing", done(1))]).expect("accepted");
+            longest = longest.max(start.elapsed());
+            calls += 1;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        is_over.store(true, Ordering::Relaxed);
+        let sent_bytes = flood.join().expect("no panic");
+        let told = format!("{calls} calls, the longest took {longest:?}, during {sent_bytes} bytes");
+        println!("{told}");
+        if sent_bytes > 1 << 20 && longest < Duration::from_millis(500) {
+            Ok(())
+        } else {
+            Err(told)
         }
     });
-    let end = Instant::now() + Duration::from_secs(2);
-    let (mut calls, mut longest) = (0, Duration::ZERO);
-    while Instant::now() < end {
-        let start = Instant::now();
-        pair.prefill.progress(&[("nothing", done(1))]).expect("accepted");
-        longest = longest.max(start.elapsed());
-        calls += 1;
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    is_over.store(true, Ordering::Relaxed);
-    let sent_bytes = flood.join().expect("no panic");
-    assert!(sent_bytes > 1 << 20, "{sent_bytes} bytes are no flood");
-    assert!(
-        longest < Duration::from_millis(500),
-        "a call took {longest:?}; {calls} calls, {sent_bytes} bytes"
-    );
-    println!("{calls} calls, the longest took {longest:?}, during {sent_bytes} bytes");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use device_pair::{
 };
 use kvlane_p2p::proto::{DenyReason, PullResult};
 use kvlane_p2p::{LaneChoice, PullOrder};
+use kvlane_tests::timing::attempts;
 
 #[test]
 fn a_prompt_moves_after_the_compute_streams_of_both_sides_and_over_the_lane_that_was_asked_for() {
@@ -35,26 +36,31 @@ fn a_prompt_moves_after_the_compute_streams_of_both_sides_and_over_the_lane_that
 #[test]
 fn blocks_that_prefill_still_computes_are_not_read_however_soon_decode_asks() {
     for (lane, used) in [(LaneChoice::Cuda, "cuda"), (LaneChoice::Tcp, "tcp")] {
-        let prefill = Prefill::start_with(LONG_KERNEL, &[]);
-        let started = Instant::now();
-        let gpu = Gpu::new();
-        let decode = decode(&gpu, lane);
-        // Nothing is on decode's stream, so it asks at once.
-        let job = decode
-            .pull_after(order(prefill.port, &TARGETS), gpu.stream())
-            .expect("accepted");
-        assert_eq!(wait(&decode, job), PullResult::Done, "{lane:?}");
-        // The kernel began before the port was known; starting the processes took some of its time.
-        assert!(
-            started.elapsed() > LONG_KERNEL / 3,
-            "{lane:?}: {:?}",
-            started.elapsed()
-        );
-        for (target, source) in TARGETS.into_iter().zip(SOURCES) {
-            assert!(gpu.has(target, 1, source), "{lane:?}: block {target}");
-        }
-        assert!(decode.stats().pulled_bytes.contains_key(used));
-        prefill.end();
+        let mut kernels = [1, 2, 4, 4, 4].into_iter();
+        attempts(|| {
+            let kernel = LONG_KERNEL * kernels.next().expect("one for each attempt");
+            let prefill = Prefill::start_with(kernel, &[]);
+            let started = Instant::now();
+            let gpu = Gpu::new();
+            let decode = decode(&gpu, lane);
+            // Nothing is on decode's stream, so it asks at once.
+            let job = decode
+                .pull_after(order(prefill.port, &TARGETS), gpu.stream())
+                .expect("accepted");
+            assert_eq!(wait(&decode, job), PullResult::Done, "{lane:?}");
+            let took = started.elapsed();
+            for (target, source) in TARGETS.into_iter().zip(SOURCES) {
+                assert!(gpu.has(target, 1, source), "{lane:?}: block {target}");
+            }
+            assert!(decode.stats().pulled_bytes.contains_key(used));
+            prefill.end();
+            // The kernel began before the port was known; starting the processes took some of its time.
+            if took > kernel / 3 {
+                Ok(())
+            } else {
+                Err(format!("{lane:?}: {took:?} of {kernel:?}"))
+            }
+        });
     }
 }
 
@@ -170,7 +176,7 @@ fn a_pull_that_waits_for_the_stream_ends_when_it_is_cancelled_times_out_or_the_w
     let gpu = Gpu::new();
     let decode = decode(&gpu, LaneChoice::Auto);
     let address = 1; // nobody listens there, and nobody is asked
-    gpu.compute(2);
+    gpu.compute_for(2, 2 * PATIENCE); // nobody waits for its end
     let begin = |timeout| {
         let order = PullOrder {
             timeout,
