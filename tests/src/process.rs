@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -21,6 +22,8 @@ pub struct PeerProcess {
     stdin: ChildStdin,
     lines: Receiver<String>,
     warnings: Arc<Mutex<String>>,
+    /// Ends with its standard error.
+    errors: JoinHandle<()>,
 }
 
 impl PeerProcess {
@@ -67,7 +70,7 @@ impl PeerProcess {
         });
         let warnings = Arc::new(Mutex::new(String::new()));
         let (mut errors, kept) = (child.stderr.take().expect("it is piped"), Arc::clone(&warnings));
-        std::thread::spawn(move || {
+        let errors = std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             while let Ok(length @ 1..) = errors.read(&mut bytes) {
                 let text = String::from_utf8_lossy(&bytes[..length]);
@@ -80,6 +83,7 @@ impl PeerProcess {
             stdin,
             lines,
             warnings,
+            errors,
         }
     }
 
@@ -163,11 +167,13 @@ impl PeerProcess {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
-    /// Waits for its end and says whether that was an orderly one.
+    /// Waits for its end, and for all of its [`warnings`](Self::warnings), and says whether that was an orderly end.
     pub fn ended_well(&mut self) -> bool {
         let end = Instant::now() + ANSWER;
         while Instant::now() < end {
-            if let Ok(Some(status)) = self.child.try_wait() {
+            if let Ok(Some(status)) = self.child.try_wait()
+                && self.errors.is_finished()
+            {
                 return status.success();
             }
             std::thread::sleep(Duration::from_millis(2));
