@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvlane_core::{BlockMap, Device, NamespaceId};
 use kvlane_cuda::{DeviceCache, stand_in::StandIn};
 use kvlane_fs::{FsOptions, FsTransfer, HostCache, Medium};
-use kvlane_tests::fixture::{Factory, Peer, Place};
+use kvlane_tests::fixture::{Factory, PATIENCE, Peer, Place};
 use kvlane_tests::layouts::Plan;
 
 /// How late each copy of the stand-in begins: long against everything that does not wait for it.
@@ -95,12 +95,14 @@ impl Fs {
             .prefix("kvlane-test-")
             .tempdir_in(parent)
             .expect("a folder");
-        let options = FsOptions::default()
+        let mut options = FsOptions::default()
             .with_capacity_bytes(capacity_bytes)
             .with_segment_bytes(segment_bytes)
             .with_io_threads(2)
             .with_medium(self.medium)
             .with_verify(self.verify);
+        // The claims say what a lookup finds, not how long it waits on a busy machine.
+        options.listing_patience = Some(PATIENCE);
         FsPlace {
             folder,
             options,

@@ -454,16 +454,16 @@ fn large(medium: Medium) -> Setup {
     // Six segments of 15 blocks: room for ten writers that store two chains each and a last one, but only if the later
     // ones adopt what the earlier ones have left.
     Setup {
-        medium,
         capacity_bytes: Some(6 << 20),
         segment_bytes: Some(1 << 20),
-        ..Setup::default()
+        ..small(medium)
     }
 }
 
 fn small(medium: Medium) -> Setup {
     Setup {
         medium,
+        waits_for_listings: true,
         ..Setup::default()
     }
 }

@@ -35,6 +35,8 @@ pub struct Setup {
     pub block_bytes: u64,
     /// Layers of a block.
     pub layers: u64,
+    /// Whether lookups and loads wait for a listing of the folder however slow it is: for tests of what is found.
+    pub waits_for_listings: bool,
 }
 
 impl Default for Setup {
@@ -46,6 +48,7 @@ impl Default for Setup {
             can_store: true,
             block_bytes: 64 << 10,
             layers: 4,
+            waits_for_listings: false,
         }
     }
 }
@@ -64,6 +67,7 @@ impl Setup {
         let mut options = FsOptions::default().with_medium(self.medium).with_io_threads(2);
         options.capacity_bytes = self.capacity_bytes;
         options.segment_bytes = self.segment_bytes;
+        options.listing_patience = self.waits_for_listings.then_some(fixture::PATIENCE);
         options
     }
 }
@@ -73,13 +77,14 @@ impl fmt::Display for Setup {
         let number = |value: Option<u64>| value.map_or("none".to_owned(), |value| value.to_string());
         write!(
             f,
-            "medium={:?} capacity={} segment={} store={} block={} layers={}",
+            "medium={:?} capacity={} segment={} store={} block={} layers={} waits={}",
             self.medium,
             number(self.capacity_bytes),
             number(self.segment_bytes),
             self.can_store,
             self.block_bytes,
-            self.layers
+            self.layers,
+            self.waits_for_listings
         )
     }
 }
@@ -105,6 +110,7 @@ impl FromStr for Setup {
                 ("store", _) => setup.can_store = value == "true",
                 ("block", _) => setup.block_bytes = number()?,
                 ("layers", _) => setup.layers = number()?,
+                ("waits", _) => setup.waits_for_listings = value == "true",
                 _ => return Err(wrong()),
             }
         }

@@ -11,6 +11,7 @@ use crate::directory::Directory;
 use crate::format::{SlotRecord, SlotState};
 use crate::index::Found;
 use crate::jobs::Job;
+use crate::lister::Lister;
 use crate::load::LoadJob;
 use crate::options::{FsOptions, Medium};
 use crate::raw::HostCache;
@@ -19,6 +20,8 @@ use crate::shared::{Search, Shared};
 
 /// The namespace of all blocks in these tests, before its epoch.
 pub(crate) const NAMESPACE: NamespaceId = NamespaceId([7; 32]);
+/// What a lookup waits for a listing where that is not what the test is about.
+pub(crate) const LISTING_PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of each of the two layers of a block.
 const LAYER_BYTES: u64 = 4096;
 
@@ -159,6 +162,7 @@ pub(crate) fn shared_that_verifies(directory: Directory, start_id: u64, verify: 
         1 << 16,
         start_id,
         None,
+        Lister::new(Some(LISTING_PATIENCE)),
     ))
 }
 

@@ -28,6 +28,8 @@ pub(crate) struct Lister {
     state: Mutex<State>,
     asked: Condvar,
     ended: Condvar,
+    /// Instead of [`PATIENCE`], and then no folder counts as slow.
+    patience: Option<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +57,13 @@ enum Wait {
 }
 
 impl Lister {
+    pub(crate) fn new(patience: Option<Duration>) -> Self {
+        Lister {
+            patience,
+            ..Lister::default()
+        }
+    }
+
     /// The index as the folder is now, or as it was a moment ago if its file system is slow or does not answer.
     pub(crate) fn look<'a>(&self, directory: &Directory, index: &'a Mutex<Index>) -> MutexGuard<'a, Index> {
         self.look_with(directory, index, Wait::IfQuick)
@@ -149,7 +158,7 @@ impl Lister {
         self.asked.notify_one();
         let waits = match wait {
             Wait::Never => false,
-            Wait::IfQuick => state.slow_listings < SLOW_LISTINGS,
+            Wait::IfQuick => self.patience.is_some() || state.slow_listings < SLOW_LISTINGS,
             Wait::Always => true,
         };
         if !waits || state.late || state.closed {
@@ -157,7 +166,8 @@ impl Lister {
         }
         let wanted = state.begun_rounds + 1;
         let waits = |state: &mut State| state.ended_rounds < wanted && !state.closed;
-        state = match self.ended.wait_timeout_while(state, PATIENCE, waits) {
+        let patience = self.patience.unwrap_or(PATIENCE);
+        state = match self.ended.wait_timeout_while(state, patience, waits) {
             Ok((state, _)) => state,
             Err(poisoned) => poisoned.into_inner().0,
         };

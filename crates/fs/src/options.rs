@@ -43,6 +43,10 @@ pub struct FsOptions {
     pub medium: Medium,
     /// Stores and loads that may be in flight; beyond it stores are dropped and loads miss.
     pub jobs_in_flight: usize,
+    /// For tests on busy machines: lookups wait so long for a listing, and also if listings are slow.
+    #[doc(hidden)]
+    #[serde(skip)]
+    pub listing_patience: Option<Duration>,
 }
 
 impl Default for FsOptions {
@@ -54,6 +58,7 @@ impl Default for FsOptions {
             verify: true,
             medium: Medium::Auto,
             jobs_in_flight: 1024,
+            listing_patience: None,
         }
     }
 }

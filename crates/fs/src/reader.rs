@@ -96,7 +96,7 @@ impl FsReader {
             namespaces,
             opened: OnceLock::new(),
             reset_wanted: Mutex::new(false),
-            lister: Lister::default(),
+            lister: Lister::new(options.listing_patience),
         });
         watch.try_open()?;
         let watching = Arc::clone(&watch);

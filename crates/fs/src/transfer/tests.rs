@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixture::{Folder, NAMESPACE, cache, key};
+use crate::fixture::{Folder, LISTING_PATIENCE, NAMESPACE, cache, key};
 use crate::options::Medium;
 use kvlane_core::LoadOrder;
 
@@ -175,7 +175,8 @@ fn a_block_with_wrong_bytes_is_absent_for_everybody_and_can_be_stored_again() {
     use crate::index::LookupCursor;
 
     let folder = Folder::new(8 << 20);
-    let options = FsOptions::default().with_medium(Medium::Disk);
+    let mut options = FsOptions::default().with_medium(Medium::Disk);
+    options.listing_patience = Some(LISTING_PATIENCE);
     let open = |can_store| FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, can_store).unwrap();
     let (producer, consumer) = (open(true), open(false));
     let scheduler = crate::reader::FsReader::open(folder.path(), vec![NAMESPACE], &options).unwrap();
@@ -229,7 +230,8 @@ fn a_block_with_wrong_bytes_is_absent_for_everybody_and_can_be_stored_again() {
 #[test]
 fn one_damaged_sequence_costs_one_slot_and_no_store() {
     let folder = Folder::new(1 << 20);
-    let options = FsOptions::default().with_medium(Medium::Disk);
+    let mut options = FsOptions::default().with_medium(Medium::Disk);
+    options.listing_patience = Some(LISTING_PATIENCE);
     let open = || FsTransfer::open(folder.path(), NAMESPACE, cache(), &options, true).unwrap();
     let store = |transfer: &FsTransfer, chain: u32| {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -265,7 +267,8 @@ fn one_damaged_sequence_costs_one_slot_and_no_store() {
 fn a_writer_says_the_capacity_whoever_opened_the_folder_first_and_only_while_it_is_empty() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("store");
-    let options = FsOptions::default().with_medium(Medium::Disk);
+    let mut options = FsOptions::default().with_medium(Medium::Disk);
+    options.listing_patience = Some(LISTING_PATIENCE);
     let open =
         |options: &FsOptions, can_store| FsTransfer::open(&path, NAMESPACE, cache(), options, can_store);
     let consumer = open(&options, false).unwrap();
