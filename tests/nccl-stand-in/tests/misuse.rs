@@ -297,9 +297,10 @@ fn calls_before_a_communicator_is_made_are_noticed() {
     assert_eq!(rig.violations(), Vec::<String>::new());
     // An id can be used once.
     let id = rig.id();
-    let (first, _) = rig.begin(id, 0, 0);
-    std::thread::sleep(Duration::from_millis(50));
+    let [(first, _), (other, _)] = [rig.begin(id, 0, 0), rig.begin(id, 1, 0)];
+    assert_eq!([rig.settle(first), rig.settle(other)], [0, 0]);
     rig.abort(first);
+    rig.abort(other);
     let (second, _) = rig.begin(id, 0, 0);
     rig.settle(second);
     rig.expect("its id was used before");

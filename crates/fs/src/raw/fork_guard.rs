@@ -97,7 +97,7 @@ mod tests {
         if child == 0 {
             // SAFETY: as above.
             unsafe {
-                libc::sleep(20);
+                libc::sleep(60);
                 libc::_exit(0);
             }
         }
@@ -109,7 +109,8 @@ mod tests {
         drop(guard);
         drop(file);
         let mut taken = false;
-        for _ in 0..200 {
+        // Less than the child sleeps.
+        for _ in 0..1500 {
             // The child's handler runs at its own pace.
             taken = OfdLock::byte(0).try_lock(&other).unwrap();
             if taken {
