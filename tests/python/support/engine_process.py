@@ -32,7 +32,15 @@ class EngineHost:
             envs.disable_envs_cache()
         if transfer is not None:
             settings = {**settings, "kv_transfer_config": KVTransferConfig(**transfer)}
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        for attempts_left in (2, 1, 0):
+            try:
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+                break
+            except Exception as error:
+                # vLLM chooses a free port, lets go of it and listens there later: another engine may have it by then.
+                if "EADDRINUSE" not in str(error) or not attempts_left:
+                    raise
+                print("another engine took the port that vLLM had chosen; once more", file=sys.stderr, flush=True)
         self._lowest_free_blocks = self.free_blocks()
         return {"free_blocks": self._lowest_free_blocks}
 

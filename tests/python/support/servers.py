@@ -21,6 +21,8 @@ from support.vllm_environment import vllm_environment
 VLLM_READY_LIMIT_S = 300
 PROXY_READY_LIMIT_S = 120
 FIRST_PORT = 10_000
+#: What torch.distributed says where the port that vLLM chose is taken, and how often a server is started.
+LOST_PORT, STARTS_MAX = "code: -98, name: EADDRINUSE", 3
 STOP_LIMIT_S = 20
 
 
@@ -63,13 +65,18 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path(f"server-{name}")
         self._health_url = self.url + health_path
-        self._started = time.monotonic()
         self._ready_limit_s = ready_limit_s
         self._temporary = make_temporary(name)
-        environment = {**environment, "TMPDIR": str(self._temporary)}
+        self._command, self._environment = command, {**environment, "TMPDIR": str(self._temporary)}
+        self._starts = 0
+        self._start()
+
+    def _start(self):
+        self._starts += 1
+        self._started = time.monotonic()
         with open(self.log_path, "w") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
 
     def __enter__(self):
@@ -86,7 +93,11 @@ class Server:
         return self._process.poll() is None
 
     def wait_until_ready(self, while_waiting=lambda waited_s: None):
-        """Returns the seconds since the start. `while_waiting` is called about twice a second."""
+        """Returns the seconds since the start. `while_waiting` is called about twice a second.
+
+        A server that ended because another one took a port that vLLM had chosen for itself is started again, twice at
+        most: vLLM looks for a free port, lets go of it, and listens there seconds later.
+        """
         while (waited_s := time.monotonic() - self._started) < self._ready_limit_s and self.is_running():
             try:
                 if httpx.get(self._health_url, timeout=2).status_code == 200:
@@ -95,7 +106,13 @@ class Server:
                 pass
             while_waiting(waited_s)
             time.sleep(0.5)
-        tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
+        log = self.log_path.read_text(errors="replace")
+        if not self.is_running() and LOST_PORT in log and self._starts < STARTS_MAX:
+            print(f"server '{self.name}': another one took the port that vLLM had chosen; started again")
+            end_session(self._process)
+            self._start()
+            return self.wait_until_ready(while_waiting)
+        tail = "\n".join(log.splitlines()[-30:])
         state = "did not become ready in time" if self.is_running() else f"ended with {self._process.returncode}"
         raise RuntimeError(f"server '{self.name}' {state}; end of {self.log_path}:\n{tail}")
 
