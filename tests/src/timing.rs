@@ -23,15 +23,18 @@ pub fn attempts(attempt: impl FnMut() -> Result<(), String>) {
 /// Runs `attempt`, which returns how long something took, until that was less than `limit` once.
 #[track_caller]
 pub fn within(limit: Duration, mut attempt: impl FnMut() -> Duration) {
-    attempts(|| {
-        let took = attempt();
-        assert!(took < HANG, "it took {took:?}, allowed: {limit:?}");
-        if took < limit {
-            Ok(())
-        } else {
-            Err(format!("it took {took:?}, allowed: {limit:?}"))
-        }
-    });
+    attempts(|| in_time(attempt(), limit));
+}
+
+/// What an attempt comes to that took so long. Panics where that is no matter of load.
+#[track_caller]
+pub fn in_time(took: Duration, limit: Duration) -> Result<(), String> {
+    assert!(took < HANG, "it took {took:?}, allowed: {limit:?}");
+    if took < limit {
+        Ok(())
+    } else {
+        Err(format!("it took {took:?}, allowed: {limit:?}"))
+    }
 }
 
 #[cfg(test)]

@@ -56,6 +56,26 @@ fn a_block_in_a_segment_that_has_just_come_is_found_by_the_next_lookup() {
 }
 
 #[test]
+fn a_lookup_of_a_quick_folder_waits_for_the_listing_as_long_as_is_shipped() {
+    // A listing that is held up is not waited for.
+    let mut attempts = 0..5;
+    let is_found = || {
+        let folder = Folder::new(8 << 20);
+        with_thread(
+            Lister::default(),
+            &folder,
+            || {},
+            |lister, index| {
+                let segment = folder.segment(1, 1);
+                commit(&segment, 0, key(1), 0, 1);
+                lister.look(&folder.directory, index).find(0, &key(1)).is_some()
+            },
+        )
+    };
+    assert!(attempts.any(|_| is_found()), "no lookup waited");
+}
+
+#[test]
 fn lookups_go_on_while_the_file_system_does_not_answer() {
     let folder = Folder::new(8 << 20);
     let first = folder.segment(1, 1);

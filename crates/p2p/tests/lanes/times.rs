@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvlane_core::PagedMemory;
 use kvlane_p2p::lanes::{LaneError, LocalCache, Pairing, RemoteCache, Span, TcpLane, serve};
-use kvlane_tests::timing::{attempts, within};
+use kvlane_tests::timing::{attempts, in_time, within};
 use rustix::process::Signal;
 
 use crate::fixture::Form;
@@ -27,12 +27,31 @@ fn long() -> Span {
     span(0..LARGE.layers, &blocks, &blocks)
 }
 
+/// How a copy failed, when it began, and when that was.
+struct Failed {
+    error: LaneError,
+    began: Instant,
+    ended: Instant,
+}
+
+impl Failed {
+    /// Whether it ended in the middle, and soon, by something that was done then.
+    fn by(&self, then: Instant) -> Result<(), String> {
+        if self.began > then {
+            return Err("the copy of that time ran to its end".to_owned());
+        }
+        in_time(self.ended.saturating_duration_since(then), SLACK)
+    }
+}
+
 /// Copies over and over until a copy fails: whoever ends it finds one to end, however late.
-fn copy_until_it_fails(mut copy: impl FnMut() -> Result<(), LaneError>) -> (LaneError, Instant) {
+fn copy_until_it_fails(mut copy: impl FnMut() -> Result<(), LaneError>) -> Failed {
     let until = soon();
     loop {
+        let began = Instant::now();
         if let Err(error) = copy() {
-            return (error, Instant::now());
+            let ended = Instant::now();
+            return Failed { error, began, ended };
         }
         assert!(Instant::now() < until, "nothing ends the copies");
     }
@@ -78,23 +97,25 @@ fn a_deadline_in_the_middle_of_a_copy_ends_it() {
 fn a_copy_in_the_middle_ends_when_it_is_cancelled() {
     for (kind, place) in EVERYWHERE {
         let holder = holder_for(kind, LARGE, place);
-        within(SLACK, || {
+        attempts(|| {
             let mut lane = holder.lane(kind, kind.cache(LARGE));
             let cancelled = AtomicBool::new(false);
-            let (ended, since) = std::thread::scope(|scope| {
+            let (failed, since) = std::thread::scope(|scope| {
                 let copying =
                     scope.spawn(|| copy_until_it_fails(|| lane.copy(&long(), LEASE, soon(), &cancelled)));
                 std::thread::sleep(Duration::from_millis(40));
-                cancelled.store(true, Ordering::Relaxed);
                 let since = Instant::now();
-                let (ended, at) = copying.join().unwrap();
-                (ended, at.saturating_duration_since(since))
+                cancelled.store(true, Ordering::Relaxed);
+                (copying.join().unwrap(), since)
             });
+            let error = &failed.error;
             assert!(
-                matches!(ended, LaneError::Cancelled { .. }),
-                "{kind:?} {place:?}: {ended:?}"
+                matches!(error, LaneError::Cancelled { .. }),
+                "{kind:?} {place:?}: {error:?}"
             );
-            since
+            failed
+                .by(since)
+                .map_err(|late| format!("{kind:?} {place:?}: {late}"))
         });
     }
 }
@@ -156,20 +177,20 @@ fn a_dead_peer_is_gone_at_once_and_the_lane_closed() {
 #[test]
 fn a_peer_that_dies_in_the_middle_of_a_copy_ends_it() {
     for kind in [Kind::Shm, Kind::Tcp, Kind::Cuda, Kind::Nccl, Kind::TcpDevice] {
-        within(SLACK, || {
+        attempts(|| {
             let mut holder = holder_for(kind, LARGE, Place::Child);
             let mut lane = holder.lane(kind, kind.cache(LARGE));
-            let (ended, since) = std::thread::scope(|scope| {
+            let (failed, since) = std::thread::scope(|scope| {
                 let copying = scope.spawn(|| copy_until_it_fails(|| copy(lane.as_mut(), &long())));
                 std::thread::sleep(Duration::from_millis(40));
-                holder.signal(Signal::KILL);
                 let since = Instant::now();
-                let (ended, at) = copying.join().unwrap();
-                (ended, at.saturating_duration_since(since))
+                holder.signal(Signal::KILL);
+                (copying.join().unwrap(), since)
             });
-            assert!(matches!(ended, LaneError::PeerGone { .. }), "{kind:?}: {ended:?}");
+            let error = &failed.error;
+            assert!(matches!(error, LaneError::PeerGone { .. }), "{kind:?}: {error:?}");
             assert!(!lane.is_open());
-            since
+            failed.by(since).map_err(|late| format!("{kind:?}: {late}"))
         });
     }
 }
