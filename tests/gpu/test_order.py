@@ -103,7 +103,7 @@ class SlowWork(Claims):
                 end.wait()
                 taken_s = time.monotonic() - started_s
                 self.assertGreater(taken_s, BUSY_MS / 1000 / 2)
-                self.assertLess(taken_s, 60, "not what was asked for, by orders of magnitude")
+                self.assertLess(taken_s, BUSY_MS / 1000 * 8)
 
 
 if __name__ == "__main__":

@@ -244,29 +244,43 @@ fn a_load_lands_behind_the_step_that_runs_when_it_starts() {
     }
 }
 
+/// Claims that something takes less than `limit` on a machine that holds threads up now and then.
+#[track_caller]
+fn in_one_of_five(limit: Duration, attempt: impl FnMut() -> Duration) {
+    let late: Vec<Duration> = std::iter::repeat_with(attempt)
+        .take(5)
+        .take_while(|took| *took >= limit)
+        .collect();
+    assert!(late.len() < 5, "{late:?}, allowed: {limit:?}");
+}
+
 #[test]
 fn a_load_behind_a_long_step_misses_in_time_and_nothing_arrives_later() {
     for medium in MEDIA {
-        let rig = Rig::new(medium);
-        let stream = rig.device.compute_stream();
-        let keys = keys(2);
-        rig.set(0, 0x11);
-        rig.set(1, 0x22);
-        assert_eq!(rig.store(&keys, &[0, 1]), Outcome::Done);
-        rig.set(3, 0x33);
-        let held = stream.hold();
-        let started = Instant::now();
-        let job = rig.start_load_after(&stream, &keys, &[3, 4], started + Duration::from_millis(50));
-        let missed = Outcome::Miss {
-            positions: vec![0, 1],
-            reason: MissReason::TimedOut,
-        };
-        assert_eq!(rig.end(job), missed, "{medium:?}");
-        assert!(started.elapsed() < HELD / 2, "{:?}", started.elapsed());
-        assert!(rig.holds(3, 0x33), "{medium:?}");
-        drop(held);
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(rig.holds(3, 0x33), "{medium:?}");
+        in_one_of_five(Duration::from_millis(400), || {
+            let rig = Rig::new(medium);
+            let stream = rig.device.compute_stream();
+            let keys = keys(2);
+            rig.set(0, 0x11);
+            rig.set(1, 0x22);
+            assert_eq!(rig.store(&keys, &[0, 1]), Outcome::Done);
+            rig.set(3, 0x33);
+            let held = stream.hold();
+            let started = Instant::now();
+            let job = rig.start_load_after(&stream, &keys, &[3, 4], started + Duration::from_millis(50));
+            let missed = Outcome::Miss {
+                positions: vec![0, 1],
+                reason: MissReason::TimedOut,
+            };
+            assert_eq!(rig.end(job), missed, "{medium:?}");
+            let took = started.elapsed();
+            assert!(took < HELD / 2, "{took:?}");
+            assert!(rig.holds(3, 0x33), "{medium:?}");
+            drop(held);
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(rig.holds(3, 0x33), "{medium:?}");
+            took
+        });
     }
 }
 
@@ -292,25 +306,29 @@ fn a_load_whose_copies_are_slow_ends_only_when_they_have() {
 #[test]
 fn a_cancelled_store_lets_go_of_its_slots_while_the_device_is_busy() {
     for medium in MEDIA {
-        let rig = Rig::new(medium);
-        let stream = rig.device.compute_stream();
-        let keys = keys(1);
-        let held = stream.hold();
-        rig.kernel(&stream, 0, 0x11, 0);
-        rig.transfer
-            .order_stores_after(stream.handle())
-            .expect("an order");
-        let started = Instant::now();
-        let job = rig.begin(&keys, &[0], far());
-        rig.transfer.finish_store(job).expect("the store is open");
-        std::thread::sleep(Duration::from_millis(50));
-        rig.transfer.cancel(job);
-        assert!(matches!(rig.end(job), Outcome::Miss { .. }));
-        assert!(started.elapsed() < HELD / 2, "{:?}", started.elapsed());
-        drop(held);
-        // The same key can be stored once the device is free.
-        assert_eq!(rig.store(&keys, &[0]), Outcome::Done);
-        assert_eq!(rig.transfer.lookup(&keys).ready_blocks, 1);
+        in_one_of_five(Duration::from_millis(300), || {
+            let rig = Rig::new(medium);
+            let stream = rig.device.compute_stream();
+            let keys = keys(1);
+            let held = stream.hold();
+            rig.kernel(&stream, 0, 0x11, 0);
+            rig.transfer
+                .order_stores_after(stream.handle())
+                .expect("an order");
+            let started = Instant::now();
+            let job = rig.begin(&keys, &[0], far());
+            rig.transfer.finish_store(job).expect("the store is open");
+            std::thread::sleep(Duration::from_millis(50));
+            rig.transfer.cancel(job);
+            assert!(matches!(rig.end(job), Outcome::Miss { .. }));
+            let took = started.elapsed();
+            assert!(took < HELD / 2, "{took:?}");
+            drop(held);
+            // The same key can be stored once the device is free.
+            assert_eq!(rig.store(&keys, &[0]), Outcome::Done);
+            assert_eq!(rig.transfer.lookup(&keys).ready_blocks, 1);
+            took
+        });
     }
 }
 

@@ -636,7 +636,7 @@ def test_names_do_not_depend_on_the_hash_seed_of_python(folder):
     script = """
         import sys
         sys.path[:0] = [sys.argv[2]]
-        from kvlane.vllm import identity, weights
+        from kvlane.vllm import identity
         identity.ADAPTER_WAIT_S = 10.0
         from test_identity import CAT, DOG, adapter, chain_keys, engine, hashed_request, image, namespace, request
         folder = sys.argv[1]

@@ -77,6 +77,12 @@ fn a_lookup_of_a_quick_folder_waits_for_the_listing_as_long_as_is_shipped() {
 
 #[test]
 fn lookups_go_on_while_the_file_system_does_not_answer() {
+    // On a busy machine lookups that do not wait may take as long. Then the whole is tried again.
+    let is_quick = |_| time_of_lookups_on_a_frozen_folder() < 10 * PATIENCE;
+    assert!((0..5).any(is_quick), "only the first one waits");
+}
+
+fn time_of_lookups_on_a_frozen_folder() -> Duration {
     let folder = Folder::new(8 << 20);
     let first = folder.segment(1, 1);
     commit(&first, 0, key(0), 0, 1);
@@ -96,14 +102,15 @@ fn lookups_go_on_while_the_file_system_does_not_answer() {
             let index = lister.look(&folder.directory, index);
             assert!(index.find(0, &key(0)).is_some(), "what is known is found");
         }
-        assert!(started.elapsed() < 40 * PATIENCE, "only the first one waits");
+        let took = started.elapsed();
         frozen.store(false, Ordering::Relaxed);
         let end = Instant::now() + Duration::from_secs(10);
         while lister.look(&folder.directory, index).find(0, &key(1)).is_none() {
             assert!(Instant::now() < end, "it is never found");
             std::thread::sleep(Duration::from_millis(1));
         }
-    });
+        took
+    })
 }
 
 #[test]

@@ -23,18 +23,7 @@ fn who_took_what_was_posted_releases_that_lease_and_no_later_one_of_its_key() {
     assert_eq!(actions(&mut holder), [], "nobody has taken it");
     assert_eq!(holder.load(), (1, 1, 0, 0));
     holder.receive(now, READER, true, taken(2)).unwrap();
-    let ended = actions(&mut holder);
-    assert!(
-        matches!(
-            ended.last(),
-            Some(HolderAction::Ended {
-                reason: EndReason::Released,
-                ..
-            })
-        ),
-        "{ended:?}"
-    );
-    assert_eq!(holder.load(), (0, 0, 0, 0));
+    assert_released(&mut holder);
     holder.receive(now, READER, true, taken(2)).unwrap();
     assert_eq!(actions(&mut holder), []);
 }
@@ -55,12 +44,7 @@ fn a_request_that_was_taken_and_is_preempted_is_not_held_when_it_comes_again() {
     }
     actions(&mut holder);
     holder.finish(now, &"s".into());
-    let last = actions(&mut holder).pop();
-    let released = EndReason::Released;
-    assert!(
-        matches!(last, Some(HolderAction::Ended { reason, .. }) if reason == released),
-        "{last:?}"
-    );
+    assert_released(&mut holder);
 }
 
 #[test]
